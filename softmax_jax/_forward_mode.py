@@ -1,0 +1,330 @@
+"""Forward-mode differentiation for `jax.custom_vjp` functions.
+
+JAX refuses `jvp`, `linearize` and `jacfwd` on a `jax.custom_vjp` function, although its backward
+rule y_bar -> J^T y_bar is linear and therefore already contains the forward one: the transpose of
+J^T is J. What JAX lacks is a linear call that can be batched and whose transpose is *given*, so that
+reverse mode still runs exactly the hand-derived rule. That call is the primitive `linear_map` below.
+
+This is the one module of the library that goes beyond JAX's documented public API. It uses the
+extension points `jax.extend.core` (`Primitive`, `unmapped_aval`), `jax.interpreters` (`ad`,
+`batching`, `mlir`), the types that `jax.typeof` returns, and the attributes `fwd`, `bwd`,
+`symbolic_zeros` and `nondiff_argnums` of a `jax.custom_vjp` object.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Primitive, unmapped_aval
+from jax.interpreters import ad, batching, mlir
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# linear_map_p.bind(*residuals, *xs, num_residuals, apply, transpose, out_types) -> ys
+#   apply(residuals, xs) -> ys         linear in xs
+#   transpose(residuals, y_bars) -> x_bars     its transpose
+#   out_types                          the types of ys, so that `apply` is traced only where it runs:
+#                                      in reverse mode only `transpose` ever does
+# Neither function may close over a tracer: whatever is traced travels in `residuals`.
+linear_map_p = Primitive("linear_map")
+linear_map_p.multiple_results = True
+
+
+def _linear_map_impl(*args, num_residuals, apply, transpose, out_types):
+  del transpose, out_types
+  return apply(args[:num_residuals], args[num_residuals:])
+
+
+def _linear_map_jvp(primals, tangents, *, num_residuals: int, apply, **params):
+  bind = functools.partial(linear_map_p.bind, num_residuals=num_residuals, apply=apply, **params)
+  residuals, xs = primals[:num_residuals], primals[num_residuals:]
+  residual_dots, x_dots = tangents[:num_residuals], tangents[num_residuals:]
+  ys = bind(*primals)
+  y_dots = [ad.Zero(y_type) for y_type in params["out_types"]]
+  if any(type(x_dot) is not ad.Zero for x_dot in x_dots):
+    # The map is linear in xs and is its own derivative there.
+    y_dots = bind(*residuals, *map(ad.instantiate_zeros, x_dots))
+  moving = [i for i, dot in enumerate(residual_dots) if type(dot) is not ad.Zero]
+  if moving:
+    # The map itself moves with its residuals: this is where second derivatives come from.
+
+    def at(*moved):
+      merged = list(residuals)
+      for i, residual in zip(moving, moved, strict=True):
+        merged[i] = residual
+      return tuple(apply(tuple(merged), xs))
+
+    _, more = jax.jvp(
+      at, tuple(residuals[i] for i in moving), tuple(residual_dots[i] for i in moving)
+    )
+    y_dots = [m if type(y) is ad.Zero else y + m for y, m in zip(y_dots, more, strict=True)]
+  return ys, y_dots
+
+
+def _linear_map_transpose(y_bars, *args, num_residuals: int, apply, transpose, out_types):
+  del out_types
+  residuals, xs = args[:num_residuals], args[num_residuals:]
+  x_bars = linear_map_p.bind(
+    *residuals,
+    *map(ad.instantiate_zeros, y_bars),
+    num_residuals=num_residuals,
+    apply=transpose,
+    transpose=apply,
+    out_types=tuple(x.aval.to_ct_aval() for x in xs),
+  )
+  return [None] * num_residuals + list(x_bars)
+
+
+def _linear_map_batch(axis_data, args, dims, *, num_residuals: int, apply, transpose, out_types):
+  bind = functools.partial(linear_map_p.bind, num_residuals=num_residuals)
+  if all(dim is None for dim in dims):  # JAX also calls this rule with nothing batched
+    ys = bind(*args, apply=apply, transpose=transpose, out_types=out_types)
+    return ys, [None] * len(ys)
+  size = axis_data.size
+
+  def over_batch(linear):
+    return jax.vmap(
+      linear,
+      in_axes=(tuple(dims[:num_residuals]), 0),
+      axis_size=size,
+      axis_name=axis_data.name,
+      spmd_axis_name=axis_data.spmd_name,
+    )
+
+  xs = [
+    jnp.broadcast_to(x, (size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
+    for x, dim in zip(args[num_residuals:], dims[num_residuals:], strict=True)
+  ]
+  ys = bind(
+    *args[:num_residuals],
+    *xs,
+    apply=over_batch(apply),
+    transpose=over_batch(transpose),
+    out_types=tuple(
+      unmapped_aval(size, 0, y_type, axis_data.explicit_mesh_axis) for y_type in out_types
+    ),
+  )
+  return ys, [0] * len(ys)
+
+
+linear_map_p.def_impl(_linear_map_impl)
+linear_map_p.def_abstract_eval(lambda *_, out_types, **__: list(out_types))
+ad.primitive_jvps[linear_map_p] = _linear_map_jvp
+ad.primitive_transposes[linear_map_p] = _linear_map_transpose
+batching.fancy_primitive_batchers[linear_map_p] = _linear_map_batch
+mlir.register_lowering(linear_map_p, mlir.lower_fun(_linear_map_impl, multiple_results=True))
+
+
+def enable_forward_mode(
+  f: Callable[P, R], tangent: Callable[..., Any] | None = None
+) -> Callable[P, R]:
+  r"""Gives a `jax.custom_vjp` function forward-mode differentiation.
+
+  The returned function computes what ``f`` computes and, beside ``grad``, ``vjp`` and ``jacrev``,
+  supports ``jax.jvp``, ``jax.linearize``, ``jax.jacfwd``, ``jax.hessian`` and their nestings, inside
+  and outside ``jit``, ``vmap``, ``checkpoint``, ``scan``, ``while_loop`` and ``shard_map``. Reverse
+  mode runs the backward rule of ``f`` and nothing else: it compiles to the same cost.
+
+  The backward rule is a linear map :math:`\bar y \mapsto J^T \bar y`, and the forward derivative
+  :math:`\dot x \mapsto J \dot x` is its transpose, which JAX derives from the rule. Where that
+  transpose costs more memory or loses more digits than a formula of your own (the transpose of a
+  rule that recomputes in a ``scan`` stores what it recomputes), or where JAX cannot transpose the
+  rule, pass the formula as ``tangent``.
+
+  Args:
+    f: a `jax.custom_vjp` function whose rules are given by ``f.defvjp(f_fwd, f_bwd)``. Arguments and
+      outputs may be pytrees; integer arguments, ``nondiff_argnums``, keyword arguments, defaults,
+      ``symbolic_zeros`` and a backward rule that returns ``None`` for an argument all keep their
+      meaning.
+    tangent: optional rule ``tangent(residuals, args_dot) -> out_dot``, the mirror image of
+      ``f_bwd(residuals, out_bar) -> args_bar``: ``residuals`` is what ``f_fwd`` returned for them,
+      ``args_dot`` is the tuple of tangents of the (differentiable) arguments, with ``None`` in place
+      of an array that is not being differentiated, and ``out_dot`` has the structure, shapes and
+      dtypes of the output of ``f``, with ``None`` for an integer output or a zero tangent. As for
+      ``f_bwd``, ``nondiff_argnums`` come first. It must be linear in ``args_dot`` and is never used
+      in reverse mode.
+
+  Returns:
+    A function with the signature of ``f``. Its ``defvjp`` is that of ``f``, so that
+    ``enable_forward_mode`` also works as a decorator above ``jax.custom_vjp``.
+
+  Raises:
+    TypeError: if ``f`` is not a `jax.custom_vjp` function or ``tangent`` is not callable; when the
+      result is differentiated in forward mode, if JAX cannot transpose the backward rule (reverse
+      mode still works) or if ``tangent`` returns something that does not look like the output.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from softmax_jax import enable_forward_mode
+    >>> @enable_forward_mode
+    ... @jax.custom_vjp
+    ... def cube(x):
+    ...   return x**3
+    >>> cube.defvjp(lambda x: (x**3, x), lambda x, y_bar: (3 * x**2 * y_bar,))
+    >>> print(jax.grad(cube)(2.0), jax.jacfwd(cube)(2.0), jax.hessian(cube)(2.0))
+    12.0 12.0 12.0
+
+  Source: transposition of linear maps as in Frostig, Johnson, Maclaurin, Paszke and Radul,
+  "Decomposing reverse-mode automatic differentiation" (2021).
+  """
+  if not isinstance(f, jax.custom_vjp):
+    raise TypeError(
+      f"enable_forward_mode expected a jax.custom_vjp function, got {_describe(f)}. Apply it directly "
+      "to the object that jax.custom_vjp returns, before jit, vmap or functools.partial; a function "
+      "without custom_vjp has forward mode already."
+    )
+  if tangent is not None and not callable(tangent):
+    raise TypeError(
+      f"enable_forward_mode expected tangent to be a function, got {_describe(tangent)}."
+    )
+  name = getattr(f, "__name__", "f")
+  nondiff_argnums: tuple[int, ...] = f.nondiff_argnums
+  g = jax.custom_jvp(f, nondiff_argnums=nondiff_argnums)
+
+  def jvp(*args):
+    *static, primals, tangents = args
+    leaves, args_tree = jax.tree.flatten(primals)
+    dots = jax.tree.leaves(tangents)
+    moving = [
+      i
+      for i, dot in enumerate(dots)
+      if type(dot) is not SymbolicZero and dot.dtype != jax.dtypes.float0
+    ]
+
+    def at(function, *moved):
+      merged = list(leaves)
+      for i, leaf in zip(moving, moved, strict=True):
+        merged[i] = leaf
+      arguments = list(jax.tree.unflatten(args_tree, merged))
+      for i, value in zip(nondiff_argnums, static, strict=True):
+        arguments.insert(i, value)
+      return function(*arguments)
+
+    xs, x_dots = [leaves[i] for i in moving], [dots[i] for i in moving]
+    if tangent is None:
+      out, pullback = jax.vjp(functools.partial(at, f), *xs)
+      rule_residuals = ()
+    else:
+      out, pullback, rule_residuals = jax.vjp(
+        functools.partial(at, _with_residuals(f)), *xs, has_aux=True
+      )
+    outs, out_tree = jax.tree.flatten(out)
+    out_types = [jax.typeof(y).to_tangent_aval() for y in outs]
+    linear = [i for i, y_type in enumerate(out_types) if y_type.dtype != jax.dtypes.float0]
+
+    pullback_leaves, pullback_tree = jax.tree.flatten(pullback)
+    rule_leaves, rule_tree = jax.tree.flatten(rule_residuals)
+    residuals, positions = _unique([*pullback_leaves, *rule_leaves])
+    pullback_at, rule_at = (
+      positions[: len(pullback_leaves)],
+      positions[len(pullback_leaves) :],
+    )
+
+    def pull(residuals, y_bars):  # y_bar -> J^T y_bar: the rule of f
+      bars = [np.zeros(y_type.shape, jax.dtypes.float0) for y_type in out_types]
+      for i, y_bar in zip(linear, y_bars, strict=True):
+        bars[i] = y_bar
+      pullback = jax.tree.unflatten(pullback_tree, [residuals[i] for i in pullback_at])
+      return tuple(pullback(jax.tree.unflatten(out_tree, bars)))
+
+    def push_by_transposition(residuals, x_dots):  # x_dot -> J x_dot: the transpose of `pull`
+      try:
+        transposed = jax.linear_transpose(
+          lambda *y_bars: pull(residuals, y_bars), *[out_types[i] for i in linear]
+        )
+        return tuple(transposed(tuple(x_dots)))
+      except Exception as error:
+        raise TypeError(
+          f"enable_forward_mode cannot differentiate {name} in forward mode, because JAX cannot "
+          f"transpose its backward rule ({type(error).__name__}: {error}). Make the rule linear in "
+          "the cotangent with operations that JAX can transpose, or pass a rule of your own: "
+          f"enable_forward_mode({name}, tangent=...). Reverse mode is not affected."
+        ) from error
+
+    def push_by_rule(residuals, x_dots):  # x_dot -> J x_dot: the hand-written rule
+      args_dot: list[Any] = [None] * len(leaves)
+      for i, x_dot in zip(moving, x_dots, strict=True):
+        args_dot[i] = x_dot
+      out_dot = tangent(
+        *static,
+        jax.tree.unflatten(rule_tree, [residuals[i] for i in rule_at]),
+        jax.tree.unflatten(args_tree, args_dot),
+      )
+      return _checked_tangent(name, out_dot, out_tree, out_types, linear)
+
+    y_dots: list[Any] = [SymbolicZero(y_type) for y_type in out_types]
+    if moving and linear:
+      moved = linear_map_p.bind(
+        *residuals,
+        *x_dots,
+        num_residuals=len(residuals),
+        apply=push_by_transposition if tangent is None else push_by_rule,
+        transpose=pull,
+        out_types=tuple(out_types[i] for i in linear),
+      )
+      for i, y_dot in zip(linear, moved, strict=True):
+        y_dots[i] = y_dot
+    return out, jax.tree.unflatten(out_tree, y_dots)
+
+  g.defjvp(jvp, symbolic_zeros=True)
+  g.defvjp = f.defvjp
+  return g
+
+
+def _with_residuals(f: jax.custom_vjp) -> Callable[..., Any]:
+  """The function ``args -> (out, residuals)`` with the rule of ``f`` for its first output."""
+
+  def bwd(*args):
+    *static, residuals, (out_bar, _) = args
+    return f.bwd(*static, residuals, out_bar)
+
+  def fwd(*args):
+    out, residuals = f.fwd(*args)
+    return (out, residuals), residuals
+
+  with_residuals = jax.custom_vjp(lambda *args: f.fwd(*args), nondiff_argnums=f.nondiff_argnums)
+  with_residuals.defvjp(fwd, bwd, symbolic_zeros=f.symbolic_zeros)
+  return with_residuals
+
+
+def _unique(arrays: Sequence[Any]) -> tuple[list[Any], list[int]]:
+  """The distinct objects among ``arrays`` and, for each array, its position among them."""
+  distinct: dict[int, int] = {}
+  positions = [distinct.setdefault(id(array), len(distinct)) for array in arrays]
+  by_position = dict(zip(positions, arrays, strict=True))
+  return [by_position[i] for i in range(len(distinct))], positions
+
+
+def _checked_tangent(name, out_dot, out_tree, out_types, linear) -> tuple[Any, ...]:
+  """The tangents of the differentiable outputs, as ``tangent`` returned them."""
+  try:
+    dots = out_tree.flatten_up_to(out_dot)
+  except (TypeError, ValueError) as error:
+    raise TypeError(
+      f"the tangent rule of {name} must return the structure of its output, {out_tree}, "
+      f"got {jax.tree.structure(out_dot)}."
+    ) from error
+  checked = []
+  for i in linear:
+    expected, dot = out_types[i], dots[i]
+    if dot is None:
+      dot = jnp.zeros(expected.shape, expected.dtype)
+    if jnp.shape(dot) != expected.shape or jnp.result_type(dot) != expected.dtype:
+      raise TypeError(
+        f"the tangent rule of {name} must return tangents of the shape and dtype of its output, "
+        f"{expected.str_short()}, got {jax.typeof(dot).str_short()}."
+      )
+    checked.append(dot)
+  return tuple(checked)
+
+
+def _describe(value: Any) -> str:
+  named = getattr(value, "__name__", None)
+  return f"{named} of type {type(value).__name__}" if named else f"{type(value).__name__}"
