@@ -1,3 +1,13 @@
 """Softmax and the losses built on it, with gradients derived by hand."""
 
+from softmax_jax._forward_mode import enable_forward_mode
+from softmax_jax._softmax import log_softmax, logsumexp, softmax
+
 __version__ = "0.1.0"
+
+__all__ = [
+  "enable_forward_mode",
+  "log_softmax",
+  "logsumexp",
+  "softmax",
+]

@@ -1,0 +1,171 @@
+"""Checks of arguments: the one home of the library's error messages.
+
+Every message names the function, what it expected and what it got, and ends with the fix where
+there is one. Only what JAX knows while tracing is checked (types, shapes, dtypes, axes), never a
+value.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+Axis = int | Sequence[int] | None
+
+
+def as_array(function: str, name: str, value: Any) -> jax.Array:
+  """``value`` as a JAX array; sequences and masked arrays are refused."""
+  if isinstance(value, np.ma.MaskedArray):
+    raise TypeError(
+      f"{function} expected {name} to be an array, got a NumPy masked array, whose mask JAX would "
+      f"drop. Pass {name}.data and where=~{name}.mask."
+    )
+  if isinstance(value, (list, tuple)):
+    raise TypeError(
+      f"{function} expected {name} to be an array, got a {type(value).__name__}. "
+      f"Pass jnp.asarray({name})."
+    )
+  try:
+    return jnp.asarray(value)
+  except (TypeError, ValueError) as error:
+    raise TypeError(
+      f"{function} expected {name} to be an array, got {type(value).__name__}."
+    ) from error
+
+
+def as_real(function: str, name: str, value: Any) -> jax.Array:
+  """``value`` as an array of a floating dtype; integers become JAX's default float."""
+  x = as_array(function, name, value)
+  if jnp.issubdtype(x.dtype, jnp.integer):
+    return x.astype(jax.dtypes.canonicalize_dtype(float))
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise TypeError(f"{function} expected {name} to be real numbers, got dtype {x.dtype}.")
+  return x
+
+
+def as_logits(function: str, name: str, value: Any) -> jax.Array:
+  """``value`` as an array of a floating dtype; anything else is refused."""
+  x = as_array(function, name, value)
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    fix = f" Pass {name}.astype(jnp.float32)." if jnp.issubdtype(x.dtype, jnp.integer) else ""
+    raise TypeError(f"{function} expected {name} of a floating dtype, got dtype {x.dtype}.{fix}")
+  return x
+
+
+def as_class_indices(function: str, labels: Any) -> jax.Array:
+  """``labels`` as an array of an integer dtype of at least 32 bits."""
+  x = as_array(function, "labels", labels)
+  if not jnp.issubdtype(x.dtype, jnp.integer):
+    fix = (
+      " For one probability per class use softmax_cross_entropy."
+      if jnp.issubdtype(x.dtype, jnp.floating)
+      else ""
+    )
+    raise TypeError(f"{function} expected labels of an integer dtype, got dtype {x.dtype}.{fix}")
+  return x.astype(jnp.int32) if jnp.iinfo(x.dtype).bits < 32 else x
+
+
+def as_probabilities(function: str, labels: Any) -> jax.Array:
+  """``labels`` as an array of a real dtype."""
+  x = as_array(function, "labels", labels)
+  if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
+    raise TypeError(
+      f"{function} expected labels to be one probability per class, got dtype {x.dtype}."
+      + (" Pass labels.astype(jnp.float32)." if x.dtype == jnp.bool_ else "")
+    )
+  return x
+
+
+def as_mask(
+  function: str, where: Any, name: str, shape: tuple[int, ...], row_axes: tuple[int, ...] = ()
+) -> jax.Array:
+  """``where`` as a boolean array of the rank of ``shape``, to which it broadcasts.
+
+  With ``row_axes`` a mask of lower rank holds one value per row: those axes are inserted.
+  """
+  mask = as_array(function, "where", where)
+  if mask.dtype != jnp.bool_:
+    raise TypeError(
+      f"{function} expected where to be boolean, got dtype {mask.dtype}. Pass where != 0."
+    )
+  if row_axes and mask.ndim == len(shape) - len(row_axes):
+    mask = jnp.expand_dims(mask, row_axes)
+  if _broadcast_shapes(mask.shape, shape) != shape:
+    raise ValueError(
+      f"{function} expected where to broadcast to {name} of shape {shape}, got shape "
+      f"{jnp.shape(where)}."
+    )
+  return mask.reshape((1,) * (len(shape) - mask.ndim) + mask.shape)
+
+
+def common_shape(
+  function: str, name: str, shape: tuple[int, ...], other: str, other_shape: tuple[int, ...]
+) -> tuple[int, ...]:
+  """The shape that two arguments broadcast to."""
+  shape_of_both = _broadcast_shapes(shape, other_shape)
+  if shape_of_both is None:
+    raise ValueError(
+      f"{function} expected {name} and {other} to broadcast against each other, got shapes {shape} "
+      f"and {other_shape}."
+    )
+  return shape_of_both
+
+
+def _broadcast_shapes(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
+  try:
+    return jnp.broadcast_shapes(*shapes)
+  except ValueError:
+    return None
+
+
+def as_axes(function: str, name: str, axis: Axis, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """``axis`` (an int, several, or None for all) as non-negative ints in the order given."""
+  ndim = len(shape)
+  if axis is None:
+    return tuple(range(ndim))
+  axes = []
+  for a in axis if isinstance(axis, Sequence) and not isinstance(axis, str) else (axis,):
+    axes.append(as_axis(function, name, a, shape))
+  if len(set(axes)) < len(axes):
+    raise ValueError(
+      f"{function} expected distinct axes, got axis={tuple(axis)}, which repeats one of {name} of "
+      f"shape {shape}."
+    )
+  return tuple(axes)
+
+
+def as_axis(function: str, name: str, axis: Any, shape: tuple[int, ...]) -> int:
+  """``axis`` as a non-negative int."""
+  ndim = len(shape)
+  try:
+    if isinstance(axis, (bool, np.bool_)):
+      raise TypeError("a truth value is no axis")
+    index = operator.index(axis)
+  except (TypeError, jax.errors.JAXTypeError) as error:
+    raise TypeError(
+      f"{function} expected axis to be an int, a tuple of ints or None, all static, got "
+      f"{type(axis).__name__}."
+    ) from error
+  if not -ndim <= index < ndim:
+    if ndim == 0:
+      raise ValueError(
+        f"{function} expected axis=None or axis=() for a {name} of shape (), got axis={index}."
+      )
+    raise ValueError(
+      f"{function} expected axis in [{-ndim}, {ndim}) for {name} of shape {shape}, got
+      axis={index}."
+    )
+  return index % ndim
+
+
+def compute_dtype(*dtypes: DTypeLike) -> np.dtype:
+  """The dtype that sums are formed in: the widest of ``dtypes``, at least float32."""
+  return np.dtype(
+    jnp.float64 if any(np.dtype(dtype) == jnp.float64 for dtype in dtypes) else jnp.float32
+  )

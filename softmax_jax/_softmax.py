@@ -1,0 +1,428 @@
+r"""Softmax, its logarithm, and the logarithm of its normalizer.
+
+Notation, for the entries x_k of one row (those along the axes that are reduced):
+
+    e_k = exp(x_k - shift),   S = sum_k e_k,   a_k = e_k / S   (the softmax, seed step 1)
+
+where ``shift`` is the largest x_k. Every formula below holds for any constant in its place, so its
+derivative is zero and is dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, overload
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from softmax_jax import _arguments as arguments
+from softmax_jax._arguments import Axis
+from softmax_jax._forward_mode import enable_forward_mode
+
+Axes = tuple[int, ...]
+
+
+# --- the normalizer ------------------------------------------------------------------------------
+
+
+class Normalizer(NamedTuple):
+  """The normalizer S of each row, as numbers that keep all digits of its logarithm.
+
+  Both have the shape of the row sums with the reduced axes kept.
+
+  Attributes:
+    shift: the largest entry, or 0 where that is not finite.
+    rest: S - 1, the sum over all entries but the largest, to a few rounding errors of its own size;
+      -1 in a row of -inf alone, +inf in a row with +inf.
+  """
+
+  shift: jax.Array
+  rest: jax.Array
+
+  def log_sum(self) -> jax.Array:
+    """``log S``; adding ``shift`` gives the logsumexp."""
+    return jnp.log1p(self.rest)
+
+
+def normalizer(x: jax.Array, axes: Axes) -> Normalizer:
+  """The normalizer of ``exp(x)`` along ``axes``.
+
+  The largest e is exactly 1. Added to the others it wipes out their digits where it holds nearly
+  all of the sum, so there the others are summed alone: ``e - floor(e)`` is 0 for the largest and e
+  for the others. (It is 0, too, for entries tied with the largest, but then S >= 2.)
+  """
+  top = lax.stop_gradient(jnp.max(x, axis=axes, keepdims=True, initial=-jnp.inf))
+  shift = jnp.where(jnp.isfinite(top), top, jnp.zeros_like(top))
+  e = jnp.exp(x - shift)
+  rest = jnp.sum(e, axis=axes, keepdims=True) - 1
+  others = jnp.sum(e - jnp.floor(e), axis=axes, keepdims=True)
+  return Normalizer(shift, jnp.where(jnp.abs(rest) < 0.25, others, rest))
+
+
+# --- softmax --------------------------------------------------------------------------------------
+
+
+def _softmax_primal(x: jax.Array, axes: Axes) -> jax.Array:
+  z = x.astype(arguments.compute_dtype(x.dtype))
+  top = lax.stop_gradient(jnp.max(z, axis=axes, keepdims=True, initial=-jnp.inf))
+  e = jnp.exp(z - top)
+  return (e / jnp.sum(e, axis=axes, keepdims=True)).astype(x.dtype)
+
+
+def _softmax_fwd(x: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
+  y = _softmax_primal(x, axes)
+  return y, y
+
+
+# Seed step 5: J_ij = a_i (delta_ij - a_j), so
+#   x_bar_j = sum_i J_ij y_bar_i = a_j (y_bar_j - sum_i a_i y_bar_i).
+def _softmax_bwd(axes: Axes, y: jax.Array, y_bar: jax.Array) -> tuple[jax.Array]:
+  dtype = arguments.compute_dtype(y.dtype)
+  a, a_bar = y.astype(dtype), y_bar.astype(dtype)
+  return ((a * (a_bar - jnp.sum(a * a_bar, axis=axes, keepdims=True))).astype(y.dtype),)
+
+
+# J is symmetric (seed step 5), so that J x_dot is the same expression.
+def _softmax_tangent(axes: Axes, y: jax.Array, args_dot: tuple[jax.Array]) -> jax.Array:
+  return _softmax_bwd(axes, y, *args_dot)[0]
+
+
+_softmax_rule = jax.custom_vjp(_softmax_primal, nondiff_argnums=(1,))
+_softmax_rule.defvjp(_softmax_fwd, _softmax_bwd)
+_softmax = enable_forward_mode(_softmax_rule, tangent=_softmax_tangent)
+
+
+def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> jax.Array:
+  r"""Exponentials of ``x``, normalized to sum to one along ``axis``.
+
+  .. math:: a_j = \frac{e^{x_j}}{\sum_k e^{x_k}}, \qquad
+    \frac{\partial a_i}{\partial x_j} = a_i (\delta_{ij} - a_j)
+
+  A drop-in replacement for `jax.nn.softmax`, differentiable in both modes with the hand-derived
+  Jacobian above. The output is all that is saved for the backward pass.
+
+  Args:
+    x: array of any shape and a floating dtype, differentiable; integers are converted to JAX's
+      default float. Sixteen-bit input is computed in float32.
+    axis: the axis or axes along which the entries sum to one; None stands for all.
+    where: optional boolean array that broadcasts to the shape of ``x``. Entries where it is False
+      take no part: their result is 0 and so is their derivative, whatever they hold.
+
+  Returns:
+    Array of the shape and (floating) dtype of ``x``. An entry of -inf gives 0. A row that contains
+    NaN or +inf, or -inf alone, gives NaN; a row that is masked altogether gives 0.
+
+  Raises:
+    TypeError: if ``x`` is not an array of real numbers, ``where`` is not boolean, or ``axis`` is
+    not
+      a static int, tuple of ints or None.
+    ValueError: if ``axis`` is out of range or repeats an axis, or ``where`` does not broadcast to
+      the shape of ``x``.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from softmax_jax import softmax
+    >>> with jnp.printoptions(precision=4, suppress=True):
+    ...   print(softmax(jnp.array([1.0, 2.0, 3.0])))
+    ...   print(jax.jacfwd(softmax)(jnp.array([0.0, 0.0])))
+    [0.09   0.2447 0.6652]
+    [[ 0.25 -0.25]
+     [-0.25  0.25]]
+
+  Source: seed steps 1 (value) and 5 (derivative).
+  """
+  x, axes, mask = _as_input("softmax", "x", x, axis, where)
+  if mask is None:
+    return _softmax(x, axes)
+  return jnp.where(mask, _softmax(fill_masked(x, mask, axes), axes), jnp.zeros((), x.dtype))
+
+
+# --- log_softmax ----------------------------------------------------------------------------------
+
+
+def _log_softmax_primal(x: jax.Array, axes: Axes) -> jax.Array:
+  z = x.astype(arguments.compute_dtype(x.dtype))
+  shift, rest = normalizer(z, axes)
+  # Both terms are at most 0, so that nothing cancels. A row with +inf is NaN, as in the softmax.
+  log_sum = jnp.where(rest == jnp.inf, jnp.nan, jnp.log1p(rest))
+  return ((z - shift) - log_sum).astype(x.dtype)
+
+
+def _log_softmax_fwd(x: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
+  y = _log_softmax_primal(x, axes)
+  return y, y
+
+
+# y_i = log a_i, and with seed step 5: dy_i/dx_j = (1 / a_i) a_i (delta_ij - a_j) = delta_ij - a_j,
+# so   x_bar_j = y_bar_j - a_j sum_i y_bar_i,   a_j = exp(y_j).
+def _log_softmax_bwd(axes: Axes, y: jax.Array, y_bar: jax.Array) -> tuple[jax.Array]:
+  dtype = arguments.compute_dtype(y.dtype)
+  a, log_a_bar = jnp.exp(y.astype(dtype)), y_bar.astype(dtype)
+  return ((log_a_bar - a * jnp.sum(log_a_bar, axis=axes, keepdims=True)).astype(y.dtype),)
+
+
+_log_softmax_rule = jax.custom_vjp(_log_softmax_primal, nondiff_argnums=(1,))
+_log_softmax_rule.defvjp(_log_softmax_fwd, _log_softmax_bwd)
+_log_softmax = enable_forward_mode(_log_softmax_rule)
+
+
+def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> jax.Array:
+  r"""The logarithm of `softmax`, without forming the softmax.
+
+  .. math:: \log a_j = x_j - \log \sum_k e^{x_k}, \qquad
+    \frac{\partial \log a_i}{\partial x_j} = \delta_{ij} - a_j
+
+  A drop-in replacement for `jax.nn.log_softmax`, differentiable in both modes. Unlike there, an
+  entry whose probability is close to one keeps all its digits. The output is all that is saved for
+  the backward pass.
+
+  Args:
+    x: array of any shape and a floating dtype, differentiable; integers are converted to JAX's
+      default float. Sixteen-bit input is computed in float32.
+    axis: the axis or axes along which the probabilities sum to one; None stands for all.
+    where: optional boolean array that broadcasts to the shape of ``x``. Entries where it is False
+      take no part: their result is -inf and their derivative 0, whatever they hold.
+
+  Returns:
+    Array of the shape and (floating) dtype of ``x``. An entry of -inf gives -inf. A row that
+    contains NaN or +inf, or -inf alone, gives NaN; a row that is masked altogether gives -inf.
+
+  Raises:
+    TypeError: if ``x`` is not an array of real numbers, ``where`` is not boolean, or ``axis`` is
+    not
+      a static int, tuple of ints or None.
+    ValueError: if ``axis`` is out of range or repeats an axis, or ``where`` does not broadcast to
+      the shape of ``x``.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from softmax_jax import log_softmax
+    >>> print(log_softmax(jnp.array([20.0, 0.0])))  # jax.nn.log_softmax gives [0, -20]
+    [-2.0611537e-09 -2.0000000e+01]
+
+  Source: seed steps 1 and 5; Blanchard, Higham and Higham, "Accurately computing the log-sum-exp
+  and softmax functions", IMA Journal of Numerical Analysis (2021).
+  """
+  x, axes, mask = _as_input("log_softmax", "x", x, axis, where)
+  if mask is None:
+    return _log_softmax(x, axes)
+  y = _log_softmax(fill_masked(x, mask, axes), axes)
+  return jnp.where(mask, y, jnp.full((), -jnp.inf, x.dtype))
+
+
+# --- logsumexp ------------------------------------------------------------------------------------
+
+
+class _LogSumExpResiduals(NamedTuple):
+  a: jax.Array
+  shift: jax.Array
+  rest: jax.Array
+
+
+def _logsumexp_primal(a: jax.Array, axes: Axes) -> jax.Array:
+  return _logsumexp_fwd(a, axes)[0]
+
+
+def _logsumexp_fwd(a: jax.Array, axes: Axes) -> tuple[jax.Array, _LogSumExpResiduals]:
+  s = normalizer(a.astype(arguments.compute_dtype(a.dtype)), axes)
+  lse = (s.shift + s.log_sum()).astype(a.dtype)
+  return lse, _LogSumExpResiduals(a, s.shift, s.rest)
+
+
+# lse = shift + log S, so d lse/da_j = (1 / S) exp(a_j - shift): the softmax (seed step 1), and
+#   a_bar_j = lse_bar exp(a_j - shift) / S.
+# In a row of -inf alone S = 0; every entry has probability 0 there and the derivative 0.
+def _logsumexp_bwd(
+  axes: Axes, residuals: _LogSumExpResiduals, lse_bar: jax.Array
+) -> tuple[jax.Array]:
+  a, shift, rest = residuals
+  total = jnp.where(rest == -1, 1, 1 + rest)
+  scale = lse_bar.astype(shift.dtype) / total
+  return ((jnp.exp(a.astype(shift.dtype) - shift) * scale).astype(a.dtype),)
+
+
+_logsumexp_rule = jax.custom_vjp(_logsumexp_primal, nondiff_argnums=(1,))
+_logsumexp_rule.defvjp(_logsumexp_fwd, _logsumexp_bwd)
+_logsumexp = enable_forward_mode(_logsumexp_rule)
+
+
+class _ScaledResiduals(NamedTuple):
+  a: jax.Array
+  b: jax.Array
+  shift: jax.Array
+  total: jax.Array
+
+
+def _scaled_logsumexp_primal(a: jax.Array, b: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
+  return _scaled_logsumexp_fwd(a, b, axes)[0]
+
+
+def _scaled_logsumexp_fwd(
+  a: jax.Array, b: jax.Array, axes: Axes
+) -> tuple[tuple[jax.Array, jax.Array], _ScaledResiduals]:
+  dtype = arguments.compute_dtype(a.dtype)
+  # A coefficient of 0 removes its entry, also where that is infinite or NaN.
+  z = jnp.where(b != 0, a.astype(dtype), -jnp.inf)
+  top = lax.stop_gradient(jnp.max(z, axis=axes, keepdims=True, initial=-jnp.inf))
+  shift = jnp.where(jnp.isfinite(top), top, jnp.zeros_like(top))
+  total = jnp.sum(b.astype(dtype) * jnp.exp(z - shift), axis=axes, keepdims=True)
+  out = (shift + jnp.log(jnp.abs(total))).astype(a.dtype)
+  return (out, jnp.sign(total).astype(a.dtype)), _ScaledResiduals(a, b, shift, total)
+
+
+# out = shift + log|T| with T = sum_k b_k e_k, and the sign of T is piecewise constant, so
+#   a_bar_j = out_bar b_j e_j / T,   b_bar_j = out_bar e_j / T.
+# T = 0 because no entry counts (all -inf or b = 0) leaves derivatives of 0.
+def _scaled_logsumexp_bwd(
+  axes: Axes, residuals: _ScaledResiduals, bars: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+  a, b, shift, total = residuals
+  dtype = shift.dtype
+  z = a.astype(dtype)
+  scale = bars[0].astype(dtype) / total
+  b_bar = jnp.exp(z - shift) * scale
+  a_bar = jnp.where((b == 0) | (z == -jnp.inf), 0, b.astype(dtype) * b_bar)
+  b_bar = jnp.where(z == -jnp.inf, 0, b_bar)
+  return a_bar.astype(a.dtype), unbroadcast(b_bar, b.shape).astype(b.dtype)
+
+
+_scaled_logsumexp_rule = jax.custom_vjp(_scaled_logsumexp_primal, nondiff_argnums=(2,))
+_scaled_logsumexp_rule.defvjp(_scaled_logsumexp_fwd, _scaled_logsumexp_bwd)
+_scaled_logsumexp = enable_forward_mode(_scaled_logsumexp_rule)
+
+
+@overload
+def logsumexp(
+  a: ArrayLike,
+  axis: Axis = None,
+  b: ArrayLike | None = None,
+  keepdims: bool = False,
+  return_sign: Literal[False] = False,
+  where: ArrayLike | None = None,
+) -> jax.Array: ...
+
+
+@overload
+def logsumexp(
+  a: ArrayLike,
+  axis: Axis = None,
+  b: ArrayLike | None = None,
+  keepdims: bool = False,
+  *,
+  return_sign: Literal[True],
+  where: ArrayLike | None = None,
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+@overload
+def logsumexp(
+  a: ArrayLike,
+  axis: Axis = None,
+  b: ArrayLike | None = None,
+  keepdims: bool = False,
+  return_sign: bool = False,
+  where: ArrayLike | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]: ...
+
+
+def logsumexp(
+  a: ArrayLike,
+  axis: Axis = None,
+  b: ArrayLike | None = None,
+  keepdims: bool = False,
+  return_sign: bool = False,
+  where: ArrayLike | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+  r"""The logarithm of a sum of exponentials.
+
+  .. math:: \operatorname{lse}(a, b) = \log \sum_k b_k e^{a_k}, \qquad
+    \frac{\partial \operatorname{lse}}{\partial a_j} = \frac{b_j e^{a_j}}{\sum_k b_k e^{a_k}}, \quad
+    \frac{\partial \operatorname{lse}}{\partial b_j} = \frac{e^{a_j}}{\sum_k b_k e^{a_k}}
+
+  A drop-in replacement for `jax.nn.logsumexp` on real numbers, differentiable in both modes.
+  Without ``b`` the derivative is `softmax`. Only the inputs and two numbers per row are saved for
+  the backward pass.
+
+  Args:
+    a: array of any shape and a floating dtype, differentiable; integers are converted to JAX's
+      default float. Sixteen-bit input is computed in float32.
+    axis: the axis or axes to sum over; None (the default) stands for all.
+    b: optional coefficients of the exponentials, differentiable; ``a`` and ``b`` broadcast against
+      each other. An entry whose coefficient is 0 takes no part, whatever it holds.
+    keepdims: whether the axes that are summed over are kept with size 1.
+    return_sign: whether to return the sign of the sum too, and the logarithm of its absolute value.
+    where: optional boolean array that broadcasts to the shape of ``a``. Entries where it is False
+      take no part: their derivative is 0, whatever they hold.
+
+  Returns:
+    Array of the shape of ``a`` without ``axis`` and of the (floating) dtype of ``a`` and ``b``;
+    with ``return_sign`` a pair of two, of which the sign has derivative 0. A sum over nothing, over
+    masked entries or over entries of -inf gives -inf with derivative 0; +inf gives +inf. A negative
+    sum gives NaN unless ``return_sign`` is set.
+
+  Raises:
+    TypeError: if ``a`` or ``b`` is not an array of real numbers, ``where`` is not boolean, or
+      ``axis`` is not a static int, tuple of ints or None.
+    ValueError: if ``axis`` is out of range or repeats an axis, or the shapes do not broadcast.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from softmax_jax import logsumexp
+    >>> print(logsumexp(jnp.array([1e4, 1e4])))
+    10000.693
+    >>> print(jax.grad(logsumexp)(jnp.array([0.0, 0.0, -jnp.inf])))
+    [0.5 0.5 0. ]
+
+  Source: seed step 1 (S and its derivative); Blanchard, Higham and Higham, "Accurately computing
+  the log-sum-exp and softmax functions", IMA Journal of Numerical Analysis (2021).
+  """
+  name = "logsumexp"
+  if b is not None:
+    a, b = arguments.as_real(name, "a", a), arguments.as_real(name, "b", b)
+    dtype = jnp.promote_types(a.dtype, b.dtype)
+    shape = arguments.common_shape(name, "a", a.shape, "b", b.shape)
+    a = jnp.broadcast_to(a.astype(dtype), shape)
+    b = b.astype(dtype).reshape((1,) * (a.ndim - b.ndim) + b.shape)
+  a, axes, mask = _as_input(name, "a", a, axis, where)
+  if mask is not None:
+    a = jnp.where(mask, a, jnp.full((), -jnp.inf, a.dtype))
+  if b is None:
+    out = _logsumexp(a, axes)
+    sign = jnp.where(jnp.isnan(out), out, jnp.where(out == -jnp.inf, 0, 1).astype(out.dtype))
+    sign = lax.stop_gradient(sign)
+  else:
+    out, sign = _scaled_logsumexp(a, b, axes)
+  if not keepdims:
+    out, sign = jnp.squeeze(out, axes), jnp.squeeze(sign, axes)
+  if return_sign:
+    return out, sign
+  return out if b is None else jnp.where(sign < 0, jnp.full((), jnp.nan, out.dtype), out)
+
+
+# --- shared with the losses -----------------------------------------------------------------------
+
+
+def _as_input(
+  function: str, name: str, value: Any, axis: Axis, where: Any
+) -> tuple[jax.Array, Axes, jax.Array | None]:
+  x = arguments.as_real(function, name, value)
+  axes = arguments.as_axes(function, name, axis, x.shape)
+  mask = None if where is None else arguments.as_mask(function, where, name, x.shape)
+  return x, axes, mask
+
+
+def fill_masked(x: jax.Array, mask: jax.Array, axes: Axes) -> jax.Array:
+  """``x`` with -inf where masked, and 0 in rows that are masked altogether (no NaN comes of those).
+
+  The select also cuts the derivative: masked entries have gradient exactly 0.
+  """
+  fill = jnp.where(jnp.any(mask, axis=axes, keepdims=True), -jnp.inf, 0).astype(x.dtype)
+  return jnp.where(mask, x, fill)
+
+
+def unbroadcast(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """The sum of ``x`` over the axes along which an array of ``shape`` and of its rank was broadcast."""
+  axes = tuple(i for i, size in enumerate(shape) if size != x.shape[i])
+  return jnp.sum(x, axis=axes, keepdims=True) if axes else x
