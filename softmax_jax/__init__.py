@@ -1,5 +1,9 @@
 """Softmax and the losses built on it, with gradients derived by hand."""
 
+from softmax_jax._cross_entropy import (
+  softmax_cross_entropy,
+  softmax_cross_entropy_with_integer_labels,
+)
 from softmax_jax._forward_mode import enable_forward_mode
 from softmax_jax._softmax import log_softmax, logsumexp, softmax
 
@@ -10,4 +14,6 @@ __all__ = [
   "log_softmax",
   "logsumexp",
   "softmax",
+  "softmax_cross_entropy",
+  "softmax_cross_entropy_with_integer_labels",
 ]

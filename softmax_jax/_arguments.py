@@ -117,6 +117,19 @@ def common_shape(
   return shape_of_both
 
 
+def rows_of_labels(
+  function: str, labels: tuple[int, ...], rows: tuple[int, ...], logits: tuple[int, ...]
+) -> tuple[int, ...]:
+  """The shape of the losses, for labels of shape ``labels`` and one row of logits per ``rows``."""
+  shape = _broadcast_shapes(labels, rows) if len(labels) == len(rows) else None
+  if shape is None:
+    raise ValueError(
+      f"{function} expected one label per row, of shape {rows} for logits of shape {logits}, got "
+      f"shape {labels}."
+    )
+  return shape
+
+
 def _broadcast_shapes(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
   try:
     return jnp.broadcast_shapes(*shapes)
@@ -158,8 +171,8 @@ def as_axis(function: str, name: str, axis: Any, shape: tuple[int, ...]) -> int:
         f"{function} expected axis=None or axis=() for a {name} of shape (), got axis={index}."
       )
     raise ValueError(
-      f"{function} expected axis in [{-ndim}, {ndim}) for {name} of shape {shape}, got
-      axis={index}."
+      f"{function} expected axis in [{-ndim}, {ndim}) for {name} of shape {shape}, got "
+      f"axis={index}."
     )
   return index % ndim
 

@@ -116,8 +116,7 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> ja
 
   Raises:
     TypeError: if ``x`` is not an array of real numbers, ``where`` is not boolean, or ``axis`` is
-    not
-      a static int, tuple of ints or None.
+      not a static int, tuple of ints or None.
     ValueError: if ``axis`` is out of range or repeats an axis, or ``where`` does not broadcast to
       the shape of ``x``.
 
@@ -191,8 +190,7 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -
 
   Raises:
     TypeError: if ``x`` is not an array of real numbers, ``where`` is not boolean, or ``axis`` is
-    not
-      a static int, tuple of ints or None.
+      not a static int, tuple of ints or None.
     ValueError: if ``axis`` is out of range or repeats an axis, or ``where`` does not broadcast to
       the shape of ``x``.
 
@@ -352,7 +350,7 @@ def logsumexp(
     b: optional coefficients of the exponentials, differentiable; ``a`` and ``b`` broadcast against
       each other. An entry whose coefficient is 0 takes no part, whatever it holds.
     keepdims: whether the axes that are summed over are kept with size 1.
-    return_sign: whether to return the sign of the sum too, and the logarithm of its absolute value.
+      return_sign: whether to return the sign of the sum too, and the logarithm of its absolute value.
     where: optional boolean array that broadcasts to the shape of ``a``. Entries where it is False
       take no part: their derivative is 0, whatever they hold.
 
@@ -423,6 +421,6 @@ def fill_masked(x: jax.Array, mask: jax.Array, axes: Axes) -> jax.Array:
 
 
 def unbroadcast(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """The sum of ``x`` over the axes along which an array of ``shape`` and of its rank was broadcast."""
+  """The sum of ``x`` over the axes along which an array of ``shape``, of its rank, was broadcast."""
   axes = tuple(i for i, size in enumerate(shape) if size != x.shape[i])
   return jnp.sum(x, axis=axes, keepdims=True) if axes else x
