@@ -28,7 +28,7 @@ def as_array(function: str, name: str, value: Any) -> jax.Array:
     )
   if isinstance(value, (list, tuple)):
     raise TypeError(
-      f"{function} expected {name} to be an array, got a {type(value).__name__}. "
+      f"{function} expected {name} to be an array, got {type(value).__name__}. "
       f"Pass jnp.asarray({name})."
     )
   try:
@@ -45,7 +45,7 @@ def as_real(function: str, name: str, value: Any) -> jax.Array:
   if jnp.issubdtype(x.dtype, jnp.integer):
     return x.astype(jax.dtypes.canonicalize_dtype(float))
   if not jnp.issubdtype(x.dtype, jnp.floating):
-    raise TypeError(f"{function} expected {name} to be real numbers, got dtype {x.dtype}.")
+    raise TypeError(f"{function} expected {name} of a real dtype, got dtype {x.dtype}.")
   return x
 
 
@@ -75,10 +75,7 @@ def as_probabilities(function: str, labels: Any) -> jax.Array:
   """``labels`` as an array of a real dtype."""
   x = as_array(function, "labels", labels)
   if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
-    raise TypeError(
-      f"{function} expected labels to be one probability per class, got dtype {x.dtype}."
-      + (" Pass labels.astype(jnp.float32)." if x.dtype == jnp.bool_ else "")
-    )
+    raise TypeError(f"{function} expected labels of a real dtype, got dtype {x.dtype}.")
   return x
 
 
@@ -147,8 +144,7 @@ def as_axes(function: str, name: str, axis: Axis, shape: tuple[int, ...]) -> tup
     axes.append(as_axis(function, name, a, shape))
   if len(set(axes)) < len(axes):
     raise ValueError(
-      f"{function} expected distinct axes, got axis={tuple(axis)}, which repeats one of {name} of "
-      f"shape {shape}."
+      f"{function} expected distinct axes, got axis={tuple(axis)} for {name} of shape {shape}."
     )
   return tuple(axes)
 
@@ -157,18 +153,18 @@ def as_axis(function: str, name: str, axis: Any, shape: tuple[int, ...]) -> int:
   """``axis`` as a non-negative int."""
   ndim = len(shape)
   try:
-    if isinstance(axis, (bool, np.bool_)):
-      raise TypeError("a truth value is no axis")
     index = operator.index(axis)
-  except (TypeError, jax.errors.JAXTypeError) as error:
+  except (TypeError, jax.errors.JAXTypeError):
+    index = None
+  if index is None or isinstance(axis, (bool, np.bool_)):
+    got = "a traced value" if isinstance(axis, jax.core.Tracer) else type(axis).__name__
     raise TypeError(
-      f"{function} expected axis to be an int, a tuple of ints or None, all static, got "
-      f"{type(axis).__name__}."
-    ) from error
+      f"{function} expected axis to be an int, a tuple of ints or None, all static, got {got}."
+    )
   if not -ndim <= index < ndim:
     if ndim == 0:
       raise ValueError(
-        f"{function} expected axis=None or axis=() for a {name} of shape (), got axis={index}."
+        f"{function} expected axis=None or axis=() for {name} of shape (), got axis={index}."
       )
     raise ValueError(
       f"{function} expected axis in [{-ndim}, {ndim}) for {name} of shape {shape}, got "

@@ -1,0 +1,225 @@
+"""Bad calls: the type of the error and its whole message."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import softmax_jax as sj
+
+X = jnp.zeros((3, 4))
+LABELS = jnp.zeros(3, jnp.int32)
+INTEGER = "softmax_cross_entropy_with_integer_labels"
+SOFT = "softmax_cross_entropy"
+
+
+def _axis(x):
+  """Traces with the axis as a traced value, where a static one is needed."""
+  return jax.jit(lambda axis: sj.softmax(x, axis))(1)
+
+
+# call, type of the error, message
+CASES = {
+  "bool x": (
+    lambda: sj.softmax(X > 0),
+    TypeError,
+    "softmax expected x of a real dtype, got dtype bool.",
+  ),
+  "complex x": (
+    lambda: sj.log_softmax(X + 0j),
+    TypeError,
+    "log_softmax expected x of a real dtype, got dtype complex64.",
+  ),
+  "complex a": (
+    lambda: sj.logsumexp(X + 0j),
+    TypeError,
+    "logsumexp expected a of a real dtype, got dtype complex64.",
+  ),
+  "complex b": (
+    lambda: sj.logsumexp(X, b=1j),
+    TypeError,
+    "logsumexp expected b of a real dtype, got dtype complex64.",
+  ),
+  "x None": (
+    lambda: sj.softmax(None),
+    TypeError,
+    "softmax expected x to be an array, got NoneType.",
+  ),
+  "x a string": (
+    lambda: sj.softmax("1, 2"),
+    TypeError,
+    "softmax expected x to be an array, got str.",
+  ),
+  "x a list": (
+    lambda: sj.softmax([1.0, 2.0]),
+    TypeError,
+    "softmax expected x to be an array, got list. Pass jnp.asarray(x).",
+  ),
+  "labels a tuple": (
+    lambda: sj.softmax_cross_entropy_with_integer_labels(X, (0, 0, 0)),
+    TypeError,
+    f"{INTEGER} expected labels to be an array, got tuple. Pass jnp.asarray(labels).",
+  ),
+  "a masked array": (
+    lambda: sj.softmax(np.ma.masked_array([1.0, 2.0], [True, False])),
+    TypeError,
+    "softmax expected x to be an array, got a NumPy masked array, whose mask JAX would drop. "
+    "Pass x.data and where=~x.mask.",
+  ),
+  "axis out of range": (
+    lambda: sj.softmax(X, axis=2),
+    ValueError,
+    "softmax expected axis in [-2, 2) for x of shape (3, 4), got axis=2.",
+  ),
+  "axis out of range below": (
+    lambda: sj.logsumexp(X, axis=(0, -3)),
+    ValueError,
+    "logsumexp expected axis in [-2, 2) for a of shape (3, 4), got axis=-3.",
+  ),
+  "axis of a scalar": (
+    lambda: sj.softmax(jnp.float32(1)),
+    ValueError,
+    "softmax expected axis=None or axis=() for x of shape (), got axis=-1.",
+  ),
+  "duplicate axes": (
+    lambda: sj.log_softmax(X, axis=(1, -1)),
+    ValueError,
+    "log_softmax expected distinct axes, got axis=(1, -1) for x of shape (3, 4).",
+  ),
+  "axis a float": (
+    lambda: sj.softmax(X, axis=1.0),
+    TypeError,
+    "softmax expected axis to be an int, a tuple of ints or None, all static, got float.",
+  ),
+  "axis a bool": (
+    lambda: sj.softmax(X, axis=True),
+    TypeError,
+    "softmax expected axis to be an int, a tuple of ints or None, all static, got bool.",
+  ),
+  "axis a string": (
+    lambda: sj.softmax(X, axis="rows"),
+    TypeError,
+    "softmax expected axis to be an int, a tuple of ints or None, all static, got str.",
+  ),
+  "axis traced": (
+    lambda: _axis(X),
+    TypeError,
+    "softmax expected axis to be an int, a tuple of ints or None, all static, got a traced value.",
+  ),
+  "where not boolean": (
+    lambda: sj.softmax(X, where=X),
+    TypeError,
+    "softmax expected where to be boolean, got dtype float32. Pass where != 0.",
+  ),
+  "where of another shape": (
+    lambda: sj.softmax(X, where=jnp.ones((2, 4), bool)),
+    ValueError,
+    "softmax expected where to broadcast to x of shape (3, 4), got shape (2, 4).",
+  ),
+  "where larger than x": (
+    lambda: sj.logsumexp(X, where=jnp.ones((2, 3, 4), bool)),
+    ValueError,
+    "logsumexp expected where to broadcast to a of shape (3, 4), got shape (2, 3, 4).",
+  ),
+  "where of a loss": (
+    lambda: sj.softmax_cross_entropy(X, X, where=jnp.ones(4, bool)),
+    ValueError,
+    f"{SOFT} expected where to broadcast to logits of shape (3, 4), got shape (4,).",
+  ),
+  "b of another shape": (
+    lambda: sj.logsumexp(X, b=jnp.ones(3)),
+    ValueError,
+    "logsumexp expected a and b to broadcast against each other, got shapes (3, 4) and (3,).",
+  ),
+  "integer logits": (
+    lambda: sj.softmax_cross_entropy_with_integer_labels(X.astype(int), LABELS),
+    TypeError,
+    f"{INTEGER} expected logits of a floating dtype, got dtype int32. "
+    "Pass logits.astype(jnp.float32).",
+  ),
+  "integer logits, soft labels": (
+    lambda: sj.softmax_cross_entropy(X.astype(int), X),
+    TypeError,
+    f"{SOFT} expected logits of a floating dtype, got dtype int32. "
+    "Pass logits.astype(jnp.float32).",
+  ),
+  "complex logits": (
+    lambda: sj.softmax_cross_entropy(X + 0j, X),
+    TypeError,
+    f"{SOFT} expected logits of a floating dtype, got dtype complex64.",
+  ),
+  "float labels": (
+    lambda: sj.softmax_cross_entropy_with_integer_labels(X, X),
+    TypeError,
+    f"{INTEGER} expected labels of an integer dtype, got dtype float32. "
+    "For one probability per class use softmax_cross_entropy.",
+  ),
+  "bool labels": (
+    lambda: sj.softmax_cross_entropy_with_integer_labels(X, X[:, 0] > 0),
+    TypeError,
+    f"{INTEGER} expected labels of an integer dtype, got dtype bool.",
+  ),
+  "complex labels": (
+    lambda: sj.softmax_cross_entropy(X, X + 0j),
+    TypeError,
+    f"{SOFT} expected labels of a real dtype, got dtype complex64.",
+  ),
+  "rank of labels": (
+    lambda: sj.softmax_cross_entropy_with_integer_labels(X, X.astype(int)),
+    ValueError,
+    f"{INTEGER} expected one label per row, of shape (3,) for logits of shape (3, 4), got shape "
+    "(3, 4).",
+  ),
+  "number of labels": (
+    lambda: sj.softmax_cross_entropy_with_integer_labels(X, jnp.zeros(5, int)),
+    ValueError,
+    f"{INTEGER} expected one label per row, of shape (3,) for logits of shape (3, 4), got shape "
+    "(5,).",
+  ),
+  "shape of soft labels": (
+    lambda: sj.softmax_cross_entropy(X, jnp.zeros((3, 5))),
+    ValueError,
+    f"{SOFT} expected logits and labels to broadcast against each other, got shapes (3, 4) and "
+    "(3, 5).",
+  ),
+  "logits of rank 0": (
+    lambda: sj.softmax_cross_entropy_with_integer_labels(jnp.float32(0), 0),
+    ValueError,
+    f"{INTEGER} expected axis=None or axis=() for logits of shape (), got axis=-1.",
+  ),
+  "axis of a loss": (
+    lambda: sj.softmax_cross_entropy_with_integer_labels(X, LABELS, axis=-3),
+    ValueError,
+    f"{INTEGER} expected axis in [-2, 2) for logits of shape (3, 4), got axis=-3.",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_whole_message(name):
+  call, error, message = CASES[name]
+  with pytest.raises(error) as raised:
+    call()
+  assert str(raised.value) == message
+  assert type(raised.value) is error
+
+
+def test_what_is_wrong_under_jit_raises_at_trace_time():
+  with pytest.raises(ValueError, match=re.escape("got axis=2.")):
+    jax.jit(lambda x: sj.softmax(x, axis=2))(X)
+
+
+def test_numpy_integers_are_axes():
+  np.testing.assert_array_equal(sj.softmax(X, np.int64(1)), sj.softmax(X, 1))
+  np.testing.assert_array_equal(sj.logsumexp(X, [np.int32(0), 1]), sj.logsumexp(X))
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.int32])
+def test_integers_are_promoted_without_wrapping(dtype):
+  low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+  x = np.array([[low, high], [high, high]], dtype)
+  y = sj.softmax(x)
+  assert y.dtype == jnp.float32
+  np.testing.assert_array_equal(y, [[0, 1], [0.5, 0.5]])
