@@ -1,7 +1,7 @@
 r"""Softmax cross-entropy with integer and with soft labels.
 
 Notation, for the logits z_k of one row: shift, e_k, S and the softmax a_k = e_k / S are those of
-`softmax_jax._softmax`; ``rest`` is S - 1 to its own last digits, and t is the label.
+`softmax_jax._normalizer`; ``rest`` is S - 1 to its own last digits, and t is the label.
 
 Each kind of label has one rule with two outputs per row, the negative log-likelihood ``nll`` and
 the log-normalizer ``lse``, whose cotangents are both honored. Everything else is plain JAX on
@@ -26,7 +26,7 @@ from jax.typing import ArrayLike
 from softmax_jax import _arguments as arguments
 from softmax_jax._arguments import Axis
 from softmax_jax._forward_mode import enable_forward_mode
-from softmax_jax._softmax import Axes, Normalizer, fill_masked, normalizer, unbroadcast
+from softmax_jax._normalizer import Axes, Normalizer, fill_masked, normalizer, unbroadcast
 
 
 def _inverse_sum(s: Normalizer) -> jax.Array:

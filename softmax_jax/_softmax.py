@@ -1,11 +1,6 @@
 r"""Softmax, its logarithm, and the logarithm of its normalizer.
 
-Notation, for the entries x_k of one row (those along the axes that are reduced):
-
-    e_k = exp(x_k - shift),   S = sum_k e_k,   a_k = e_k / S   (the softmax, seed step 1)
-
-where ``shift`` is the largest x_k. Every formula below holds for any constant in its place, so its
-derivative is zero and is dropped.
+The notation is that of `softmax_jax._normalizer`.
 """
 
 from __future__ import annotations
@@ -20,46 +15,7 @@ from jax.typing import ArrayLike
 from softmax_jax import _arguments as arguments
 from softmax_jax._arguments import Axis
 from softmax_jax._forward_mode import enable_forward_mode
-
-Axes = tuple[int, ...]
-
-
-# --- the normalizer ------------------------------------------------------------------------------
-
-
-class Normalizer(NamedTuple):
-  """The normalizer S of each row, as numbers that keep all digits of its logarithm.
-
-  Both have the shape of the row sums with the reduced axes kept.
-
-  Attributes:
-    shift: the largest entry, or 0 where that is not finite.
-    rest: S - 1, the sum over all entries but the largest, to a few rounding errors of its own size;
-      -1 in a row of -inf alone, +inf in a row with +inf.
-  """
-
-  shift: jax.Array
-  rest: jax.Array
-
-  def log_sum(self) -> jax.Array:
-    """``log S``; adding ``shift`` gives the logsumexp."""
-    return jnp.log1p(self.rest)
-
-
-def normalizer(x: jax.Array, axes: Axes) -> Normalizer:
-  """The normalizer of ``exp(x)`` along ``axes``.
-
-  The largest e is exactly 1. Added to the others it wipes out their digits where it holds nearly
-  all of the sum, so there the others are summed alone: ``e - floor(e)`` is 0 for the largest and e
-  for the others. (It is 0, too, for entries tied with the largest, but then S >= 2.)
-  """
-  top = lax.stop_gradient(jnp.max(x, axis=axes, keepdims=True, initial=-jnp.inf))
-  shift = jnp.where(jnp.isfinite(top), top, jnp.zeros_like(top))
-  e = jnp.exp(x - shift)
-  rest = jnp.sum(e, axis=axes, keepdims=True) - 1
-  others = jnp.sum(e - jnp.floor(e), axis=axes, keepdims=True)
-  return Normalizer(shift, jnp.where(jnp.abs(rest) < 0.25, others, rest))
-
+from softmax_jax._normalizer import Axes, fill_masked, normalizer, unbroadcast
 
 # --- softmax --------------------------------------------------------------------------------------
 
@@ -350,7 +306,8 @@ def logsumexp(
     b: optional coefficients of the exponentials, differentiable; ``a`` and ``b`` broadcast against
       each other. An entry whose coefficient is 0 takes no part, whatever it holds.
     keepdims: whether the axes that are summed over are kept with size 1.
-      return_sign: whether to return the sign of the sum too, and the logarithm of its absolute value.
+    return_sign: whether to return the sign of the sum too, and the logarithm of its absolute
+      value.
     where: optional boolean array that broadcasts to the shape of ``a``. Entries where it is False
       take no part: their derivative is 0, whatever they hold.
 
@@ -399,7 +356,7 @@ def logsumexp(
   return out if b is None else jnp.where(sign < 0, jnp.full((), jnp.nan, out.dtype), out)
 
 
-# --- shared with the losses -----------------------------------------------------------------------
+# --- arguments ----------------------------------------------------------------------------------
 
 
 def _as_input(
@@ -409,18 +366,3 @@ def _as_input(
   axes = arguments.as_axes(function, name, axis, x.shape)
   mask = None if where is None else arguments.as_mask(function, where, name, x.shape)
   return x, axes, mask
-
-
-def fill_masked(x: jax.Array, mask: jax.Array, axes: Axes) -> jax.Array:
-  """``x`` with -inf where masked, and 0 in rows that are masked altogether (no NaN comes of those).
-
-  The select also cuts the derivative: masked entries have gradient exactly 0.
-  """
-  fill = jnp.where(jnp.any(mask, axis=axes, keepdims=True), -jnp.inf, 0).astype(x.dtype)
-  return jnp.where(mask, x, fill)
-
-
-def unbroadcast(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """The sum of ``x`` over the axes along which an array of ``shape``, of its rank, was broadcast."""
-  axes = tuple(i for i, size in enumerate(shape) if size != x.shape[i])
-  return jnp.sum(x, axis=axes, keepdims=True) if axes else x
