@@ -1,6 +1,7 @@
 """Softmax and the losses built on it, with gradients derived by hand."""
 
 from softmax_jax._cross_entropy import (
+  CrossEntropyAux,
   softmax_cross_entropy,
   softmax_cross_entropy_with_integer_labels,
 )
@@ -10,6 +11,7 @@ from softmax_jax._softmax import log_softmax, logsumexp, softmax
 __version__ = "0.1.0"
 
 __all__ = [
+  "CrossEntropyAux",
   "enable_forward_mode",
   "log_softmax",
   "logsumexp",

@@ -31,6 +31,8 @@ def as_array(function: str, name: str, value: Any) -> jax.Array:
       f"{function} expected {name} to be an array, got {type(value).__name__}. "
       f"Pass jnp.asarray({name})."
     )
+  if isinstance(value, jax.Array):  # jnp.asarray would copy a traced one
+    return value
   try:
     return jnp.asarray(value)
   except (TypeError, ValueError) as error:
@@ -40,13 +42,24 @@ def as_array(function: str, name: str, value: Any) -> jax.Array:
 
 
 def as_real(function: str, name: str, value: Any) -> jax.Array:
-  """``value`` as an array of a floating dtype; integers become JAX's default float."""
+  """``value`` as an array of a floating dtype; integers become what ``jnp.exp`` makes of them."""
   x = as_array(function, name, value)
   if jnp.issubdtype(x.dtype, jnp.integer):
-    return x.astype(jax.dtypes.canonicalize_dtype(float))
+    return x.astype(jax.eval_shape(jnp.exp, x).dtype)
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise TypeError(f"{function} expected {name} of a real dtype, got dtype {x.dtype}.")
   return x
+
+
+def promoted(
+  function: str, name: str, value: Any, other: str, other_value: Any
+) -> tuple[jax.Array, jax.Array]:
+  """Both values as arrays of their common floating dtype."""
+  arrays = as_array(function, name, value), as_array(function, other, other_value)
+  as_real(function, name, arrays[0]), as_real(function, other, arrays[1])
+  dtype = jnp.promote_types(arrays[0].dtype, arrays[1].dtype)
+  x, y = (as_real(function, name, array.astype(dtype)) for array in arrays)
+  return x, y
 
 
 def as_logits(function: str, name: str, value: Any) -> jax.Array:
@@ -68,7 +81,44 @@ def as_class_indices(function: str, labels: Any) -> jax.Array:
       else ""
     )
     raise TypeError(f"{function} expected labels of an integer dtype, got dtype {x.dtype}.{fix}")
-  return x.astype(jnp.int32) if jnp.iinfo(x.dtype).bits < 32 else x
+  # Wide and signed, so that indices compare with any number of classes and with negative values.
+  wide = jnp.int32 if jnp.iinfo(x.dtype).bits <= 32 else jnp.int64
+  if jnp.issubdtype(x.dtype, jnp.unsignedinteger):
+    x = jnp.minimum(x, np.array(jnp.iinfo(wide).max).astype(x.dtype))
+  return x.astype(wide)
+
+
+def as_ignore_index(function: str, ignore_index: Any, dtype: DTypeLike) -> jax.Array:
+  """``ignore_index`` as a scalar of the dtype of the labels."""
+  x = as_array(function, "ignore_index", ignore_index)
+  if not jnp.issubdtype(x.dtype, jnp.integer):
+    raise TypeError(f"{function} expected ignore_index of an integer dtype, got dtype {x.dtype}.")
+  if x.ndim:
+    raise ValueError(f"{function} expected ignore_index to be a scalar, got shape {x.shape}.")
+  return x.astype(dtype)
+
+
+def as_coefficient(function: str, name: str, value: Any, dtype: DTypeLike) -> jax.Array:
+  """``value`` as a scalar of ``dtype``."""
+  x = as_real(function, name, value)
+  if x.ndim:
+    raise ValueError(f"{function} expected {name} to be a scalar, got shape {x.shape}.")
+  return x.astype(dtype)
+
+
+def as_class_weights(function: str, value: Any, shape: tuple[int, ...]) -> jax.Array:
+  """``value`` as an array with one number per class."""
+  x = as_real(function, "class_weights", value)
+  if x.shape != shape:
+    raise ValueError(
+      f"{function} expected one class weight per class, of shape {shape}, got shape {x.shape}."
+    )
+  return x
+
+
+def is_concrete(x: jax.Array) -> bool:
+  """Whether the value of ``x`` is known while tracing."""
+  return not isinstance(x, jax.core.Tracer)
 
 
 def as_probabilities(function: str, labels: Any) -> jax.Array:

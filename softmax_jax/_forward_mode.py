@@ -2,52 +2,93 @@
 
 JAX refuses `jvp`, `linearize` and `jacfwd` on a `jax.custom_vjp` function, although its backward
 rule y_bar -> J^T y_bar is linear and therefore already contains the forward one: the transpose of
-J^T is J. What JAX lacks is a linear call that can be batched and whose transpose is *given*, so that
-reverse mode still runs exactly the hand-derived rule. That call is the primitive `linear_map` below.
+J^T is J. What JAX lacks is a linear call that can be batched and whose transpose is *given*, so
+that reverse mode still runs exactly the hand-derived rule. That call is the primitive `linear_map`
+below.
 
 This is the one module of the library that goes beyond JAX's documented public API. It uses the
-extension points `jax.extend.core` (`Primitive`, `unmapped_aval`), `jax.interpreters` (`ad`,
-`batching`, `mlir`), the types that `jax.typeof` returns, and the attributes `fwd`, `bwd`,
-`symbolic_zeros` and `nondiff_argnums` of a `jax.custom_vjp` object.
+extension points `jax.extend.core` (`Primitive`, `unmapped_aval`, `jaxpr_as_fun`, the current trace
+and its `parent_trace`), `jax.interpreters` (`ad`, `batching`, `mlir`, `partial_eval.JaxprTracer`),
+the types that `jax.typeof` returns, and the attributes `fwd`, `bwd`, `symbolic_zeros` and
+`nondiff_argnums` of a `jax.custom_vjp` object.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import Primitive, unmapped_aval
+from jax.extend.core import (
+  Primitive,
+  jaxpr_as_fun,
+  set_current_trace,
+  take_current_trace,
+  unmapped_aval,
+)
 from jax.interpreters import ad, batching, mlir
+from jax.interpreters.partial_eval import JaxprTracer
+
+# What a function raises that needs the value of a traced array.
+_CONCRETE = (
+  jax.errors.ConcretizationTypeError,
+  jax.errors.NonConcreteBooleanIndexError,
+  jax.errors.TracerArrayConversionError,
+  jax.errors.TracerIntegerConversionError,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# linear_map_p.bind(*residuals, *xs, num_residuals, apply, transpose, out_types) -> ys
-#   apply(residuals, xs) -> ys         linear in xs
-#   transpose(residuals, y_bars) -> x_bars     its transpose
-#   out_types                          the types of ys, so that `apply` is traced only where it runs:
-#                                      in reverse mode only `transpose` ever does
-# Neither function may close over a tracer: whatever is traced travels in `residuals`.
+# linear_map_p.bind(*residuals, *xs, name, num_residuals, apply, transpose, out_types) -> ys
+#   name                                    of the user's function, for errors and printed programs
+#   apply(residuals, xs) -> ys              linear in xs
+#   transpose(residuals, y_bars) -> x_bars  its transpose, None standing for a zero on both sides
+#   out_types                               the types of ys, so that `apply` is traced only where it
+#                                           runs: in reverse mode only `transpose` ever does
+# `transpose` runs in place, while JAX transposes, exactly as the backward rule of a plain
+# custom_vjp function does. `apply` runs later, when the program is compiled, and must not close
+# over a tracer: whatever is traced travels in `residuals`.
 linear_map_p = Primitive("linear_map")
 linear_map_p.multiple_results = True
 
 
-def _linear_map_impl(*args, num_residuals, apply, transpose, out_types):
-  del transpose, out_types
-  return apply(args[:num_residuals], args[num_residuals:])
+def _linear_map_impl(*args, name: str, num_residuals: int, apply, **_):
+  try:
+    return apply(args[:num_residuals], args[num_residuals:])
+  except jax.errors.UnexpectedTracerError as error:
+    raise _closes_over_tracer(name) from error
 
 
-def _linear_map_jvp(primals, tangents, *, num_residuals: int, apply, **params):
-  bind = functools.partial(linear_map_p.bind, num_residuals=num_residuals, apply=apply, **params)
+def _linear_map_lowered(*args, name: str, **params):
+  program = jax.make_jaxpr(functools.partial(_linear_map_impl, name=name, **params))(*args)
+  if any(isinstance(const, jax.core.Tracer) for const in program.consts):
+    raise _closes_over_tracer(name)
+  return jaxpr_as_fun(program)(*args)
+
+
+def _closes_over_tracer(name: str) -> TypeError:
+  return TypeError(
+    f"enable_forward_mode cannot differentiate {name} in forward mode, because its rules close "
+    f"over a value that JAX is tracing. Make that value an argument of {name}. Reverse mode is not "
+    "affected."
+  )
+
+
+def _linear_map_jvp(primals, tangents, *, num_residuals: int, apply, out_types, **params):
+  bind = functools.partial(
+    linear_map_p.bind, num_residuals=num_residuals, apply=apply, out_types=out_types, **params
+  )
   residuals, xs = primals[:num_residuals], primals[num_residuals:]
   residual_dots, x_dots = tangents[:num_residuals], tangents[num_residuals:]
   ys = bind(*primals)
-  y_dots = [ad.Zero(y_type) for y_type in params["out_types"]]
+  y_dots = [ad.Zero(y_type) for y_type in out_types]
   if any(type(x_dot) is not ad.Zero for x_dot in x_dots):
     # The map is linear in xs and is its own derivative there.
     y_dots = bind(*residuals, *map(ad.instantiate_zeros, x_dots))
@@ -68,23 +109,21 @@ def _linear_map_jvp(primals, tangents, *, num_residuals: int, apply, **params):
   return ys, y_dots
 
 
-def _linear_map_transpose(y_bars, *args, num_residuals: int, apply, transpose, out_types):
-  del out_types
-  residuals, xs = args[:num_residuals], args[num_residuals:]
-  x_bars = linear_map_p.bind(
-    *residuals,
-    *map(ad.instantiate_zeros, y_bars),
-    num_residuals=num_residuals,
-    apply=transpose,
-    transpose=apply,
-    out_types=tuple(x.aval.to_ct_aval() for x in xs),
-  )
+def _linear_map_transpose(y_bars, *args, num_residuals: int, transpose, **_):
+  if all(type(y_bar) is ad.Zero for y_bar in y_bars):
+    return [None] * len(args)
+  residuals = args[:num_residuals]
+  x_bars = transpose(residuals, [None if type(y) is ad.Zero else y for y in y_bars])
   return [None] * num_residuals + list(x_bars)
 
 
-def _linear_map_batch(axis_data, args, dims, *, num_residuals: int, apply, transpose, out_types):
-  bind = functools.partial(linear_map_p.bind, num_residuals=num_residuals)
-  if all(dim is None for dim in dims):  # JAX also calls this rule with nothing batched
+def _linear_map_batch(
+  axis_data, args, dims, *, num_residuals: int, apply, transpose, out_types, **params
+):
+  bind = functools.partial(linear_map_p.bind, num_residuals=num_residuals, **params)
+  if all(dim is None for dim in dims) and type(axis_data.name) is object:
+    # JAX also calls this rule with nothing batched. The axis does not matter then if it has no name
+    # (in place of which JAX puts a bare object); otherwise a collective in the rule may need it.
     ys = bind(*args, apply=apply, transpose=transpose, out_types=out_types)
     return ys, [None] * len(ys)
   size = axis_data.size
@@ -99,7 +138,7 @@ def _linear_map_batch(axis_data, args, dims, *, num_residuals: int, apply, trans
     )
 
   xs = [
-    jnp.broadcast_to(x, (size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
+    batching.bdim_at_front(x, dim, size, axis_data.explicit_mesh_axis)
     for x, dim in zip(args[num_residuals:], dims[num_residuals:], strict=True)
   ]
   ys = bind(
@@ -119,7 +158,7 @@ linear_map_p.def_abstract_eval(lambda *_, out_types, **__: list(out_types))
 ad.primitive_jvps[linear_map_p] = _linear_map_jvp
 ad.primitive_transposes[linear_map_p] = _linear_map_transpose
 batching.fancy_primitive_batchers[linear_map_p] = _linear_map_batch
-mlir.register_lowering(linear_map_p, mlir.lower_fun(_linear_map_impl, multiple_results=True))
+mlir.register_lowering(linear_map_p, mlir.lower_fun(_linear_map_lowered, multiple_results=True))
 
 
 def enable_forward_mode(
@@ -128,9 +167,9 @@ def enable_forward_mode(
   r"""Gives a `jax.custom_vjp` function forward-mode differentiation.
 
   The returned function computes what ``f`` computes and, beside ``grad``, ``vjp`` and ``jacrev``,
-  supports ``jax.jvp``, ``jax.linearize``, ``jax.jacfwd``, ``jax.hessian`` and their nestings, inside
-  and outside ``jit``, ``vmap``, ``checkpoint``, ``scan``, ``while_loop`` and ``shard_map``. Reverse
-  mode runs the backward rule of ``f`` and nothing else: it compiles to the same cost.
+  supports ``jax.jvp``, ``jax.linearize``, ``jax.jacfwd``, ``jax.hessian`` and their nestings,
+  inside and outside ``jit``, ``vmap``, ``checkpoint``, ``scan``, ``while_loop`` and ``shard_map``.
+  Reverse mode runs the backward rule of ``f`` and nothing else: it compiles to the same cost.
 
   The backward rule is a linear map :math:`\bar y \mapsto J^T \bar y`, and the forward derivative
   :math:`\dot x \mapsto J \dot x` is its transpose, which JAX derives from the rule. Where that
@@ -139,17 +178,17 @@ def enable_forward_mode(
   rule, pass the formula as ``tangent``.
 
   Args:
-    f: a `jax.custom_vjp` function whose rules are given by ``f.defvjp(f_fwd, f_bwd)``. Arguments and
-      outputs may be pytrees; integer arguments, ``nondiff_argnums``, keyword arguments, defaults,
-      ``symbolic_zeros`` and a backward rule that returns ``None`` for an argument all keep their
-      meaning.
+    f: a `jax.custom_vjp` function whose rules are given by ``f.defvjp(f_fwd, f_bwd)``. Arguments
+      and outputs may be pytrees; integer arguments, ``nondiff_argnums``, keyword arguments,
+      defaults, ``symbolic_zeros`` and a backward rule that returns ``None`` for an argument all
+      keep their meaning.
     tangent: optional rule ``tangent(residuals, args_dot) -> out_dot``, the mirror image of
       ``f_bwd(residuals, out_bar) -> args_bar``: ``residuals`` is what ``f_fwd`` returned for them,
-      ``args_dot`` is the tuple of tangents of the (differentiable) arguments, with ``None`` in place
-      of an array that is not being differentiated, and ``out_dot`` has the structure, shapes and
-      dtypes of the output of ``f``, with ``None`` for an integer output or a zero tangent. As for
-      ``f_bwd``, ``nondiff_argnums`` come first. It must be linear in ``args_dot`` and is never used
-      in reverse mode.
+      ``args_dot`` is the tuple of tangents of the arguments, with ``None`` in place of an array
+      that is not being differentiated, and ``out_dot`` has the structure, shapes and dtypes of the
+      output of ``f``, with ``None`` for an integer output or a zero tangent. As for ``f_bwd``,
+      ``nondiff_argnums`` come first. It must be linear in ``args_dot`` and is never used in reverse
+      mode.
 
   Returns:
     A function with the signature of ``f``. Its ``defvjp`` is that of ``f``, so that
@@ -157,8 +196,9 @@ def enable_forward_mode(
 
   Raises:
     TypeError: if ``f`` is not a `jax.custom_vjp` function or ``tangent`` is not callable; when the
-      result is differentiated in forward mode, if JAX cannot transpose the backward rule (reverse
-      mode still works) or if ``tangent`` returns something that does not look like the output.
+      result is differentiated in forward mode, if JAX cannot transpose the backward rule, if a rule
+      closes over a value that JAX is tracing (reverse mode still works in both cases), or if
+      ``tangent`` returns something that does not look like the output.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -176,9 +216,9 @@ def enable_forward_mode(
   """
   if not isinstance(f, jax.custom_vjp):
     raise TypeError(
-      f"enable_forward_mode expected a jax.custom_vjp function, got {_describe(f)}. Apply it directly "
-      "to the object that jax.custom_vjp returns, before jit, vmap or functools.partial; a function "
-      "without custom_vjp has forward mode already."
+      f"enable_forward_mode expected a jax.custom_vjp function, got {_describe(f)}. Apply it "
+      "directly to the object that jax.custom_vjp returns, before jit, vmap or functools.partial; "
+      "a function without custom_vjp has forward mode already."
     )
   if tangent is not None and not callable(tangent):
     raise TypeError(
@@ -195,7 +235,7 @@ def enable_forward_mode(
     moving = [
       i
       for i, dot in enumerate(dots)
-      if type(dot) is not SymbolicZero and dot.dtype != jax.dtypes.float0
+      if type(dot) is not SymbolicZero and jax.typeof(dot).dtype != jax.dtypes.float0
     ]
 
     def at(function, *moved):
@@ -207,14 +247,22 @@ def enable_forward_mode(
         arguments.insert(i, value)
       return function(*arguments)
 
+    if not moving:
+      out = at(f)
+      return out, jax.tree.map(lambda y: SymbolicZero(jax.typeof(y).to_tangent_aval()), out)
+
     xs, x_dots = [leaves[i] for i in moving], [dots[i] for i in moving]
-    if tangent is None:
-      out, pullback = jax.vjp(functools.partial(at, f), *xs)
-      rule_residuals = ()
-    else:
-      out, pullback, rule_residuals = jax.vjp(
-        functools.partial(at, _with_residuals(f)), *xs, has_aux=True
-      )
+    x_types = [jax.typeof(x).to_ct_aval() for x in xs]
+    watch = _Watch()
+    rule_residuals = ()
+    with _linearization_suspended(x_dots):
+      if tangent is None:
+        out, pullback = jax.vjp(lambda *moved: at(f, *watch(*moved)), *xs)
+      else:
+        with_residuals = _with_residuals(f)
+        out, pullback, rule_residuals = jax.vjp(
+          lambda *moved: at(with_residuals, *watch(*moved)), *xs, has_aux=True
+        )
     outs, out_tree = jax.tree.flatten(out)
     out_types = [jax.typeof(y).to_tangent_aval() for y in outs]
     linear = [i for i, y_type in enumerate(out_types) if y_type.dtype != jax.dtypes.float0]
@@ -222,34 +270,47 @@ def enable_forward_mode(
     pullback_leaves, pullback_tree = jax.tree.flatten(pullback)
     rule_leaves, rule_tree = jax.tree.flatten(rule_residuals)
     residuals, positions = _unique([*pullback_leaves, *rule_leaves])
-    pullback_at, rule_at = (
-      positions[: len(pullback_leaves)],
-      positions[len(pullback_leaves) :],
-    )
+    pullback_at = positions[: len(pullback_leaves)]
+    rule_at = positions[len(pullback_leaves) :]
+    num_leaves = len(leaves)
 
     def pull(residuals, y_bars):  # y_bar -> J^T y_bar: the rule of f
-      bars = [np.zeros(y_type.shape, jax.dtypes.float0) for y_type in out_types]
+      bars = [ad.Zero(y_type.to_ct_aval()) for y_type in out_types]
       for i, y_bar in zip(linear, y_bars, strict=True):
-        bars[i] = y_bar
+        bars[i] = bars[i] if y_bar is None else y_bar
       pullback = jax.tree.unflatten(pullback_tree, [residuals[i] for i in pullback_at])
-      return tuple(pullback(jax.tree.unflatten(out_tree, bars)))
+      watch.arrived = ()
+      x_bars = pullback(jax.tree.unflatten(out_tree, bars))
+      return [x_bar if i in watch.arrived else None for i, x_bar in enumerate(x_bars)]
 
     def push_by_transposition(residuals, x_dots):  # x_dot -> J x_dot: the transpose of `pull`
-      try:
-        transposed = jax.linear_transpose(
-          lambda *y_bars: pull(residuals, y_bars), *[out_types[i] for i in linear]
+      def rule(*y_bars):
+        return tuple(
+          ad.zeros_like_aval(x) if x_bar is None else jax.lax.convert_element_type(x_bar, x.dtype)
+          for x_bar, x in zip(pull(residuals, y_bars), x_types, strict=True)
         )
-        return tuple(transposed(tuple(x_dots)))
-      except Exception as error:
-        raise TypeError(
+
+      def untransposable(error):
+        return TypeError(
           f"enable_forward_mode cannot differentiate {name} in forward mode, because JAX cannot "
           f"transpose its backward rule ({type(error).__name__}: {error}). Make the rule linear in "
           "the cotangent with operations that JAX can transpose, or pass a rule of your own: "
           f"enable_forward_mode({name}, tangent=...). Reverse mode is not affected."
-        ) from error
+        )
+
+      try:
+        transposed = jax.linear_transpose(rule, *[out_types[i] for i in linear])
+      except _CONCRETE as error:
+        raise untransposable(error) from error
+      try:
+        return tuple(transposed(tuple(x_dots)))
+      except jax.errors.UnexpectedTracerError:
+        raise
+      except Exception as error:
+        raise untransposable(error) from error
 
     def push_by_rule(residuals, x_dots):  # x_dot -> J x_dot: the hand-written rule
-      args_dot: list[Any] = [None] * len(leaves)
+      args_dot: list[Any] = [None] * num_leaves
       for i, x_dot in zip(moving, x_dots, strict=True):
         args_dot[i] = x_dot
       out_dot = tangent(
@@ -260,10 +321,11 @@ def enable_forward_mode(
       return _checked_tangent(name, out_dot, out_tree, out_types, linear)
 
     y_dots: list[Any] = [SymbolicZero(y_type) for y_type in out_types]
-    if moving and linear:
+    if linear:
       moved = linear_map_p.bind(
         *residuals,
         *x_dots,
+        name=name,
         num_residuals=len(residuals),
         apply=push_by_transposition if tangent is None else push_by_rule,
         transpose=pull,
@@ -274,8 +336,52 @@ def enable_forward_mode(
     return out, jax.tree.unflatten(out_tree, y_dots)
 
   g.defjvp(jvp, symbolic_zeros=True)
-  g.defvjp = f.defvjp
-  return g
+
+  @functools.wraps(f, updated=())
+  def forward_mode(*args, **kwargs):
+    # jax.custom_jvp stops the gradient of a tracer among the nondiff_argnums, where f refuses it.
+    bound = inspect.signature(f).bind(*args, **kwargs)
+    bound.apply_defaults()
+    static = [bound.args[i] for i in nondiff_argnums]
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(static))
+    return (f if traced else g)(*args, **kwargs)
+
+  enabled = forward_mode if nondiff_argnums else g
+  enabled.defvjp = f.defvjp
+  return enabled
+
+
+@contextlib.contextmanager
+def _linearization_suspended(x_dots: Sequence[Any]) -> Iterator[None]:
+  """Computes with primal values as if JAX were not linearizing, if it is.
+
+  While JAX linearizes it partially evaluates, and control flow that is partially evaluated is
+  compiled again in every call, also where all its operands are known.
+  """
+  with take_current_trace() as trace:
+    linearizing = any(isinstance(x, JaxprTracer) and x._trace is trace for x in x_dots)
+    with set_current_trace(trace.parent_trace if linearizing else trace):
+      yield
+
+
+class _Watch(threading.local):
+  """The identity of several arrays, which notes which cotangents arrive in the backward pass.
+
+  `jax.vjp` returns zeros where a backward rule has no cotangent. JAX has to know the difference,
+  because the backward pass of a plain custom_vjp function stops there.
+  """
+
+  arrived: Sequence[int] = ()
+
+  def __call__(self, *xs):
+    identity = jax.custom_vjp(lambda *xs: xs)
+
+    def bwd(_, x_bars):
+      self.arrived = [i for i, x_bar in enumerate(x_bars) if type(x_bar) is not SymbolicZero]
+      return x_bars
+
+    identity.defvjp(lambda *xs: (tuple(x.value for x in xs), None), bwd, symbolic_zeros=True)
+    return identity(*xs)
 
 
 def _with_residuals(f: jax.custom_vjp) -> Callable[..., Any]:
@@ -306,11 +412,14 @@ def _checked_tangent(name, out_dot, out_tree, out_types, linear) -> tuple[Any, .
   """The tangents of the differentiable outputs, as ``tangent`` returned them."""
   try:
     dots = out_tree.flatten_up_to(out_dot)
-  except (TypeError, ValueError) as error:
+    fits = jax.tree_util.all_leaves(dots, is_leaf=lambda dot: dot is None)
+  except (TypeError, ValueError):
+    fits = False
+  if not fits:
     raise TypeError(
       f"the tangent rule of {name} must return the structure of its output, {out_tree}, "
       f"got {jax.tree.structure(out_dot)}."
-    ) from error
+    )
   checked = []
   for i in linear:
     expected, dot = out_types[i], dots[i]

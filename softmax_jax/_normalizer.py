@@ -10,6 +10,8 @@ so its derivative is zero and is dropped.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -38,6 +40,11 @@ class Normalizer(NamedTuple):
     return jnp.log1p(self.rest)
 
 
+# Where the others sum to less than this, S - 1 would have lost digits of them.
+_DOMINATED = 0.5
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
 def normalizer(x: jax.Array, axes: Axes) -> Normalizer:
   """The normalizer of ``exp(x)`` along ``axes``.
 
@@ -47,17 +54,61 @@ def normalizer(x: jax.Array, axes: Axes) -> Normalizer:
   """
   top = lax.stop_gradient(jnp.max(x, axis=axes, keepdims=True, initial=-jnp.inf))
   shift = jnp.where(jnp.isfinite(top), top, jnp.zeros_like(top))
-  e = jnp.exp(x - shift)
-  rest = jnp.sum(e, axis=axes, keepdims=True) - 1
-  others = jnp.sum(e - jnp.floor(e), axis=axes, keepdims=True)
-  return Normalizer(shift, jnp.where(jnp.abs(rest) < 0.25, others, rest))
+  total = jnp.sum(jnp.exp(x - shift), axis=axes, keepdims=True)
+  rest = total - 1
+  dominated = jnp.abs(rest) < _DOMINATED
+
+  def sum_of_others(x, shift, _):
+    e = exp_of_difference(x, shift)
+    return jnp.sum(e - jnp.floor(e), axis=axes, keepdims=True)
+
+  others = where_needed(
+    jnp.any(dominated), sum_of_others, lambda x, shift, rest: rest, x, shift, rest
+  )
+  return Normalizer(shift, jnp.where(dominated, others, rest))
 
 
-def fill_masked(x: jax.Array, mask: jax.Array, axes: Axes) -> jax.Array:
-  """``x`` with -inf where masked, and 0 in rows that are masked altogether (no NaN comes of those).
+def exp_of_difference(x: jax.Array, shift: jax.Array) -> jax.Array:
+  """``exp(x - shift)`` for ``x <= shift``, free of the rounding error of the difference.
 
-  The select also cuts the derivative: masked entries have gradient exactly 0.
+  The difference d is off by up to u |d|, and its exponential by as many units in relation to
+  itself. The error is known exactly (the two-sum of Knuth), and exp(d + error) = exp(d) (1 +
+  error).
   """
+  # Below this bound the result is 0; it keeps infinities out of the two-sum.
+  lowest = -800 if x.dtype == jnp.float64 else -128
+  x = jnp.maximum(x, shift + lowest)
+  d = x - shift
+  back = d - x
+  error = (x - (d - back)) - (shift + back)
+  e = jnp.exp(d)
+  return e + e * error
+
+
+def where_needed(needed: jax.Array, yes: Callable, no: Callable, *args: jax.Array) -> jax.Array:
+  """``yes(*args)`` if ``needed``, else ``yes(*args)`` or the cheaper ``no(*args)``.
+
+  A second pass over an array costs as much as the first where arithmetic is the limit, as on a CPU:
+  there it is left out if no row needs it. Elsewhere it is fused with the first, and a branch would
+  only part them.
+  """
+  return lax.platform_dependent(
+    needed,
+    *args,
+    cpu=lambda needed, *args: lax.cond(needed, yes, no, *args),
+    default=lambda needed, *args: yes(*args),
+  )
+
+
+def masked(x: jax.Array, mask: jax.Array | None, fill: float) -> jax.Array:
+  """``x`` with ``fill`` where the mask is False."""
+  return x if mask is None else jnp.where(mask, x, jnp.full((), fill, x.dtype))
+
+
+def fill_masked(x: jax.Array, mask: jax.Array | None, axes: Axes) -> jax.Array:
+  """``x`` with -inf where masked, and 0 in rows masked altogether: no NaN comes of those."""
+  if mask is None:
+    return x
   fill = jnp.where(jnp.any(mask, axis=axes, keepdims=True), -jnp.inf, 0).astype(x.dtype)
   return jnp.where(mask, x, fill)
 

@@ -15,37 +15,65 @@ from jax.typing import ArrayLike
 from softmax_jax import _arguments as arguments
 from softmax_jax._arguments import Axis
 from softmax_jax._forward_mode import enable_forward_mode
-from softmax_jax._normalizer import Axes, fill_masked, normalizer, unbroadcast
+from softmax_jax._normalizer import (
+  Axes,
+  Normalizer,
+  exp_of_difference,
+  fill_masked,
+  masked,
+  normalizer,
+  unbroadcast,
+  where_needed,
+)
 
 # --- softmax --------------------------------------------------------------------------------------
 
 
-def _softmax_primal(x: jax.Array, axes: Axes) -> jax.Array:
-  z = x.astype(arguments.compute_dtype(x.dtype))
+class _SoftmaxResiduals(NamedTuple):
+  y: jax.Array
+  peak: jax.Array
+  mask: jax.Array | None
+
+
+def _softmax_primal(x: jax.Array, mask: jax.Array | None, axes: Axes) -> jax.Array:
+  return _softmax_fwd(x, mask, axes)[0]
+
+
+def _softmax_fwd(
+  x: jax.Array, mask: jax.Array | None, axes: Axes
+) -> tuple[jax.Array, _SoftmaxResiduals]:
+  z = fill_masked(x.astype(arguments.compute_dtype(x.dtype)), mask, axes)
   top = lax.stop_gradient(jnp.max(z, axis=axes, keepdims=True, initial=-jnp.inf))
-  e = jnp.exp(z - top)
-  return (e / jnp.sum(e, axis=axes, keepdims=True)).astype(x.dtype)
+  e = exp_of_difference(z, top)
+  inverse = 1 / jnp.sum(e, axis=axes, keepdims=True)
+  y = masked((e * inverse).astype(x.dtype), mask, 0)
+  return y, _SoftmaxResiduals(y, inverse.astype(x.dtype), mask)
 
 
-def _softmax_fwd(x: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
-  y = _softmax_primal(x, axes)
-  return y, y
-
-
-# Seed step 5: J_ij = a_i (delta_ij - a_j), so
-#   x_bar_j = sum_i J_ij y_bar_i = a_j (y_bar_j - sum_i a_i y_bar_i).
-def _softmax_bwd(axes: Axes, y: jax.Array, y_bar: jax.Array) -> tuple[jax.Array]:
+# Seed step 5: J_ij = a_i (delta_ij - a_j), so with the cotangent c
+#   x_bar_j = sum_i J_ij c_i = a_j (c_j - sum_i a_i c_i).
+# Where one class t holds nearly all of the probability that sum is nearly c_t, and x_bar is what
+# their difference leaves. J 1 = 0 allows to subtract c_t from the whole cotangent before: then the
+# sum has no large term, and (seed step 6) x_bar_t = -(the others) is formed without a_t - 1.
+def _softmax_bwd(
+  axes: Axes, residuals: _SoftmaxResiduals, y_bar: jax.Array
+) -> tuple[jax.Array, None]:
+  y, peak, mask = residuals
   dtype = arguments.compute_dtype(y.dtype)
-  a, a_bar = y.astype(dtype), y_bar.astype(dtype)
-  return ((a * (a_bar - jnp.sum(a * a_bar, axis=axes, keepdims=True))).astype(y.dtype),)
+  a, c = y.astype(dtype), masked(y_bar, mask, 0).astype(dtype)
+  c = c - _at_dominant(c, a, peak.astype(dtype), axes)
+  x_bar = a * (c - jnp.sum(a * c, axis=axes, keepdims=True))
+  return masked(x_bar, mask, 0).astype(y.dtype), None
 
 
 # J is symmetric (seed step 5), so that J x_dot is the same expression.
-def _softmax_tangent(axes: Axes, y: jax.Array, args_dot: tuple[jax.Array]) -> jax.Array:
-  return _softmax_bwd(axes, y, *args_dot)[0]
+def _softmax_tangent(
+  axes: Axes, residuals: _SoftmaxResiduals, args_dot: tuple[jax.Array, None]
+) -> jax.Array:
+  return _softmax_bwd(axes, residuals, args_dot[0])[0]
 
 
-_softmax_rule = jax.custom_vjp(_softmax_primal, nondiff_argnums=(1,))
+_softmax_rule = jax.custom_vjp(_softmax_primal, nondiff_argnums=(2,))
 _softmax_rule.defvjp(_softmax_fwd, _softmax_bwd)
 _softmax = enable_forward_mode(_softmax_rule, tangent=_softmax_tangent)
 
@@ -60,8 +88,8 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> ja
   Jacobian above. The output is all that is saved for the backward pass.
 
   Args:
-    x: array of any shape and a floating dtype, differentiable; integers are converted to JAX's
-      default float. Sixteen-bit input is computed in float32.
+    x: array of any shape and a floating dtype, differentiable; integers are converted as
+      `jax.nn` converts them. Sixteen-bit input is computed in float32.
     axis: the axis or axes along which the entries sum to one; None stands for all.
     where: optional boolean array that broadcasts to the shape of ``x``. Entries where it is False
       take no part: their result is 0 and so is their derivative, whatever they hold.
@@ -88,37 +116,64 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> ja
 
   Source: seed steps 1 (value) and 5 (derivative).
   """
-  x, axes, mask = _as_input("softmax", "x", x, axis, where)
-  if mask is None:
-    return _softmax(x, axes)
-  return jnp.where(mask, _softmax(fill_masked(x, mask, axes), axes), jnp.zeros((), x.dtype))
+  return _softmax(*_as_input("softmax", "x", x, axis, where))
+
+
+_DOMINANT = 0.9
+
+
+def _at_dominant(c: jax.Array, a: jax.Array, peak: jax.Array, axes: Axes) -> jax.Array:
+  """The entry of ``c`` where ``a`` has its ``peak`` in rows whose peak is above 0.9; 0 in the
+  others.
+
+  The weight below is exactly 1 at the peak and exactly 0 where ``a`` is smaller by 1/2.
+  """
+  dominated = peak > _DOMINANT
+
+  def pick(c, a, peak):
+    weight = lax.stop_gradient(jnp.maximum(1 + 2 * (a - peak), 0))
+    return jnp.sum(weight * c, axis=axes, keepdims=True)
+
+  picked = where_needed(jnp.any(dominated), pick, lambda c, a, peak: peak, c, a, peak)
+  return jnp.where(dominated, picked, 0)
 
 
 # --- log_softmax ----------------------------------------------------------------------------------
 
 
-def _log_softmax_primal(x: jax.Array, axes: Axes) -> jax.Array:
-  z = x.astype(arguments.compute_dtype(x.dtype))
-  shift, rest = normalizer(z, axes)
+class _LogSoftmaxResiduals(NamedTuple):
+  y: jax.Array
+  mask: jax.Array | None
+
+
+def _log_softmax_primal(x: jax.Array, mask: jax.Array | None, axes: Axes) -> jax.Array:
+  return _log_softmax_fwd(x, mask, axes)[0]
+
+
+def _log_softmax_fwd(
+  x: jax.Array, mask: jax.Array | None, axes: Axes
+) -> tuple[jax.Array, _LogSoftmaxResiduals]:
+  z = fill_masked(x.astype(arguments.compute_dtype(x.dtype)), mask, axes)
+  s = normalizer(z, axes)
   # Both terms are at most 0, so that nothing cancels. A row with +inf is NaN, as in the softmax.
-  log_sum = jnp.where(rest == jnp.inf, jnp.nan, jnp.log1p(rest))
-  return ((z - shift) - log_sum).astype(x.dtype)
-
-
-def _log_softmax_fwd(x: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
-  y = _log_softmax_primal(x, axes)
-  return y, y
+  log_sum = jnp.where(s.rest == jnp.inf, jnp.nan, s.log_sum())
+  y = masked(((z - s.shift) - log_sum).astype(x.dtype), mask, -jnp.inf)
+  return y, _LogSoftmaxResiduals(y, mask)
 
 
 # y_i = log a_i, and with seed step 5: dy_i/dx_j = (1 / a_i) a_i (delta_ij - a_j) = delta_ij - a_j,
 # so   x_bar_j = y_bar_j - a_j sum_i y_bar_i,   a_j = exp(y_j).
-def _log_softmax_bwd(axes: Axes, y: jax.Array, y_bar: jax.Array) -> tuple[jax.Array]:
+def _log_softmax_bwd(
+  axes: Axes, residuals: _LogSoftmaxResiduals, y_bar: jax.Array
+) -> tuple[jax.Array, None]:
+  y, mask = residuals
   dtype = arguments.compute_dtype(y.dtype)
-  a, log_a_bar = jnp.exp(y.astype(dtype)), y_bar.astype(dtype)
-  return ((log_a_bar - a * jnp.sum(log_a_bar, axis=axes, keepdims=True)).astype(y.dtype),)
+  a, log_a_bar = jnp.exp(y.astype(dtype)), masked(y_bar, mask, 0).astype(dtype)
+  x_bar = log_a_bar - a * jnp.sum(log_a_bar, axis=axes, keepdims=True)
+  return x_bar.astype(y.dtype), None
 
 
-_log_softmax_rule = jax.custom_vjp(_log_softmax_primal, nondiff_argnums=(1,))
+_log_softmax_rule = jax.custom_vjp(_log_softmax_primal, nondiff_argnums=(2,))
 _log_softmax_rule.defvjp(_log_softmax_fwd, _log_softmax_bwd)
 _log_softmax = enable_forward_mode(_log_softmax_rule)
 
@@ -134,8 +189,8 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -
   the backward pass.
 
   Args:
-    x: array of any shape and a floating dtype, differentiable; integers are converted to JAX's
-      default float. Sixteen-bit input is computed in float32.
+    x: array of any shape and a floating dtype, differentiable; integers are converted as
+      `jax.nn` converts them. Sixteen-bit input is computed in float32.
     axis: the axis or axes along which the probabilities sum to one; None stands for all.
     where: optional boolean array that broadcasts to the shape of ``x``. Entries where it is False
       take no part: their result is -inf and their derivative 0, whatever they hold.
@@ -159,11 +214,7 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -
   Source: seed steps 1 and 5; Blanchard, Higham and Higham, "Accurately computing the log-sum-exp
   and softmax functions", IMA Journal of Numerical Analysis (2021).
   """
-  x, axes, mask = _as_input("log_softmax", "x", x, axis, where)
-  if mask is None:
-    return _log_softmax(x, axes)
-  y = _log_softmax(fill_masked(x, mask, axes), axes)
-  return jnp.where(mask, y, jnp.full((), -jnp.inf, x.dtype))
+  return _log_softmax(*_as_input("log_softmax", "x", x, axis, where))
 
 
 # --- logsumexp ------------------------------------------------------------------------------------
@@ -171,18 +222,19 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -
 
 class _LogSumExpResiduals(NamedTuple):
   a: jax.Array
-  shift: jax.Array
-  rest: jax.Array
+  mask: jax.Array | None
+  normalizer: Normalizer
 
 
-def _logsumexp_primal(a: jax.Array, axes: Axes) -> jax.Array:
-  return _logsumexp_fwd(a, axes)[0]
+def _logsumexp_primal(a: jax.Array, mask: jax.Array | None, axes: Axes) -> jax.Array:
+  return _logsumexp_fwd(a, mask, axes)[0]
 
 
-def _logsumexp_fwd(a: jax.Array, axes: Axes) -> tuple[jax.Array, _LogSumExpResiduals]:
-  s = normalizer(a.astype(arguments.compute_dtype(a.dtype)), axes)
-  lse = (s.shift + s.log_sum()).astype(a.dtype)
-  return lse, _LogSumExpResiduals(a, s.shift, s.rest)
+def _logsumexp_fwd(
+  a: jax.Array, mask: jax.Array | None, axes: Axes
+) -> tuple[jax.Array, _LogSumExpResiduals]:
+  s = normalizer(masked(a.astype(arguments.compute_dtype(a.dtype)), mask, -jnp.inf), axes)
+  return (s.shift + s.log_sum()).astype(a.dtype), _LogSumExpResiduals(a, mask, s)
 
 
 # lse = shift + log S, so d lse/da_j = (1 / S) exp(a_j - shift): the softmax (seed step 1), and
@@ -190,59 +242,81 @@ def _logsumexp_fwd(a: jax.Array, axes: Axes) -> tuple[jax.Array, _LogSumExpResid
 # In a row of -inf alone S = 0; every entry has probability 0 there and the derivative 0.
 def _logsumexp_bwd(
   axes: Axes, residuals: _LogSumExpResiduals, lse_bar: jax.Array
-) -> tuple[jax.Array]:
-  a, shift, rest = residuals
-  total = jnp.where(rest == -1, 1, 1 + rest)
-  scale = lse_bar.astype(shift.dtype) / total
-  return ((jnp.exp(a.astype(shift.dtype) - shift) * scale).astype(a.dtype),)
+) -> tuple[jax.Array, None]:
+  a, mask, s = residuals
+  z = masked(a.astype(s.shift.dtype), mask, -jnp.inf)
+  scale = lse_bar.astype(z.dtype) / jnp.where(s.rest == -1, 1, 1 + s.rest)
+  a_bar = exp_of_difference(z, s.shift) * scale
+  return masked(a_bar, mask, 0).astype(a.dtype), None
 
 
-_logsumexp_rule = jax.custom_vjp(_logsumexp_primal, nondiff_argnums=(1,))
+_logsumexp_rule = jax.custom_vjp(_logsumexp_primal, nondiff_argnums=(2,))
 _logsumexp_rule.defvjp(_logsumexp_fwd, _logsumexp_bwd)
 _logsumexp = enable_forward_mode(_logsumexp_rule)
+
+
+class _Signed(NamedTuple):
+  log: jax.Array
+  sign: jax.Array
 
 
 class _ScaledResiduals(NamedTuple):
   a: jax.Array
   b: jax.Array
+  mask: jax.Array | None
   shift: jax.Array
   total: jax.Array
 
 
-def _scaled_logsumexp_primal(a: jax.Array, b: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
-  return _scaled_logsumexp_fwd(a, b, axes)[0]
+def _scaled_logsumexp_primal(
+  a: jax.Array, b: jax.Array, mask: jax.Array | None, axes: Axes
+) -> _Signed:
+  return _scaled_logsumexp_fwd(a, b, mask, axes)[0]
 
 
 def _scaled_logsumexp_fwd(
-  a: jax.Array, b: jax.Array, axes: Axes
-) -> tuple[tuple[jax.Array, jax.Array], _ScaledResiduals]:
-  dtype = arguments.compute_dtype(a.dtype)
-  # A coefficient of 0 removes its entry, also where that is infinite or NaN.
-  z = jnp.where(b != 0, a.astype(dtype), -jnp.inf)
+  a: jax.Array, b: jax.Array, mask: jax.Array | None, axes: Axes
+) -> tuple[_Signed, _ScaledResiduals]:
+  z, w = _entries_that_count(a, b, mask)
   top = lax.stop_gradient(jnp.max(z, axis=axes, keepdims=True, initial=-jnp.inf))
   shift = jnp.where(jnp.isfinite(top), top, jnp.zeros_like(top))
-  total = jnp.sum(b.astype(dtype) * jnp.exp(z - shift), axis=axes, keepdims=True)
-  out = (shift + jnp.log(jnp.abs(total))).astype(a.dtype)
-  return (out, jnp.sign(total).astype(a.dtype)), _ScaledResiduals(a, b, shift, total)
+  total = jnp.sum(w * jnp.exp(z - shift), axis=axes, keepdims=True)
+  out = _Signed((shift + jnp.log(jnp.abs(total))).astype(a.dtype), jnp.sign(total).astype(a.dtype))
+  # A sum over nothing has no derivative, which is what dividing by infinity makes of it below.
+  total = jnp.where(top == -jnp.inf, jnp.inf, total)
+  return out, _ScaledResiduals(a, b, mask, shift, total)
 
 
-# out = shift + log|T| with T = sum_k b_k e_k, and the sign of T is piecewise constant, so
-#   a_bar_j = out_bar b_j e_j / T,   b_bar_j = out_bar e_j / T.
-# T = 0 because no entry counts (all -inf or b = 0) leaves derivatives of 0.
-def _scaled_logsumexp_bwd(
-  axes: Axes, residuals: _ScaledResiduals, bars: tuple[jax.Array, jax.Array]
+def _entries_that_count(
+  a: jax.Array, b: jax.Array, mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-  a, b, shift, total = residuals
-  dtype = shift.dtype
-  z = a.astype(dtype)
-  scale = bars[0].astype(dtype) / total
-  b_bar = jnp.exp(z - shift) * scale
-  a_bar = jnp.where((b == 0) | (z == -jnp.inf), 0, b.astype(dtype) * b_bar)
-  b_bar = jnp.where(z == -jnp.inf, 0, b_bar)
-  return a_bar.astype(a.dtype), unbroadcast(b_bar, b.shape).astype(b.dtype)
+  """The entries and their coefficients; -inf and 0 where masked or where the coefficient is 0."""
+  dtype = arguments.compute_dtype(a.dtype)
+  w = masked(jnp.broadcast_to(b, a.shape).astype(dtype), mask, 0)
+  return jnp.where(w != 0, a.astype(dtype), -jnp.inf), w
 
 
-_scaled_logsumexp_rule = jax.custom_vjp(_scaled_logsumexp_primal, nondiff_argnums=(2,))
+# log = shift + log|T| with T = sum_k b_k e_k, and the sign of T is piecewise constant, so
+#   a_bar_j = log_bar b_j e_j / T,   b_bar_j = log_bar e_j / T.
+# The second is also right where b_j = 0, unless a_j is infinite or NaN there: that is left out.
+def _scaled_logsumexp_bwd(
+  axes: Axes, residuals: _ScaledResiduals, bars: _Signed
+) -> tuple[jax.Array, jax.Array, None]:
+  a, b, mask, shift, total = residuals
+  z, w = _entries_that_count(a, b, mask)
+  scale = bars.log.astype(z.dtype) / total
+  a_bar = w * jnp.exp(z - shift) * scale
+  all_z = masked(a.astype(z.dtype), mask, -jnp.inf)
+  all_z = jnp.where((w == 0) & ~jnp.isfinite(all_z), -jnp.inf, all_z)
+  b_bar = jnp.exp(all_z - shift) * scale
+  return (
+    masked(a_bar, mask, 0).astype(a.dtype),
+    unbroadcast(masked(b_bar, mask, 0), b.shape).astype(b.dtype),
+    None,
+  )
+
+
+_scaled_logsumexp_rule = jax.custom_vjp(_scaled_logsumexp_primal, nondiff_argnums=(3,))
 _scaled_logsumexp_rule.defvjp(_scaled_logsumexp_fwd, _scaled_logsumexp_bwd)
 _scaled_logsumexp = enable_forward_mode(_scaled_logsumexp_rule)
 
@@ -300,8 +374,8 @@ def logsumexp(
   the backward pass.
 
   Args:
-    a: array of any shape and a floating dtype, differentiable; integers are converted to JAX's
-      default float. Sixteen-bit input is computed in float32.
+    a: array of any shape and a floating dtype, differentiable; integers are converted as
+      `jax.nn` converts them. Sixteen-bit input is computed in float32.
     axis: the axis or axes to sum over; None (the default) stands for all.
     b: optional coefficients of the exponentials, differentiable; ``a`` and ``b`` broadcast against
       each other. An entry whose coefficient is 0 takes no part, whatever it holds.
@@ -335,20 +409,16 @@ def logsumexp(
   """
   name = "logsumexp"
   if b is not None:
-    a, b = arguments.as_real(name, "a", a), arguments.as_real(name, "b", b)
-    dtype = jnp.promote_types(a.dtype, b.dtype)
-    shape = arguments.common_shape(name, "a", a.shape, "b", b.shape)
-    a = jnp.broadcast_to(a.astype(dtype), shape)
-    b = b.astype(dtype).reshape((1,) * (a.ndim - b.ndim) + b.shape)
-  a, axes, mask = _as_input(name, "a", a, axis, where)
-  if mask is not None:
-    a = jnp.where(mask, a, jnp.full((), -jnp.inf, a.dtype))
+    a, b = arguments.promoted(name, "a", a, "b", b)
+    a = jnp.broadcast_to(a, arguments.common_shape(name, "a", a.shape, "b", b.shape))
+    b = b.reshape((1,) * (a.ndim - b.ndim) + b.shape)
+  a, mask, axes = _as_input(name, "a", a, axis, where)
   if b is None:
-    out = _logsumexp(a, axes)
+    out = _logsumexp(a, mask, axes)
     sign = jnp.where(jnp.isnan(out), out, jnp.where(out == -jnp.inf, 0, 1).astype(out.dtype))
     sign = lax.stop_gradient(sign)
   else:
-    out, sign = _scaled_logsumexp(a, b, axes)
+    out, sign = _scaled_logsumexp(a, b, mask, axes)
   if not keepdims:
     out, sign = jnp.squeeze(out, axes), jnp.squeeze(sign, axes)
   if return_sign:
@@ -361,8 +431,8 @@ def logsumexp(
 
 def _as_input(
   function: str, name: str, value: Any, axis: Axis, where: Any
-) -> tuple[jax.Array, Axes, jax.Array | None]:
+) -> tuple[jax.Array, jax.Array | None, Axes]:
   x = arguments.as_real(function, name, value)
   axes = arguments.as_axes(function, name, axis, x.shape)
   mask = None if where is None else arguments.as_mask(function, where, name, x.shape)
-  return x, axes, mask
+  return x, mask, axes

@@ -1,0 +1,341 @@
+"""Cross-entropy with one class index per row."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple, overload
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from softmax_jax import _arguments as arguments
+from softmax_jax._arguments import Axis
+from softmax_jax._cross_entropy import options
+from softmax_jax._cross_entropy.options import CrossEntropyAux, Reduction
+from softmax_jax._cross_entropy.rows import (
+  PerRow,
+  class_count,
+  cost_of,
+  inverse_sum,
+  minus_log_softmax,
+  uniform_label,
+)
+from softmax_jax._forward_mode import enable_forward_mode
+from softmax_jax._normalizer import (
+  Axes,
+  Normalizer,
+  exp_of_difference,
+  masked,
+  normalizer,
+  unbroadcast,
+)
+
+# What stands in place of the class index in a row whose label is out of range, and in a row that
+# does not count.
+_INVALID, _IGNORED = -1, -2
+
+
+class _Static(NamedTuple):
+  axis: int
+  ignores: bool  # whether there may be rows that do not count
+
+
+class _Residuals(NamedTuple):
+  logits: jax.Array
+  index: jax.Array
+  mask: jax.Array | None
+  weights: jax.Array | None
+  normalizer: Normalizer
+
+
+def _at_label(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+  """The entries of ``x`` at the labels, ``axis`` kept; any entry where there is no label."""
+  return jnp.take_along_axis(x, jnp.maximum(index, 0), axis=axis)
+
+
+def _by_row(index: jax.Array, valid: jax.Array) -> jax.Array:
+  """``valid`` in rows with a label, NaN where that is invalid, 0 in rows that do not count."""
+  return jnp.where(index >= 0, valid, jnp.where(index == _INVALID, jnp.nan, 0))
+
+
+def _primal(
+  logits: jax.Array,
+  index: jax.Array,
+  mask: jax.Array | None,
+  weights: jax.Array | None,
+  static: _Static,
+) -> PerRow:
+  return _fwd(logits, index, mask, weights, static)[0]
+
+
+def _fwd(
+  logits: jax.Array,
+  index: jax.Array,
+  mask: jax.Array | None,
+  weights: jax.Array | None,
+  static: _Static,
+) -> tuple[PerRow, _Residuals]:
+  axis = static.axis
+  z = masked(logits.astype(arguments.compute_dtype(logits.dtype)), mask, -jnp.inf)
+  s = normalizer(z, (axis,))
+  nll = minus_log_softmax(_at_label(z, index, axis), s)
+  lse = s.shift + s.log_sum()
+  uniform = None
+  if weights is not None:
+    u = uniform_label(weights, mask, z, (axis,))
+    terms = u * cost_of(u, minus_log_softmax(z, s))
+    uniform = _by_row(index, jnp.sum(terms, axis=axis, keepdims=True))
+  outputs = PerRow(_by_row(index, nll), jnp.where(index == _IGNORED, 0, lse), uniform)
+  return outputs, _Residuals(logits, index, mask, weights, s)
+
+
+# Seed step 6: nll = -log a_t, d nll/dz_j = a_j - delta_tj. Seed step 1: d lse/dz_j = a_j. And with
+# the uniform label u: uniform = -sum_k u_k log a_k, d uniform/dz_j = a_j sum_k u_k - u_j. Together,
+# with g = lse_bar + uniform_bar sum_k u_k,
+#   z_bar_j = a_j (g + nll_bar) - u_j uniform_bar                 for j != t,
+#   z_bar_t = a_t g - (1 - a_t) nll_bar - u_t uniform_bar,
+# and d uniform/du_j = -log a_j.
+def _bwd(
+  static: _Static, residuals: _Residuals, bars: PerRow
+) -> tuple[jax.Array, None, None, jax.Array | None]:
+  axis = static.axis
+  logits, index, mask, weights, s = residuals
+  z = masked(logits.astype(s.shift.dtype), mask, -jnp.inf)
+  inverse = inverse_sum(s)
+  nll_bar = _by_row(index, bars.nll)
+  g = jnp.where(index == _IGNORED, 0, bars.lse)
+  weights_bar = None
+  if weights is not None:
+    uniform_bar = _by_row(index, bars.uniform)
+    u = uniform_label(weights, mask, z, (axis,))
+    g = g + uniform_bar * jnp.sum(u, axis=axis, keepdims=True)
+    u_bar = masked(cost_of(u, minus_log_softmax(z, s)) * uniform_bar, mask, 0)
+    weights_bar = unbroadcast(u_bar / class_count(mask, z.shape, (axis,)), weights.shape)
+  e_t = exp_of_difference(_at_label(z, index, axis), s.shift)
+  at_label = (e_t * g - ((1 - e_t) + s.rest) * nll_bar) * inverse
+  classes = jax.lax.broadcasted_iota(index.dtype, z.shape, axis)
+  z_bar = jnp.where(
+    classes == index, at_label, exp_of_difference(z, s.shift) * ((g + nll_bar) * inverse)
+  )
+  if weights is not None:
+    z_bar = z_bar - u * uniform_bar
+  # What does not count may hold anything, and has derivative 0 nevertheless.
+  if static.ignores:
+    z_bar = masked(z_bar, index != _IGNORED, 0)
+  return masked(z_bar, mask, 0).astype(logits.dtype), None, None, weights_bar
+
+
+# The same derivative along z_dot and weights_dot, in the form that keeps its digits near a_t = 1:
+#   nll_dot = sum_j a_j z_dot_j - z_dot_t = sum_j a_j (z_dot_j - z_dot_t),
+#   lse_dot = nll_dot + z_dot_t,
+#   uniform_dot = lse_dot sum_k u_k - sum_k u_k z_dot_k - sum_k u_dot_k log a_k.
+def _tangent(static: _Static, residuals: _Residuals, args_dot: tuple[Any, ...]) -> PerRow:
+  axis = static.axis
+  logits, index, mask, weights, s = residuals
+  logits_dot, _, _, weights_dot = args_dot
+  dtype = s.shift.dtype
+  z = masked(logits.astype(dtype), mask, -jnp.inf)
+  nll_dot = lse_dot = uniform_dot = None
+  if logits_dot is not None:
+    z_dot = masked(logits_dot.astype(dtype), mask, 0)
+    z_dot_t = _at_label(z_dot, index, axis)
+    a = exp_of_difference(z, s.shift) * inverse_sum(s)
+    nll_dot = jnp.sum(a * (z_dot - z_dot_t), axis=axis, keepdims=True)
+    lse_dot = nll_dot + z_dot_t
+  if weights is not None:
+    u = uniform_label(weights, mask, z, (axis,))
+    uniform_dot = jnp.zeros_like(s.shift)
+    if logits_dot is not None:
+      uniform_dot += lse_dot * jnp.sum(u, axis=axis, keepdims=True)
+      uniform_dot -= jnp.sum(u * z_dot, axis=axis, keepdims=True)
+    if weights_dot is not None:
+      u_dot = uniform_label(weights_dot, mask, z, (axis,))
+      cost = cost_of(u, minus_log_softmax(z, s))
+      uniform_dot += jnp.sum(u_dot * cost, axis=axis, keepdims=True)
+    uniform_dot = _by_row(index, uniform_dot)
+  if logits_dot is not None:
+    nll_dot, lse_dot = _by_row(index, nll_dot), _by_row(index, lse_dot)
+  return PerRow(nll_dot, lse_dot, uniform_dot)
+
+
+_rule = jax.custom_vjp(_primal, nondiff_argnums=(4,))
+_rule.defvjp(_fwd, _bwd)
+_integer_cross_entropy = enable_forward_mode(_rule, tangent=_tangent)
+
+
+@overload
+def softmax_cross_entropy_with_integer_labels(
+  logits: ArrayLike,
+  labels: ArrayLike,
+  axis: Axis = -1,
+  where: ArrayLike | None = None,
+  *,
+  label_smoothing: ArrayLike = 0.0,
+  z_loss: ArrayLike = 0.0,
+  class_weights: ArrayLike | None = None,
+  ignore_index: ArrayLike | None = None,
+  reduction: Reduction = "none",
+  return_aux: Literal[False] = False,
+) -> jax.Array: ...
+
+
+@overload
+def softmax_cross_entropy_with_integer_labels(
+  logits: ArrayLike,
+  labels: ArrayLike,
+  axis: Axis = -1,
+  where: ArrayLike | None = None,
+  *,
+  label_smoothing: ArrayLike = 0.0,
+  z_loss: ArrayLike = 0.0,
+  class_weights: ArrayLike | None = None,
+  ignore_index: ArrayLike | None = None,
+  reduction: Reduction = "none",
+  return_aux: Literal[True],
+) -> tuple[jax.Array, CrossEntropyAux]: ...
+
+
+def softmax_cross_entropy_with_integer_labels(
+  logits: ArrayLike,
+  labels: ArrayLike,
+  axis: Axis = -1,
+  where: ArrayLike | None = None,
+  *,
+  label_smoothing: ArrayLike = 0.0,
+  z_loss: ArrayLike = 0.0,
+  class_weights: ArrayLike | None = None,
+  ignore_index: ArrayLike | None = None,
+  reduction: Reduction = "none",
+  return_aux: bool = False,
+) -> jax.Array | tuple[jax.Array, CrossEntropyAux]:
+  r"""Cross-entropy between the softmax of logits and one correct class per row.
+
+  .. math:: L = -\log a_t = \log \sum_k e^{z_k} - z_t, \qquad
+    \frac{\partial L}{\partial z_j} = a_j - \delta_{tj}
+
+  A drop-in replacement for the function of this name in `optax.losses`, differentiable in both
+  modes. Unlike there, loss and gradient keep all digits where the correct class has probability
+  close to 1. No one-hot array is built, and only the inputs and two numbers per row are saved for
+  the backward pass, whatever the options. With all options, the loss of a row is
+
+  .. math:: L = (1 - \alpha)\, w_t\, (-\log a_t) + \frac{\alpha}{K} \sum_k w_k\, (-\log a_k)
+    + \lambda \Bigl(\log \sum_k e^{z_k}\Bigr)^2
+
+  Args:
+    logits: array ``[*B, V]`` of a floating dtype, differentiable. Sixteen-bit logits are computed
+      in float32.
+    labels: integers ``[*B]`` in ``[0, V)`` of any integer dtype; not differentiable. Their axes may
+      broadcast against those of the logits. A label out of range gives a loss and a gradient of NaN
+      in its own row.
+    axis: the axis of the classes. With a tuple (or None, for all axes) a label is a flat index into
+      those axes of the logits, in the order given.
+    where: optional booleans, either of the rank of the logits, to which they broadcast, or one per
+      row. Classes where it is False have probability 0 and derivative 0, whatever their logits
+      hold; a row without any class does not count: its loss is 0.
+    label_smoothing: the share alpha of the label that is spread evenly over the K unmasked classes;
+      a scalar in [0, 1], differentiable.
+    z_loss: the coefficient lambda of the squared log-normalizer, which keeps that near 0; a scalar,
+      differentiable.
+    class_weights: optional weights w ``[V]`` of the classes (of the shape of the class axes, where
+      ``axis`` is a tuple), differentiable.
+    ignore_index: optional integer; rows with this label do not count: their loss is 0 and so is
+      their gradient, whatever their logits hold.
+    reduction: "none" for one loss per row, "sum", or "mean": the sum divided by the sum of the
+      weights ``w_t`` of the rows that count (by their number without class weights), or 0 where
+      that is 0.
+    return_aux: whether to return a `CrossEntropyAux` with the log-normalizer, the part that the
+      z-loss adds and the sum of the weights too. They are differentiable like the loss.
+
+  Returns:
+    Losses ``[*B]``, or one number if reduced, in float32 (float64 for float64 logits). The loss is
+    +inf, with derivative -1 at the label, where the logit at the label is -inf or masked (0 at a
+    masked entry). Rows that contain NaN, +inf at the label, or -inf alone give NaN. Without classes
+    the loss is 0. What has weight 0 adds nothing, even where it is infinite.
+
+  Raises:
+    TypeError: if the logits are not of a floating dtype, the labels or ``ignore_index`` not of an
+      integer dtype, ``where`` is not boolean, a coefficient not a real scalar, or ``axis`` not a
+      static int, tuple of ints or None.
+    ValueError: if ``axis`` is out of range or repeats an axis, the shapes do not fit, ``reduction``
+      is unknown, or ``label_smoothing`` is known while tracing and outside [0, 1].
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from softmax_jax import softmax_cross_entropy_with_integer_labels as cross_entropy
+    >>> logits, labels = jnp.array([[2.0, 0.0], [20.0, 0.0]]), jnp.array([1, 0])
+    >>> print(cross_entropy(logits, labels))
+    [2.1269281e+00 2.0611537e-09]
+    >>> print(jax.grad(lambda z: cross_entropy(z, labels).sum())(logits))
+    [[ 8.8079703e-01 -8.8079703e-01]
+     [-2.0611537e-09  2.0611537e-09]]
+    >>> loss, aux = cross_entropy(
+    ...   logits, labels, label_smoothing=0.1, z_loss=1e-4, reduction="mean", return_aux=True
+    ... )
+    >>> print(f"{loss:.4f}, of which {aux.z_loss:.4f} z-loss")
+    1.5338, of which 0.0202 z-loss
+
+  Source: seed step 6; Blanchard, Higham and Higham, "Accurately computing the log-sum-exp and
+  softmax functions", IMA Journal of Numerical Analysis (2021), for the sum without the largest
+  class; Szegedy et al. (2016) for label smoothing; t5x for the z-loss.
+  """
+  name = "softmax_cross_entropy_with_integer_labels"
+  logits = arguments.as_logits(name, "logits", logits)
+  dtype = arguments.compute_dtype(logits.dtype)
+  labels = arguments.as_class_indices(name, labels)
+  axes = arguments.as_axes(name, "logits", axis, logits.shape)
+  chosen = options.checked(name, dtype, label_smoothing, z_loss, reduction)
+  weights = None
+  if class_weights is not None:
+    class_shape = tuple(logits.shape[a] for a in axes)
+    weights = arguments.as_class_weights(name, class_weights, class_shape).astype(dtype).ravel()
+  mask = None
+  if where is not None:
+    mask = arguments.as_mask(name, where, "logits", logits.shape, row_axes=axes)
+  if len(axes) != 1:
+    if mask is not None:
+      mask = _merge_axes(jnp.broadcast_to(mask, logits.shape), axes)
+    logits = _merge_axes(logits, axes)
+    axes = (logits.ndim - 1,)
+
+  (class_axis,) = axes
+  num_classes = logits.shape[class_axis]
+  rows = logits.shape[:class_axis] + logits.shape[class_axis + 1 :]
+  rows = arguments.rows_of_labels(name, labels.shape, rows, logits.shape)
+  index = jnp.where((labels >= 0) & (labels < num_classes), labels, _INVALID)
+  if ignore_index is not None:
+    ignored = labels == arguments.as_ignore_index(name, ignore_index, labels.dtype)
+    index = jnp.where(ignored, _IGNORED, index)
+  index = jnp.expand_dims(jnp.broadcast_to(index, rows).astype(jnp.int32), class_axis)
+  if mask is not None:
+    index = jnp.where(jnp.any(mask, axis=axes, keepdims=True), index, _IGNORED)
+    if mask.shape[class_axis] < num_classes:  # one value per row: the index says it all
+      mask = None
+
+  if num_classes == 0:
+    per_row = PerRow(*[jnp.zeros(index.shape, dtype)] * 3)
+    row_weights = per_row.nll
+  else:
+    logits = jnp.broadcast_to(logits, (*rows[:class_axis], num_classes, *rows[class_axis:]))
+    spread = None
+    if chosen.label_smoothing is not None:
+      spread = jnp.ones(num_classes, dtype) if weights is None else weights
+      spread = jnp.expand_dims(spread, [a for a in range(logits.ndim) if a != class_axis])
+    static = _Static(class_axis, ignores=ignore_index is not None or where is not None)
+    per_row = _integer_cross_entropy(logits, index, mask, spread, static)
+    row_weights = jnp.ones(index.shape, dtype)
+    if weights is not None:
+      row_weights = weights[jnp.maximum(index, 0)]
+      per_row = per_row._replace(nll=options.times(row_weights, per_row.nll))
+    row_weights = jnp.where(index == _IGNORED, 0, row_weights)
+
+  squeezed = jax.tree.map(lambda x: jnp.squeeze(x, class_axis), (per_row, row_weights))
+  loss, aux = options.combine(chosen, *squeezed)
+  return (loss, aux) if return_aux else loss
+
+
+def _merge_axes(x: jax.Array, axes: Axes) -> jax.Array:
+  """``x`` with ``axes``, in that order, made one axis and put last."""
+  x = jnp.moveaxis(x, axes, range(x.ndim - len(axes), x.ndim))
+  rows = x.shape[: x.ndim - len(axes)]
+  return x.reshape(*rows, math.prod(x.shape[len(rows) :]))

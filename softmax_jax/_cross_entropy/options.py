@@ -1,0 +1,85 @@
+"""The options of the losses: plain JAX on arrays of one number per row."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from softmax_jax import _arguments as arguments
+from softmax_jax._cross_entropy.rows import PerRow
+
+Reduction = Literal["none", "sum", "mean"]
+
+
+class CrossEntropyAux(NamedTuple):
+  """What a loss returns beside its value with ``return_aux=True``; as differentiable as the value.
+
+  A row that does not count (ignored, or masked altogether) has 0 in every entry.
+
+  Attributes:
+    nll: the loss of each row before smoothing and z-loss.
+    lse: the log-normalizer of each row, ``log sum_k exp(z_k)``.
+    z_loss: the part of the loss that the z-loss adds, reduced like the loss.
+    weight: what the mean divides by, the sum of the weights of the rows that count.
+  """
+
+  nll: jax.Array
+  lse: jax.Array
+  z_loss: jax.Array
+  weight: jax.Array
+
+
+class Options(NamedTuple):
+  """The checked options of a loss; a coefficient that is statically 0 is None."""
+
+  label_smoothing: jax.Array | None
+  z_loss: jax.Array | None
+  reduction: Reduction
+
+
+def checked(
+  function: str, dtype: np.dtype, label_smoothing: Any, z_loss: Any, reduction: Any
+) -> Options:
+  """The options of ``function``, with coefficients of ``dtype``."""
+  if reduction not in ("none", "sum", "mean"):
+    raise ValueError(
+      f'{function} expected reduction to be "none", "sum" or "mean", got {reduction!r}.'
+    )
+  smoothing = arguments.as_coefficient(function, "label_smoothing", label_smoothing, dtype)
+  if arguments.is_concrete(smoothing) and not 0 <= float(smoothing) <= 1:
+    raise ValueError(f"{function} expected label_smoothing in [0, 1], got {float(smoothing):g}.")
+  penalty = arguments.as_coefficient(function, "z_loss", z_loss, dtype)
+  return Options(_unless_zero(label_smoothing, smoothing), _unless_zero(z_loss, penalty), reduction)
+
+
+def _unless_zero(given: Any, coefficient: jax.Array) -> jax.Array | None:
+  # A JAX array may be an argument to differentiate by, also where its value is 0.
+  return None if not isinstance(given, jax.Array) and given == 0 else coefficient
+
+
+def combine(options: Options, rows: PerRow, weight: jax.Array) -> tuple[jax.Array, CrossEntropyAux]:
+  """The loss and its aux, from the numbers per row and the weights of the rows."""
+  loss = rows.nll
+  if options.label_smoothing is not None:
+    loss = times(1 - options.label_smoothing, loss) + times(options.label_smoothing, rows.uniform)
+  z_loss = jnp.zeros_like(loss)
+  if options.z_loss is not None:
+    z_loss = options.z_loss * rows.lse**2
+    loss = loss + z_loss
+  total_weight = jnp.sum(weight)
+  reduce = {"none": lambda x: x, "sum": jnp.sum, "mean": lambda x: _mean(x, total_weight)}
+  loss, z_loss = (reduce[options.reduction](x) for x in (loss, z_loss))
+  return loss, CrossEntropyAux(rows.nll, rows.lse, z_loss, total_weight)
+
+
+def times(coefficient: jax.Array, x: jax.Array) -> jax.Array:
+  """``coefficient * x`` with 0 * inf = 0: what has no weight adds nothing."""
+  return coefficient * jnp.where((coefficient == 0) & jnp.isinf(x), jnp.zeros_like(x), x)
+
+
+def _mean(x: jax.Array, weight: jax.Array) -> jax.Array:
+  none = weight == 0
+  return jnp.where(none, 0, jnp.sum(x) / jnp.where(none, 1, weight))

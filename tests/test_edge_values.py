@@ -1,0 +1,380 @@
+"""Infinities, NaN, masks and labels out of range: what section 5 of the design says of each.
+
+Every test looks at the value and at the derivative in both modes. Where a batch holds a special
+row, its other rows must not notice.
+"""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from oracle import random, relative_error
+
+from softmax_jax import (
+  log_softmax,
+  logsumexp,
+  softmax,
+  softmax_cross_entropy,
+  softmax_cross_entropy_with_integer_labels,
+)
+
+INF, NAN = np.inf, np.nan
+SOFT, INTEGER = "softmax_cross_entropy", "softmax_cross_entropy_with_integer_labels"
+WEIGHTS = np.float32([0.25, 1.5, 0, 0])  # the soft labels; 1 is the integer label
+
+
+def labels_for(name, shape):
+  """The labels that the functions below use, or None."""
+  if name == SOFT:
+    return WEIGHTS[: shape[-1]]
+  return np.full(shape[:-1], min(1, shape[-1] - 1), np.int32) if name == INTEGER else None
+
+
+FUNCTIONS = {  # of x and a mask, over the last axis
+  "softmax": lambda x, where=None: softmax(x, -1, where),
+  "log_softmax": lambda x, where=None: log_softmax(x, -1, where),
+  "logsumexp": lambda x, where=None: logsumexp(x, -1, where=where),
+  SOFT: lambda x, where=None: softmax_cross_entropy(x, labels_for(SOFT, x.shape), -1, where),
+  INTEGER: lambda x, where=None: softmax_cross_entropy_with_integer_labels(
+    x, labels_for(INTEGER, x.shape), -1, where
+  ),
+}
+every_function = pytest.mark.parametrize("name", FUNCTIONS)
+every_loss = pytest.mark.parametrize("name", [SOFT, INTEGER])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def both_modes(f, *args):
+  """The value of f and its Jacobian by the first argument, in reverse and in forward mode."""
+  return f(*args), jax.jacrev(f)(*args), jax.jacfwd(f)(*args)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def second_derivatives(f, *args):
+  return jax.jacfwd(jax.jacrev(f))(*args), jax.jacrev(jax.jacfwd(f))(*args)
+
+
+def by_oracle(name, x, where=None):
+  """The value of FUNCTIONS[name] for one row x and its Jacobian."""
+  x = np.asarray(x)
+  y, jvp, _ = oracle.linearize(name, x, labels_for(name, x.shape), where=where)
+  return y, np.stack([jvp(e) for e in np.eye(len(x))], axis=-1)
+
+
+def assert_same(actual, expected, tolerance=1e-6):
+  """Zeros, infinities and NaN exactly, the rest to `tolerance`."""
+  actual, expected = np.asarray(actual), np.asarray(expected)
+  assert relative_error(actual, expected) <= tolerance, f"{actual} is not {expected}"
+  np.testing.assert_array_equal(actual[expected == 0], 0)
+
+
+def check(f, args, value, jacobian, tolerance=1e-6):
+  y, *jacobians = both_modes(f, *args)
+  assert_same(y, value, tolerance)
+  for actual in jacobians:
+    assert_same(actual, jacobian, tolerance)
+
+
+def row(*entries, dtype=np.float32):
+  return np.array(entries, dtype)
+
+
+# -inf.
+
+
+@every_function
+@pytest.mark.parametrize(
+  "x",
+  [row(1, 2, -INF, 0.5), row(0, 30, -INF, -INF), row(0, -30, -INF, 2), row(-INF, 2, -INF, -INF)],
+  ids=["one", "two", "where the label is unlikely", "all but one"],
+)
+def test_probability_and_derivative_are_zero_at_minus_infinity(name, x):
+  y, jacobian = by_oracle(name, x)
+  check(FUNCTIONS[name], (x,), y, jacobian)
+  # The oracle says zero there too, except for log_softmax and at a label, where it is -t.
+  if name != "log_softmax":
+    at_infinity = np.isneginf(x)
+    weight = WEIGHTS[at_infinity] if name == SOFT else 0
+    np.testing.assert_array_equal(jacobian[..., at_infinity] + weight, 0)
+
+
+@every_function
+def test_second_derivatives_at_minus_infinity(name):
+  x = row(1, 2, -INF, 0.5)
+  expected = oracle.hessian(name, x, labels_for(name, x.shape))
+  for actual in second_derivatives(FUNCTIONS[name], x):
+    assert_same(actual, expected)
+
+
+@every_function
+def test_minus_infinity_in_sixteen_bits(name):
+  x = row(0.5, 2, -INF, -INF, dtype=jnp.bfloat16)
+  check(FUNCTIONS[name], (x,), *by_oracle(name, x), tolerance=0.02)
+
+
+@every_function
+def test_a_row_of_minus_infinity_alone(name):
+  y, *jacobians = both_modes(FUNCTIONS[name], row(-INF, -INF, -INF, -INF))
+  if name == "logsumexp":
+    np.testing.assert_array_equal(y, -INF)
+    for jacobian in jacobians:
+      np.testing.assert_array_equal(jacobian, 0)
+  else:
+    np.testing.assert_array_equal(y, NAN)
+
+
+@every_loss
+def test_loss_whose_label_is_at_minus_infinity(name):
+  x, one_hot = row(2, -INF, 1, 0.5), row(0, 1, 0, 0)
+  f = FUNCTIONS[name] if name == INTEGER else lambda x: softmax_cross_entropy(x, one_hot)
+  a = np.exp(np.float64([2, 1, 0.5]))
+  a /= np.sum(a)
+  check(f, (x,), INF, np.array([a[0], -1, a[1], a[2]]))
+
+
+def test_soft_label_of_zero_at_minus_infinity_adds_nothing():
+  logits, labels = row(2, -INF, 1, 0.5), row(0.5, 0, 0.25, 0.25)
+  kept = np.isfinite(logits)
+  expected, *_ = oracle.linearize(SOFT, logits[kept], labels[kept])
+  gradient = np.zeros(4)
+  gradient[kept] = oracle.jacobian(SOFT, logits[kept], labels[kept])
+  check(softmax_cross_entropy, (logits, labels), expected, gradient)
+  # Both arguments move, but this label does not: no 0 * inf.
+  dots = row(1, 2, 3, 4), row(0.5, 0, -1, 2)
+  _, loss_dot = jax.jit(lambda *args: jax.jvp(softmax_cross_entropy, args, dots))(logits, labels)
+  labels_bar = jax.jit(jax.grad(softmax_cross_entropy, argnums=1))(logits, labels)
+  _, jvp, vjp = oracle.linearize(SOFT, logits[kept], labels[kept])
+  assert_same(loss_dot, jvp(*(dot[kept] for dot in dots)))
+  assert_same(labels_bar[kept], vjp(1)[1])
+
+
+# +inf and NaN.
+
+
+@every_function
+def test_plus_infinity(name):
+  x = row(0, 1, INF, -INF)
+  y, *jacobians = both_modes(FUNCTIONS[name], x)
+  if name == "logsumexp":
+    np.testing.assert_array_equal(y, INF)
+  elif name in ("softmax", "log_softmax"):
+    for v in (y, *jacobians):
+      np.testing.assert_array_equal(v, NAN)
+  else:
+    assert not np.isfinite(y)
+
+
+@every_function
+@pytest.mark.parametrize("x", [row(0, NAN, 1, 2), row(0, 1, NAN, 2), row(NAN, 1, INF, 0)])
+def test_nan_reaches_the_whole_row(name, x):
+  for v in both_modes(FUNCTIONS[name], x):
+    np.testing.assert_array_equal(v, NAN)
+
+
+@every_function
+def test_largest_finite_logits_are_nothing_special(name):
+  x = row(3e38, 3e38, -3e38, 0)
+  y, jacobian = by_oracle(name, x)
+  with np.errstate(over="ignore"):  # 6e38 is +inf in float32
+    y = y.astype(np.float32)
+  check(FUNCTIONS[name], (x,), y, jacobian)
+
+
+# Masks.
+
+
+@every_function
+@pytest.mark.parametrize("hidden", [1.0, INF, -INF, NAN])
+def test_masked_entries_have_no_say(name, hidden):
+  x, where = row(hidden, 2, hidden, 0.5), np.array([False, True, False, True])
+  shown = np.where(where, x, 0)
+  check(FUNCTIONS[name], (x, where), *by_oracle(name, shown, where))
+  for actual, expected in zip(
+    second_derivatives(FUNCTIONS[name], x, where),
+    second_derivatives(FUNCTIONS[name], shown, where),
+    strict=True,
+  ):
+    chex.assert_trees_all_equal(actual, expected)
+    assert np.all(np.isfinite(actual))
+    np.testing.assert_array_equal(actual[..., ~where], 0)
+
+
+@every_function
+@pytest.mark.parametrize(
+  "x", [row(1, 2, 3, 4), row(NAN, INF, -INF, 0), row(-INF, -INF, -INF, -INF)]
+)
+def test_a_row_that_is_masked_altogether(name, x):
+  none = np.zeros(4, bool)
+  value = {"softmax": np.zeros(4), "log_softmax": np.full(4, -INF), "logsumexp": -INF}.get(name, 0)
+  check(FUNCTIONS[name], (x, none), value, np.zeros((*np.shape(value), 4)))
+  for derivative in second_derivatives(FUNCTIONS[name], x, none):
+    np.testing.assert_array_equal(derivative, 0)
+
+
+@every_loss
+def test_whole_rows_masked_by_one_value_each(name):
+  x = jnp.stack([row(1, 2, 3, 4), row(NAN, INF, -INF, 0), row(0, 1, 0, -1)])
+  where = np.array([True, False, True])
+  loss, *jacobians = both_modes(FUNCTIONS[name], x, where)
+  expected = [by_oracle(name, x[0]), (0, np.zeros(4)), by_oracle(name, x[2])]
+  assert_same(loss, np.array([y for y, _ in expected]))
+  for jacobian in jacobians:
+    for i in range(3):
+      for j in range(3):
+        assert_same(jacobian[i, j], expected[i][1] if i == j else np.zeros(4))
+
+
+def test_masked_integer_label_costs_infinity():
+  x, where = row(1, 5, 3, 4), np.array([True, False, True, True])
+  a = np.exp(np.float64([1, 3, 4]))
+  a /= np.sum(a)
+  check(FUNCTIONS[INTEGER], (x, where), INF, np.array([a[0], 0, a[1], a[2]]))
+
+
+@every_function
+def test_masks_and_minus_infinity_together(name):
+  x, where = row(1, 2, NAN, -INF), np.array([True, True, False, True])
+  expected = by_oracle(name, np.where(where, x, 0), where)
+  check(FUNCTIONS[name], (x, where), *expected)
+
+
+# Labels.
+
+
+def loss_of(x, label, where=None):
+  return softmax_cross_entropy_with_integer_labels(x, label, where=where)
+
+
+@pytest.mark.parametrize(
+  ("label", "dtype"),
+  [
+    (-1, "int32"),
+    (-4, "int32"),
+    (4, "int32"),
+    (2**31 - 1, "int32"),
+    (-(2**31), "int32"),
+    (-1, "int8"),
+    (255, "uint8"),
+    (2**32 - 1, "uint32"),
+    (2**32 + 1, "int64"),
+  ],
+)
+def test_label_out_of_range_gives_nan_in_its_row_and_no_other(label, dtype):
+  x = random(0, (3, 4))
+  with jax.enable_x64(dtype == "int64"):
+    loss, *jacobians = both_modes(loss_of, x, np.array([1, label, 3], dtype))
+  np.testing.assert_array_equal(loss[1], NAN)
+  for jacobian in jacobians:
+    np.testing.assert_array_equal(jacobian[1, 1], NAN)
+  for i, j, in_range in ((0, 2, 1), (2, 0, 3)):
+    assert_same(loss[i], oracle.linearize(INTEGER, x[i], in_range)[0])
+    for jacobian in jacobians:
+      assert_same(jacobian[i, i], oracle.jacobian(INTEGER, x[i], in_range))
+      assert_same(jacobian[i, j], np.zeros(4))
+
+
+def test_label_out_of_range_in_a_row_that_is_masked_altogether():
+  """As padding has it: the row does not count, whatever its label."""
+  x, label, where = random(0, (2, 4)), np.int32([1, -1]), np.array([True, False])
+  expected, _, vjp = oracle.linearize(INTEGER, x[:1], label[:1])
+  loss, pull = jax.vjp(lambda x: loss_of(x, label, where), x)
+  assert_same(loss, [expected[0], 0])
+  assert_same(pull(np.float32([1, 1]))[0], [*vjp(np.ones(1))[0], np.zeros(4)])
+
+
+def test_label_out_of_range_beside_masked_entries():
+  where = np.array([True, True, False, True])
+  for v in both_modes(loss_of, row(1, 2, 3, 4), np.int32(4), where):
+    np.testing.assert_array_equal(v[where] if v.ndim else v, NAN)
+
+
+# Rows do not notice each other.
+
+
+@every_function
+def test_ordinary_rows_do_not_notice_special_ones(name):
+  f, x = FUNCTIONS[name], random(1, (9, 4))
+  special = x.copy()
+  special[1:8] = [
+    [NAN, 0, 0, 0],
+    [0, NAN, 1, 1],
+    [INF, 0, 0, 0],
+    [0, INF, INF, 0],
+    [-INF, -INF, -INF, -INF],
+    [0, -INF, 0, 0],
+    [3e38, -3e38, 0, 3e38],
+  ]
+  x_dot, y_bar = random(2, x.shape), random(3, np.shape(f(x)))
+  ordinary = np.array([0, 8])
+  for actual, expected in zip(
+    _derivatives(f, special, x_dot, y_bar), _derivatives(f, x, x_dot, y_bar), strict=True
+  ):
+    chex.assert_tree_all_finite(expected)
+    chex.assert_trees_all_equal(actual[ordinary], expected[ordinary])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _derivatives(f, x, x_dot, y_bar):
+  return *jax.jvp(f, (x,), (x_dot,)), *jax.vjp(f, x)[1](y_bar)
+
+
+# Sizes 0 and 1.
+
+
+@every_function
+def test_no_classes(name):
+  f, x = FUNCTIONS[name], jnp.zeros((2, 0))
+  value = {"logsumexp": np.full(2, -INF), SOFT: np.zeros(2), INTEGER: np.zeros(2)}
+  check(f, (x,), value.get(name, np.zeros((2, 0))), np.zeros((*f(x).shape, 2, 0)))
+
+
+@every_function
+def test_one_class(name):
+  value = {"softmax": [1], "logsumexp": 2.5}.get(name, [0] if name == "log_softmax" else 0)
+  jacobian = [1] if name == "logsumexp" else np.zeros((*np.shape(value), 1))
+  check(FUNCTIONS[name], (row(2.5),), value, jacobian)
+
+
+@every_function
+def test_no_rows(name):
+  f, x = FUNCTIONS[name], jnp.zeros((0, 4))
+  shape = (0, 4) if name in ("softmax", "log_softmax") else (0,)
+  check(f, (x,), np.zeros(shape), np.zeros((*shape, 0, 4)))
+
+
+# logsumexp's weights.
+
+
+@pytest.mark.parametrize("hidden", [1.0, INF, -INF, NAN])
+def test_entry_of_weight_zero_has_no_say(hidden):
+  a, b = row(1, hidden, 2, hidden), row(2, 0, 0.5, 0)
+  kept = np.array([True, False, True, False])
+  y, jvp, _ = oracle.linearize("logsumexp", a[kept], b[kept])
+  jacobian = np.zeros(4)
+  jacobian[kept] = [jvp(e) for e in np.eye(2)]
+  check(weighted, (a, b), y, jacobian)
+
+
+def test_weights_at_minus_infinity():
+  a, b = row(1, -INF, 2, -INF), row(2, 3, -0.5, -1)
+  y, jvp, _ = oracle.linearize("logsumexp", a, b)
+  check(weighted, (a, b), y, np.array([jvp(e, 0 * e) for e in np.eye(4)]))
+
+
+def test_weights_that_are_all_zero_give_minus_infinity():
+  np.testing.assert_array_equal(weighted(row(1, 2, 3, 4), row(0, 0, 0, 0)), -INF)
+
+
+def test_weighted_row_that_is_masked_altogether():
+  f = lambda a, b, where: logsumexp(a, b=b, where=where)
+  args = row(1, NAN, 2, INF), row(2, 3, -0.5, 1), np.zeros(4, bool)
+  check(f, args, -INF, np.zeros(4))
+  np.testing.assert_array_equal(jax.jit(jax.grad(f, argnums=1))(*args), 0)
+
+
+def weighted(a, b):
+  return logsumexp(a, b=b)

@@ -1,0 +1,450 @@
+"""Every function under every transformation of JAX and their compositions.
+
+Each transformation is written once, as a function of f and a batch of rows. What it must give is
+known in closed form, the oracle's value, Jacobian or Hessian, up to the third derivatives, which
+are compared with JAX's own.
+"""
+
+import functools
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+from oracle import random, relative_error
+
+from softmax_jax import (
+  log_softmax,
+  logsumexp,
+  softmax,
+  softmax_cross_entropy,
+  softmax_cross_entropy_with_integer_labels,
+)
+
+SOFT, INTEGER = "softmax_cross_entropy", "softmax_cross_entropy_with_integer_labels"
+SECOND = {  # what the functions below take beside one row of four logits
+  "weighted logsumexp": np.float32([1, 0.5, 2, 0.25]),
+  SOFT: np.float32([0.5, -0.25, 1, 0.5]),
+  INTEGER: np.int32(2),
+}
+FUNCTIONS = {  # of one row
+  "softmax": softmax,
+  "log_softmax": log_softmax,
+  "logsumexp": logsumexp,
+  "weighted logsumexp": lambda x: logsumexp(x, b=SECOND["weighted logsumexp"]),
+  SOFT: lambda x: softmax_cross_entropy(x, SECOND[SOFT]),
+  INTEGER: lambda x: softmax_cross_entropy_with_integer_labels(x, SECOND[INTEGER]),
+}
+PEERS = {
+  "softmax": jax.nn.softmax,
+  "log_softmax": jax.nn.log_softmax,
+  "logsumexp": jax.nn.logsumexp,
+  "weighted logsumexp": lambda x: jax.nn.logsumexp(x, b=SECOND["weighted logsumexp"]),
+  SOFT: lambda x: optax.softmax_cross_entropy(x, SECOND[SOFT]),
+  INTEGER: lambda x: optax.softmax_cross_entropy_with_integer_labels(x, SECOND[INTEGER]),
+}
+every_function = pytest.mark.parametrize("name", FUNCTIONS)
+ROWS = random(0, (2, 4), scale=1.5)
+
+
+# What a transformation must give, for the function called `name`.
+
+
+def oracle_of(derivative, name, x):
+  args = name.removeprefix("weighted "), x, SECOND.get(name)
+  if derivative == 0:
+    return oracle.linearize(*args)[0]
+  return oracle.jacobian(*args) if derivative == 1 else oracle.hessian(*args)
+
+
+def of_row(derivative):
+  return lambda name: oracle_of(derivative, name, ROWS[0])
+
+
+def of_rows(derivative):
+  return lambda name: np.stack([oracle_of(derivative, name, x) for x in ROWS])
+
+
+def of_batch(name):
+  """The Jacobian of a batch: that of each row by itself, and zero for the other rows."""
+  blocks = of_rows(1)(name)
+  jacobian = np.zeros((2, *blocks.shape[1:-1], 2, 4))
+  for i in range(2):
+    jacobian[i, ..., i, :] = blocks[i]
+  return jacobian
+
+
+def of_loop(derivative):
+  """Of f(x) + f(2x), by x."""
+  return lambda name: (
+    oracle_of(derivative, name, ROWS[0])
+    + 2.0**derivative * oracle_of(derivative, name, 2 * ROWS[0])
+  )
+
+
+VALUE, JACOBIAN, HESSIAN = of_row(0), of_row(1), of_row(2)
+
+
+# f(x) + f(2x), by control flow.
+
+
+def zero(f, x):
+  return jnp.zeros_like(jax.eval_shape(f, x))
+
+
+def scan(f):
+  scales = jnp.array([1.0, 2.0])
+  return lambda x: jax.lax.scan(lambda y, s: (y + f(s * x), None), zero(f, x), scales)[0]
+
+
+def fori_loop(f):
+  return lambda x: jax.lax.fori_loop(1, 3, lambda i, y: y + f(i * x), zero(f, x))
+
+
+def while_loop(f):
+  return lambda x: jax.lax.while_loop(
+    lambda state: state[0] < 3,
+    lambda state: (state[0] + 1, state[1] + f(state[0] * x)),
+    (1, zero(f, x)),
+  )[1]
+
+
+def cond(f):
+  return lambda x: f(x) + jax.lax.cond(x[0] < 99, lambda x: f(2 * x), lambda x: zero(f, x), x)
+
+
+def with_loop(loop):
+  return {
+    "jacfwd": (of_loop(1), lambda f, x: jax.jacfwd(loop(f))(x[0])),
+    "jacrev": (of_loop(1), lambda f, x: jax.jacrev(loop(f))(x[0])),
+    "vmap": (of_loop(0), lambda f, x: jax.vmap(loop(f))(x)[0]),
+  }
+
+
+def basis(x):
+  return jnp.eye(x.size)
+
+
+def output_basis(f, x):
+  like = jax.eval_shape(f, x)
+  return jnp.eye(like.size).reshape(like.size, *like.shape)
+
+
+TRANSFORMATIONS = {
+  "first order": {
+    "jvp": (
+      JACOBIAN,
+      lambda f, x: jnp.stack([jax.jvp(f, (x[0],), (e,))[1] for e in basis(x[0])], axis=-1),
+    ),
+    "linearize": (
+      JACOBIAN,
+      lambda f, x: jax.vmap(jax.linearize(f, x[0])[1], out_axes=-1)(basis(x[0])),
+    ),
+    "transpose of linearize": (
+      lambda name: JACOBIAN(name).reshape(-1, 4),
+      lambda f, x: jax.vmap(
+        lambda y_bar: jax.linear_transpose(jax.linearize(f, x[0])[1], x[0])(y_bar)[0]
+      )(output_basis(f, x[0])),
+    ),
+    "jvp of vjp by the cotangent": (
+      lambda name: JACOBIAN(name).T,
+      lambda f, x: jax.jacfwd(lambda y_bar: jax.vjp(f, x[0])[1](y_bar)[0])(zero(f, x[0])),
+    ),
+    "jacfwd": (JACOBIAN, lambda f, x: jax.jacfwd(f)(x[0])),
+    "jacrev": (JACOBIAN, lambda f, x: jax.jacrev(f)(x[0])),
+  },
+  "second order": {
+    "hessian": (HESSIAN, lambda f, x: jax.hessian(f)(x[0])),
+    "jacfwd of jacfwd": (HESSIAN, lambda f, x: jax.jacfwd(jax.jacfwd(f))(x[0])),
+    "jacrev of jacfwd": (HESSIAN, lambda f, x: jax.jacrev(jax.jacfwd(f))(x[0])),
+    "jacrev of jacrev": (HESSIAN, lambda f, x: jax.jacrev(jax.jacrev(f))(x[0])),
+    "jvp of linearize": (
+      HESSIAN,
+      lambda f, x: jax.jacfwd(lambda x: jax.vmap(jax.linearize(f, x)[1], 0, -1)(basis(x)))(x[0]),
+    ),
+  },
+  "vmap": {
+    "value": (of_rows(0), lambda f, x: jax.vmap(f)(x)),
+    "along the last axis": (of_rows(0), lambda f, x: jax.vmap(f, -1, -1)(x.T).T),
+    "of jacfwd": (of_rows(1), lambda f, x: jax.vmap(jax.jacfwd(f))(x)),
+    "of jacrev": (of_rows(1), lambda f, x: jax.vmap(jax.jacrev(f))(x)),
+    "of vmap of jacrev": (of_rows(1), lambda f, x: jax.vmap(jax.vmap(jax.jacrev(f)))(x[None])[0]),
+    "of hessian": (of_rows(2), lambda f, x: jax.vmap(jax.hessian(f))(x)),
+    "under jacfwd": (of_batch, lambda f, x: jax.jacfwd(jax.vmap(f))(x)),
+    "under jacrev": (of_batch, lambda f, x: jax.jacrev(jax.vmap(f))(x)),
+    "under jacrev, by map": (of_batch, lambda f, x: jax.jacrev(lambda x: jax.lax.map(f, x))(x)),
+  },
+  "checkpoint": {
+    "jacfwd": (JACOBIAN, lambda f, x: jax.jacfwd(jax.checkpoint(f))(x[0])),
+    "jacrev": (JACOBIAN, lambda f, x: jax.jacrev(jax.checkpoint(f))(x[0])),
+    "hessian": (HESSIAN, lambda f, x: jax.hessian(jax.checkpoint(f))(x[0])),
+    "vmap": (of_rows(1), lambda f, x: jax.vmap(jax.jacrev(jax.checkpoint(f)))(x)),
+    "scan": (of_loop(1), lambda f, x: jax.jacrev(scan(jax.checkpoint(f, prevent_cse=False)))(x[0])),
+  },
+  "scan": {
+    **with_loop(scan),
+    "hessian": (of_loop(2), lambda f, x: jax.hessian(scan(f))(x[0])),
+    "over rows": (of_rows(0), lambda f, x: jax.lax.scan(lambda _, z: (_, f(z)), 0, x)[1]),
+  },
+  "fori_loop": with_loop(fori_loop),
+  "while_loop": {
+    "jacfwd": (of_loop(1), lambda f, x: jax.jacfwd(while_loop(f))(x[0])),
+    "jacfwd of jacfwd": (of_loop(2), lambda f, x: jax.jacfwd(jax.jacfwd(while_loop(f)))(x[0])),
+    "vmap": (of_loop(0), lambda f, x: jax.vmap(while_loop(f))(x)[0]),
+    "of jacrev": (of_loop(1), lambda f, x: while_loop_of_jacrev(f)(x[0])),
+  },
+  "cond": with_loop(cond),
+}
+
+
+def while_loop_of_jacrev(f):
+  """Reverse mode inside the body, as in an optimizer: J(x) + 2 J(2x)."""
+  return lambda x: while_loop(lambda y: jax.jacrev(f)(y) * (y[0] / x[0]))(x)
+
+
+@every_function
+@pytest.mark.parametrize("transformation", TRANSFORMATIONS)
+def test_transformation(name, transformation):
+  table = TRANSFORMATIONS[transformation]
+  run = lambda x: {part: apply(FUNCTIONS[name], x) for part, (_, apply) in table.items()}
+  for part, actual in jax.jit(run)(ROWS).items():
+    assert relative_error(actual, table[part][0](name)) < 3e-6, part
+
+
+@every_function
+def test_three_deep(name):
+  """All eight nestings of the two modes, against JAX's own derivatives in float64."""
+  weights, *directions = random(10, (4, 4))
+  by = {
+    "forward": lambda g, v: lambda x: jax.jvp(g, (x,), (v,))[1],
+    "reverse": lambda g, v: lambda x: jnp.vdot(v, jax.grad(g)(x)),
+  }
+
+  def third(f, x, nesting):  # of a weighted sum of the outputs, along three directions
+    g = lambda x: jnp.sum(f(x) * weights) / 4
+    for mode, direction in zip(nesting, directions, strict=True):
+      g = by[mode](g, direction.astype(x.dtype))
+    return g(x)
+
+  with jax.enable_x64(True):
+    expected = third(PEERS[name], jnp.asarray(ROWS[0], "float64"), ["forward"] * 3)
+  nestings = list(itertools.product(by, repeat=3))
+  actual = jax.jit(lambda x: [third(FUNCTIONS[name], x, nesting) for nesting in nestings])(ROWS[0])
+  for nesting, derivative in zip(nestings, actual, strict=True):
+    assert relative_error(derivative, expected) < 1e-5, nesting
+
+
+@every_function
+def test_without_jit(name):
+  """The same functions are traced by other parts of JAX where nothing is compiled as a whole."""
+  f, x = FUNCTIONS[name], jnp.asarray(ROWS[0])
+  assert relative_error(f(x), VALUE(name)) < 1e-6
+  y, push = jax.linearize(f, x)
+  jacobian = JACOBIAN(name)
+  assert relative_error(y, VALUE(name)) < 1e-6
+  assert relative_error(push(x), jacobian @ ROWS[0]) < 2e-6
+  assert relative_error(jax.jvp(f, (x,), (x,))[1], jacobian @ ROWS[0]) < 2e-6
+  y_bar = random(2, y.shape)
+  for g in (f, jax.checkpoint(f)):
+    assert (
+      relative_error(jax.vjp(g, x)[1](y_bar)[0], np.tensordot(y_bar, jacobian, y_bar.ndim)) < 2e-6
+    )
+  assert relative_error(jax.vmap(jax.jacfwd(f))(ROWS), of_rows(1)(name)) < 2e-6
+
+
+@every_function
+def test_shapes_are_known_without_running(name):
+  x = jax.ShapeDtypeStruct((4,), jnp.float32)
+  y = jax.eval_shape(FUNCTIONS[name], x)
+  assert (y.shape, y.dtype) == (VALUE(name).shape, jnp.float32)
+  assert jax.eval_shape(jax.jacfwd(FUNCTIONS[name]), x).shape == (*y.shape, 4)
+  assert jax.eval_shape(jax.jacrev(FUNCTIONS[name]), x).shape == (*y.shape, 4)
+
+
+class VariantsTest(chex.TestCase):
+  """Compiled or not, on a device or on the host: chex runs each test once for each."""
+
+  @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True)
+  def test_value_and_gradient(self):
+    for name in (SOFT, INTEGER, "logsumexp"):
+      value, gradient = self.variant(jax.value_and_grad(FUNCTIONS[name]))(ROWS[0])
+      assert relative_error(value, VALUE(name)) < 1e-6
+      assert relative_error(gradient, JACOBIAN(name)) < 1e-6
+
+
+# vmap over every argument.
+
+ALL_ARGUMENTS = {  # f of all its arrays, and one example of each for each of two rows
+  "softmax": lambda x, where: softmax(x, where=where),
+  "log_softmax": lambda x, where: log_softmax(x, where=where),
+  "logsumexp": lambda x, b, where: logsumexp(x, b=b, where=where),
+  SOFT: lambda x, t, where: softmax_cross_entropy(x, t, where=where),
+  INTEGER: lambda x, t, where: softmax_cross_entropy_with_integer_labels(x, t, where=where),
+}
+MASKS = np.array([[True, True, False, True], [True, True, True, False]])
+SECONDS = {
+  "logsumexp": np.stack([SECOND["weighted logsumexp"], SECOND["weighted logsumexp"][::-1]]),
+  SOFT: np.where(MASKS, random(3, (2, 4)), 0).astype(np.float32),
+  INTEGER: np.int32([0, 1]),
+}
+
+
+def arguments(name):
+  return [ROWS, *([SECONDS[name]] if name in SECONDS else []), MASKS]
+
+
+def mappings():
+  """Every argument mapped alone along its first axis, and all or most of them along others."""
+  for name in ALL_ARGUMENTS:
+    n = len(arguments(name))
+    alone = [tuple(0 if i == j else None for i in range(n)) for j in range(n)]
+    mixed = [(-1,) * n, (*(-1, 0)[: n - 1], None), (*(0, None)[: n - 1], -1)]
+    yield from ((name, axes) for axes in (*alone, *mixed))
+
+
+@pytest.mark.parametrize(("name", "in_axes"), list(mappings()))
+def test_vmap_over_every_argument(name, in_axes):
+  # An argument that is not mapped is the one of the first row. Labels have no last axis but one.
+  args = [
+    v[0] if axis is None else v.T if axis == -1 else v
+    for v, axis in zip(arguments(name), in_axes, strict=True)
+  ]
+  x_dots, y_bars = random(4, (2, 4)), random(5, (2, 4) if name.endswith("softmax") else (2,))
+
+  def derivatives(x_dot, y_bar, x, *rest):
+    f = lambda x: ALL_ARGUMENTS[name](x, *rest)
+    y, y_dot = jax.jvp(f, (x,), (x_dot,))
+    return y, y_dot, jax.vjp(f, x)[1](y_bar)[0]
+
+  actual = jax.jit(jax.vmap(derivatives, (0, 0, *in_axes)))(x_dots, y_bars, *args)
+  for i in range(2):
+    x, *second, where = [
+      v[0 if axis is None else i] for v, axis in zip(arguments(name), in_axes, strict=True)
+    ]
+    y, jvp, vjp = oracle.linearize(name, x, *second, where=where)
+    for a, e in zip(actual, (y, jvp(x_dots[i]), vjp(y_bars[i])[0]), strict=True):
+      assert relative_error(a[i], e) < 2e-6
+
+
+def test_vmap_of_the_gradient_by_weights_and_soft_labels():
+  for name in ("logsumexp", SOFT):
+    f = lambda t, x, name=name: ALL_ARGUMENTS[name](x, t, True)
+    actual = jax.jit(jax.vmap(jax.grad(f)))(SECONDS[name], ROWS)
+    for i in range(2):
+      _, _, vjp = oracle.linearize(name, ROWS[i], SECONDS[name][i])
+      assert relative_error(actual[i], vjp(1)[1]) < 1e-6
+
+
+# shard_map.
+
+
+@every_function
+def test_shard_map(name):
+  """Derivatives taken inside and outside of it, with the check of what varies over devices."""
+  mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Auto,))
+  sharded = functools.partial(
+    jax.shard_map,
+    mesh=mesh,
+    in_specs=PartitionSpec("rows"),
+    out_specs=PartitionSpec("rows"),
+    check_vma=True,
+  )
+  f = jax.vmap(FUNCTIONS[name])
+  jacobian = {"forward": jax.jacfwd, "reverse": jax.jacrev}
+
+  def run(x):
+    outside = {mode: of(sharded(f))(x) for mode, of in jacobian.items()}
+    inside = {mode: sharded(jax.vmap(of(FUNCTIONS[name])))(x) for mode, of in jacobian.items()}
+    return sharded(f)(x), outside, inside
+
+  y, outside, inside = jax.jit(run)(ROWS)
+  assert relative_error(y, of_rows(0)(name)) < 1e-6
+  for mode in jacobian:
+    assert relative_error(outside[mode], of_batch(name)) < 2e-6, mode
+    assert relative_error(inside[mode], of_rows(1)(name)) < 2e-6, mode
+
+
+@pytest.mark.parametrize("mode", ["jacrev", "jacfwd"])
+def test_shard_map_of_a_mean_loss_by_parameters_on_every_device(mode):
+  mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Auto,))
+  features, labels = random(6, (6, 3)), np.arange(6, dtype=np.int32) % 4
+  weight = random(7, (3, 4))
+
+  def mean_loss(weight, features, labels):
+    loss = softmax_cross_entropy_with_integer_labels(features @ weight, labels)
+    return jax.lax.pmean(jnp.mean(loss), "rows")
+
+  specs = PartitionSpec(), PartitionSpec("rows"), PartitionSpec("rows")
+  mapped = {"mesh": mesh, "in_specs": specs, "out_specs": PartitionSpec(), "check_vma": True}
+  derivative = getattr(jax, mode)
+  outside = derivative(jax.shard_map(mean_loss, **mapped))
+  inside = jax.shard_map(derivative(mean_loss), **mapped)
+  _, _, vjp = oracle.linearize(INTEGER, features @ weight, labels)
+  expected = features.T.astype(float) @ vjp(np.full(6, 1 / 6))[0]
+  for gradient in jax.jit(lambda *args: [outside(*args), inside(*args)])(weight, features, labels):
+    assert relative_error(gradient, expected) < 2e-6
+
+
+@pytest.mark.parametrize("mode", ["jacrev", "jacfwd"])
+@pytest.mark.parametrize("name", ["logsumexp", SOFT, INTEGER])
+def test_shard_map_of_arguments_of_which_only_one_varies(name, mode):
+  """The same logits everywhere with labels or weights for each device, and the other way round."""
+  mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Auto,))
+  here, everywhere = PartitionSpec("rows"), PartitionSpec()
+  f = {
+    "logsumexp": lambda x, b: logsumexp(x, axis=-1, b=b),
+    SOFT: softmax_cross_entropy,
+    INTEGER: lambda x, t: softmax_cross_entropy_with_integer_labels(
+      jnp.broadcast_to(x, (*t.shape, 4)), t
+    ),
+  }[name]
+  derivative = getattr(jax, mode)
+
+  def run(x, second, specs):
+    total = lambda x, second: jax.lax.psum(jnp.sum(f(x, second)), "rows")
+    return derivative(
+      jax.shard_map(total, mesh=mesh, in_specs=specs, out_specs=everywhere, check_vma=True)
+    )(x, second)
+
+  second = SECONDS[name]
+  cases = [(ROWS[:1], second, (everywhere, here))]
+  if name != INTEGER:
+    cases.append((ROWS, second[:1], (here, everywhere)))
+  for x, second, specs in cases:
+    actual = jax.jit(run, static_argnums=2)(x, second, specs)
+    _, _, vjp = oracle.linearize(name, np.broadcast_to(x, (2, 4)), second)
+    expected = vjp(np.ones(2))[0]
+    expected = expected if len(x) == 2 else np.sum(expected, axis=0, keepdims=True)
+    assert relative_error(actual, expected) < 2e-6
+
+
+# A training loop.
+
+
+def test_train_step_is_traced_once_and_learns():
+  features = random(8, (32, 5))
+  labels = np.argmax(features @ random(9, (5, 3)), axis=1)
+
+  def mean_loss(weight, features, labels):
+    return jnp.mean(softmax_cross_entropy_with_integer_labels(features @ weight, labels))
+
+  @jax.jit
+  @chex.assert_max_traces(n=1)
+  def step(weight, features, labels):
+    loss, gradient = jax.value_and_grad(mean_loss)(weight, features, labels)
+    return weight - 0.5 * gradient, loss
+
+  chex.clear_trace_counter()
+  weight = jnp.zeros((5, 3))
+  losses = []
+  for _ in range(40):
+    weight, loss = step(weight, features, labels)
+    losses.append(float(loss))
+  assert losses[0] == pytest.approx(np.log(3), rel=1e-6)
+  assert losses[-1] < 0.4 * losses[0]
+  assert all(after < before for before, after in itertools.pairwise(losses))
