@@ -251,7 +251,8 @@ def enable_forward_mode(
       out = at(f)
       return out, jax.tree.map(lambda y: SymbolicZero(jax.typeof(y).to_tangent_aval()), out)
 
-    xs, x_dots = [leaves[i] for i in moving], [dots[i] for i in moving]
+    xs = [leaves[i] for i in moving]
+    x_dots = [_varying_as(jax.typeof(leaves[i]), dots[i]) for i in moving]
     x_types = [jax.typeof(x).to_ct_aval() for x in xs]
     watch = _Watch()
     rule_residuals = ()
@@ -424,14 +425,20 @@ def _checked_tangent(name, out_dot, out_tree, out_types, linear) -> tuple[Any, .
   for i in linear:
     expected, dot = out_types[i], dots[i]
     if dot is None:
-      dot = jnp.zeros(expected.shape, expected.dtype)
+      dot = ad.zeros_like_aval(expected)
     if jnp.shape(dot) != expected.shape or jnp.result_type(dot) != expected.dtype:
       raise TypeError(
         f"the tangent rule of {name} must return tangents of the shape and dtype of its output, "
         f"{expected.str_short()}, got {jax.typeof(dot).str_short()}."
       )
-    checked.append(dot)
+    checked.append(_varying_as(expected, dot))
   return tuple(checked)
+
+
+def _varying_as(like: Any, x: Any) -> Any:
+  """``x``, where `jax.shard_map` tracks such things, varying over the axes that ``like`` does."""
+  axes = like.manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
+  return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
 
 
 def _describe(value: Any) -> str:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 Axes = tuple[int, ...]
 
@@ -44,26 +45,26 @@ class Normalizer(NamedTuple):
 _DOMINATED = 0.5
 
 
-@functools.partial(jax.jit, static_argnums=1, inline=True)
-def normalizer(x: jax.Array, axes: Axes) -> Normalizer:
-  """The normalizer of ``exp(x)`` along ``axes``.
+@functools.partial(jax.jit, static_argnums=(2, 3), inline=True)
+def normalizer(x: jax.Array, mask: jax.Array | None, axes: Axes, dtype: DTypeLike) -> Normalizer:
+  """The normalizer of ``exp(entries(x, mask, axes, dtype))`` along ``axes``.
 
   The largest e is exactly 1. Added to the others it wipes out their digits where it holds nearly
   all of the sum, so there the others are summed alone: ``e - floor(e)`` is 0 for the largest and e
   for the others. (It is 0, too, for entries tied with the largest, but then S >= 2.)
   """
-  top = lax.stop_gradient(jnp.max(x, axis=axes, keepdims=True, initial=-jnp.inf))
+  z = entries(x, mask, axes, dtype)
+  top = lax.stop_gradient(jnp.max(z, axis=axes, keepdims=True, initial=-jnp.inf))
   shift = jnp.where(jnp.isfinite(top), top, jnp.zeros_like(top))
-  total = jnp.sum(jnp.exp(x - shift), axis=axes, keepdims=True)
-  rest = total - 1
+  rest = jnp.sum(jnp.exp(z - shift), axis=axes, keepdims=True) - 1
   dominated = jnp.abs(rest) < _DOMINATED
 
-  def sum_of_others(x, shift, _):
-    e = exp_of_difference(x, shift)
+  def sum_of_others(x, mask, shift, rest):
+    e = exp_of_difference(entries(x, mask, axes, dtype), shift)
     return jnp.sum(e - jnp.floor(e), axis=axes, keepdims=True)
 
   others = where_needed(
-    jnp.any(dominated), sum_of_others, lambda x, shift, rest: rest, x, shift, rest
+    jnp.any(dominated), sum_of_others, lambda x, mask, shift, rest: rest, x, mask, shift, rest
   )
   return Normalizer(shift, jnp.where(dominated, others, rest))
 
@@ -71,21 +72,22 @@ def normalizer(x: jax.Array, axes: Axes) -> Normalizer:
 def exp_of_difference(x: jax.Array, shift: jax.Array) -> jax.Array:
   """``exp(x - shift)`` for ``x <= shift``, free of the rounding error of the difference.
 
-  The difference d is off by up to u |d|, and its exponential by as many units in relation to
-  itself. The error is known exactly (the two-sum of Knuth), and exp(d + error) = exp(d) (1 +
-  error).
+  The difference d is off by up to u |d|, and its exponential by as many units of itself. The error
+  is known exactly (the two-sum of Knuth), and exp(d + error) = exp(d) (1 + error).
   """
-  # Below this bound the result is 0; it keeps infinities out of the two-sum.
-  lowest = -800 if x.dtype == jnp.float64 else -128
-  x = jnp.maximum(x, shift + lowest)
-  d = x - shift
-  back = d - x
-  error = (x - (d - back)) - (shift + back)
-  e = jnp.exp(d)
+  # Further down the exponential is 0; the bound keeps infinities out of the error.
+  lowest = shift - jnp.maximum(800 if x.dtype == jnp.float64 else 128, jnp.abs(shift) / 1024)
+  y = jnp.maximum(x, jnp.maximum(lowest, jnp.finfo(x.dtype).min))
+  d = y - shift
+  back = d - y
+  error = (y - (d - back)) - (shift + back)
+  e = jnp.exp(x - shift)
   return e + e * error
 
 
-def where_needed(needed: jax.Array, yes: Callable, no: Callable, *args: jax.Array) -> jax.Array:
+def where_needed(
+  needed: jax.Array, yes: Callable, no: Callable, *args: jax.Array | None
+) -> jax.Array:
   """``yes(*args)`` if ``needed``, else ``yes(*args)`` or the cheaper ``no(*args)``.
 
   A second pass over an array costs as much as the first where arithmetic is the limit, as on a CPU:
@@ -105,12 +107,23 @@ def masked(x: jax.Array, mask: jax.Array | None, fill: float) -> jax.Array:
   return x if mask is None else jnp.where(mask, x, jnp.full((), fill, x.dtype))
 
 
-def fill_masked(x: jax.Array, mask: jax.Array | None, axes: Axes) -> jax.Array:
-  """``x`` with -inf where masked, and 0 in rows masked altogether: no NaN comes of those."""
+def entries(x: jax.Array, mask: jax.Array | None, axes: Axes, dtype: DTypeLike) -> jax.Array:
+  """``x`` in ``dtype``, with -inf where masked; 0 in rows masked altogether, which spares NaNs."""
+  z = x.astype(dtype)
   if mask is None:
-    return x
-  fill = jnp.where(jnp.any(mask, axis=axes, keepdims=True), -jnp.inf, 0).astype(x.dtype)
-  return jnp.where(mask, x, fill)
+    return z
+  fill = jnp.where(jnp.any(mask, axis=axes, keepdims=True), -jnp.inf, 0).astype(z.dtype)
+  return jnp.where(mask, z, fill)
+
+
+def any_entry(mask: jax.Array | None, axes: Axes) -> jax.Array | None:
+  """Whether each row has an entry that is not masked; None where nothing is masked."""
+  return None if mask is None else jnp.any(mask, axis=axes, keepdims=True)
+
+
+def broadcast(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """``x`` with shape ``shape``; itself, not a copy, where it has that already."""
+  return x if x.shape == shape else jnp.broadcast_to(x, shape)
 
 
 def unbroadcast(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:

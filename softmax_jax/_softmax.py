@@ -18,8 +18,10 @@ from softmax_jax._forward_mode import enable_forward_mode
 from softmax_jax._normalizer import (
   Axes,
   Normalizer,
+  any_entry,
+  broadcast,
+  entries,
   exp_of_difference,
-  fill_masked,
   masked,
   normalizer,
   unbroadcast,
@@ -42,11 +44,10 @@ def _softmax_primal(x: jax.Array, mask: jax.Array | None, axes: Axes) -> jax.Arr
 def _softmax_fwd(
   x: jax.Array, mask: jax.Array | None, axes: Axes
 ) -> tuple[jax.Array, _SoftmaxResiduals]:
-  z = fill_masked(x.astype(arguments.compute_dtype(x.dtype)), mask, axes)
+  z = entries(x, mask, axes, arguments.compute_dtype(x.dtype))
   top = lax.stop_gradient(jnp.max(z, axis=axes, keepdims=True, initial=-jnp.inf))
-  e = exp_of_difference(z, top)
-  inverse = 1 / jnp.sum(e, axis=axes, keepdims=True)
-  y = masked((e * inverse).astype(x.dtype), mask, 0)
+  inverse = 1 / jnp.sum(jnp.exp(z - top), axis=axes, keepdims=True)
+  y = masked((exp_of_difference(z, top) * inverse).astype(x.dtype), mask, 0)
   return y, _SoftmaxResiduals(y, inverse.astype(x.dtype), mask)
 
 
@@ -153,8 +154,8 @@ def _log_softmax_primal(x: jax.Array, mask: jax.Array | None, axes: Axes) -> jax
 def _log_softmax_fwd(
   x: jax.Array, mask: jax.Array | None, axes: Axes
 ) -> tuple[jax.Array, _LogSoftmaxResiduals]:
-  z = fill_masked(x.astype(arguments.compute_dtype(x.dtype)), mask, axes)
-  s = normalizer(z, axes)
+  dtype = arguments.compute_dtype(x.dtype)
+  z, s = entries(x, mask, axes, dtype), normalizer(x, mask, axes, dtype)
   # Both terms are at most 0, so that nothing cancels. A row with +inf is NaN, as in the softmax.
   log_sum = jnp.where(s.rest == jnp.inf, jnp.nan, s.log_sum())
   y = masked(((z - s.shift) - log_sum).astype(x.dtype), mask, -jnp.inf)
@@ -233,8 +234,9 @@ def _logsumexp_primal(a: jax.Array, mask: jax.Array | None, axes: Axes) -> jax.A
 def _logsumexp_fwd(
   a: jax.Array, mask: jax.Array | None, axes: Axes
 ) -> tuple[jax.Array, _LogSumExpResiduals]:
-  s = normalizer(masked(a.astype(arguments.compute_dtype(a.dtype)), mask, -jnp.inf), axes)
-  return (s.shift + s.log_sum()).astype(a.dtype), _LogSumExpResiduals(a, mask, s)
+  s = normalizer(a, mask, axes, arguments.compute_dtype(a.dtype))
+  lse = masked(s.shift + s.log_sum(), any_entry(mask, axes), -jnp.inf)
+  return lse.astype(a.dtype), _LogSumExpResiduals(a, mask, s)
 
 
 # lse = shift + log S, so d lse/da_j = (1 / S) exp(a_j - shift): the softmax (seed step 1), and
@@ -244,7 +246,7 @@ def _logsumexp_bwd(
   axes: Axes, residuals: _LogSumExpResiduals, lse_bar: jax.Array
 ) -> tuple[jax.Array, None]:
   a, mask, s = residuals
-  z = masked(a.astype(s.shift.dtype), mask, -jnp.inf)
+  z = entries(a, mask, axes, s.shift.dtype)
   scale = lse_bar.astype(z.dtype) / jnp.where(s.rest == -1, 1, 1 + s.rest)
   a_bar = exp_of_difference(z, s.shift) * scale
   return masked(a_bar, mask, 0).astype(a.dtype), None
@@ -410,7 +412,7 @@ def logsumexp(
   name = "logsumexp"
   if b is not None:
     a, b = arguments.promoted(name, "a", a, "b", b)
-    a = jnp.broadcast_to(a, arguments.common_shape(name, "a", a.shape, "b", b.shape))
+    a = broadcast(a, arguments.common_shape(name, "a", a.shape, "b", b.shape))
     b = b.reshape((1,) * (a.ndim - b.ndim) + b.shape)
   a, mask, axes = _as_input(name, "a", a, axis, where)
   if b is None:

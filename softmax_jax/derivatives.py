@@ -61,7 +61,7 @@ def softmax_jacobian(x: ArrayLike) -> jax.Array:
   probability 1 - a_i is formed as the sum of the others, so that no digit cancels.
 
   Args:
-    x: logits ``[*B, K]`` of a floating dtype, differentiable; integers become JAX's default float.
+    x: logits ``[*B, K]`` of a floating dtype, differentiable; integers promote as by `jnp.exp`.
 
   Returns:
     Array ``[*B, K, K]`` of the (floating) dtype of ``x``, the output along the second last axis.
@@ -89,7 +89,7 @@ def softmax_jvp(x: ArrayLike, x_dot: ArrayLike) -> jax.Array:
   .. math:: \dot a_i = \sum_j J_{ij} \dot x_j = a_i \Big(\dot x_i - \sum_k a_k \dot x_k\Big)
 
   Args:
-    x: logits ``[*B, K]`` of a floating dtype, differentiable; integers become JAX's default float.
+    x: logits ``[*B, K]`` of a floating dtype, differentiable; integers promote as by `jnp.exp`.
     x_dot: tangent of ``x``, of the same shape and any real dtype, differentiable (linear).
 
   Returns:
@@ -120,7 +120,7 @@ def softmax_vjp(x: ArrayLike, y_bar: ArrayLike) -> jax.Array:
   J is symmetric (seed step 5), so this is the same expression as `softmax_jvp`.
 
   Args:
-    x: logits ``[*B, K]`` of a floating dtype, differentiable; integers become JAX's default float.
+    x: logits ``[*B, K]`` of a floating dtype, differentiable; integers promote as by `jnp.exp`.
     y_bar: cotangent of the softmax of ``x``, of the same shape and any real dtype, differentiable
       (linear).
 
@@ -163,7 +163,7 @@ def softmax_hvp(x: ArrayLike, y_bar: ArrayLike, x_dot: ArrayLike) -> jax.Array:
   on the last digits of ``x``.
 
   Args:
-    x: logits ``[*B, K]`` of a floating dtype, differentiable; integers become JAX's default float.
+    x: logits ``[*B, K]`` of a floating dtype, differentiable; integers promote as by `jnp.exp`.
     y_bar: cotangent of the softmax of ``x``, of the same shape and any real dtype, differentiable
       (linear).
     x_dot: tangent of ``x``, likewise. Exchanging it with ``y_bar`` does not change the result.
@@ -204,7 +204,7 @@ def log_softmax_jacobian(x: ArrayLike) -> jax.Array:
   Its rows sum to zero. It is not symmetric, and P P = P.
 
   Args:
-    x: logits ``[*B, K]`` of a floating dtype, differentiable; integers become JAX's default float.
+    x: logits ``[*B, K]`` of a floating dtype, differentiable; integers promote as by `jnp.exp`.
       The formula also holds where an entry is -inf: its column is 0 but for a 1 on the diagonal.
 
   Returns:
@@ -240,7 +240,7 @@ def logsumexp_hessian(x: ArrayLike) -> jax.Array:
   is symmetric because it is a Hessian).
 
   Args:
-    x: logits ``[*B, K]`` of a floating dtype, differentiable; integers become JAX's default float.
+    x: logits ``[*B, K]`` of a floating dtype, differentiable; integers promote as by `jnp.exp`.
 
   Returns:
     Array ``[*B, K, K]`` of the (floating) dtype of ``x``. A row of -inf alone, where logsumexp is

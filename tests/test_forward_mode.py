@@ -1,17 +1,20 @@
 """enable_forward_mode on users' own jax.custom_vjp functions, against plain JAX."""
 
+import concurrent.futures
 import contextlib
 import functools
 import gc
 import inspect
 import itertools
 import re
+import sys
 import weakref
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -34,9 +37,13 @@ def assert_close(actual, expected, tolerance=2e-6):
     assert np.linalg.norm(a - e) <= tolerance * np.linalg.norm(e), f"{a} is not {e}"
 
 
+# Compiles fast what runs once.
+fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def check(f, reference, transforms, tolerance=2e-6):
   """That `f` and `reference` agree under each transformation, all in one compiled program."""
-  results = jax.jit(lambda: [(t(f), t(reference)) for t in transforms])()
+  results = fast_jit(lambda: [(t(f), t(reference)) for t in transforms])()
   for actual, expected in results:
     assert_close(actual, expected, tolerance)
 
@@ -59,7 +66,7 @@ def spiral(x):
 
 
 def spiral_fwd(x):
-  return spiral(x), (x, jnp.sum(x**2))
+  return spiral(x), (x, checkpoint_name(jnp.sum(x**2), "residual"))
 
 
 def spiral_bwd(residuals, y_bar):
@@ -166,7 +173,6 @@ TRANSFORMATIONS = {
   "vmap vmap jacfwd": lambda f: jax.vmap(jax.vmap(jax.jacfwd(f)), in_axes=1)(BATCH[:, None]),
   "jacfwd vmap": lambda f: jax.jacfwd(jax.vmap(f, in_axes=1, out_axes=1))(BATCH.T),
   "jacrev vmap": lambda f: jax.jacrev(jax.vmap(f))(BATCH),
-  "hessian vmap": lambda f: jax.hessian(total(jax.vmap(f)))(BATCH),
   "jacfwd vmap grad": lambda f: jax.jacfwd(jax.vmap(jax.grad(total(f))))(BATCH),
   "jacrev vmap jacfwd": lambda f: jax.jacrev(jax.vmap(jax.jacfwd(f)))(BATCH),
   "vmap grad jit": lambda f: jax.vmap(jax.grad(total(jax.jit(f))))(BATCH),
@@ -178,14 +184,6 @@ TRANSFORMATIONS = {
   "grad checkpoint jvp": lambda f: jax.grad(
     total(jax.checkpoint(lambda x: jax.jvp(f, (x,), (V,))[1]))
   )(X),
-  "checkpoint policies": lambda f: [
-    jax.grad(total(jax.checkpoint(lambda x: f(f(x)), policy=policy)))(X)
-    for policy in (
-      jax.checkpoint_policies.nothing_saveable,
-      jax.checkpoint_policies.everything_saveable,
-      jax.checkpoint_policies.dots_saveable,
-    )
-  ],
   "jacfwd scan": lambda f: jax.jacfwd(functools.partial(iterated, f))(X),
   "jacrev scan": lambda f: jax.jacrev(functools.partial(iterated, f))(X),
   "hessian scan": lambda f: jax.hessian(lambda x: iterated(f, x)[0])(X),
@@ -194,7 +192,6 @@ TRANSFORMATIONS = {
   "grad scan jacfwd": lambda f: jax.grad(
     lambda x: jnp.sum(iterated(lambda x: jax.jacfwd(f)(x) @ x, x)[0])
   )(X),
-  "vmap jacfwd scan": lambda f: jax.vmap(jax.jacfwd(functools.partial(iterated, f)))(BATCH),
   "jvp while_loop": lambda f: jax.jvp(functools.partial(looped, f), (X,), (V,)),
   "jacfwd while_loop": lambda f: jax.jacfwd(functools.partial(looped, f))(X),
   "while_loop jvp": lambda f: looped(lambda x: jax.jvp(f, (x,), (V,))[1], X),
@@ -203,10 +200,10 @@ TRANSFORMATIONS = {
     lambda x: jax.jvp(functools.partial(looped, f), (x,), (V,))
   )(BATCH),
   "jacfwd fori_loop": lambda f: jax.jacfwd(functools.partial(counted, f))(X),
-  "hessian fori_loop": lambda f: jax.hessian(functools.partial(counted, f))(X),
+  "jacrev fori_loop": lambda f: jax.jacrev(functools.partial(counted, f))(X),
   "jacfwd cond": lambda f: jax.jacfwd(functools.partial(branched, f))(X),
   "jacrev cond": lambda f: jax.jacrev(functools.partial(branched, f))(-X),
-  "vmap hessian cond": lambda f: jax.vmap(jax.hessian(functools.partial(branched, f)))(BATCH),
+  "vmap jacfwd cond": lambda f: jax.vmap(jax.jacfwd(functools.partial(branched, f)))(BATCH),
   "jacfwd map": lambda f: jax.jacfwd(lambda xs: jax.lax.map(f, xs))(BATCH),
   "jacrev map": lambda f: jax.jacrev(lambda xs: jax.lax.map(f, xs))(BATCH),
   "map jacfwd": lambda f: jax.lax.map(jax.jacfwd(f), BATCH),
@@ -224,7 +221,7 @@ TRANSFORMATIONS = {
 
 def check_transformation(transformation, functions, reference):
   transform = TRANSFORMATIONS[transformation]
-  *ours, expected = jax.jit(lambda: [transform(f) for f in (*functions, reference)])()
+  *ours, expected = fast_jit(lambda: [transform(f) for f in (*functions, reference)])()
   for actual in ours:
     assert_close(actual, expected, 1e-5)
 
@@ -258,23 +255,28 @@ def settings(f, x):
   """Programs whose backward pass runs `f`'s rule, and their arguments."""
   batch = jnp.stack([x, -x])
   dots = jax.checkpoint_policies.dots_saveable
+  names = jax.checkpoint_policies.save_only_these_names("residual")
   return {
     "vjp": (lambda x, y_bar: jax.vjp(f, x)[1](y_bar), x, x),
-    "value_and_grad": (jax.value_and_grad(total(f)), x),
     "vmap grad": (jax.vmap(jax.grad(total(f))), batch),
     "grad vmap": (jax.grad(total(jax.vmap(f))), batch),
-    "grad jit": (jax.grad(total(jax.jit(f))), x),
     "grad scan": (jax.grad(lambda x: jnp.sum(iterated(f, x)[0])), x),
     "grad checkpoint": (jax.grad(total(jax.checkpoint(lambda x: f(f(x)), policy=dots))), x),
+    "grad checkpoint names": (jax.grad(total(jax.checkpoint(lambda x: f(f(x)), policy=names))), x),
     "grad of grad": (jax.grad(total(jax.grad(total(f)))), x),
   }
 
 
-@pytest.mark.parametrize("setting", settings(spiral, X))
 @pytest.mark.parametrize(
-  ("make", "tangent"), [(make_spiral, with_tangent), (make_orbit, with_orbit_tangent)]
+  ("rule", "setting"),
+  [("spiral", setting) for setting in settings(spiral, X)]
+  + [("orbit", setting) for setting in ("vjp", "grad vmap", "grad checkpoint")],
 )
-def test_reverse_mode_costs_what_the_plain_function_costs(setting, make, tangent):
+def test_reverse_mode_costs_what_the_plain_function_costs(rule, setting):
+  make, tangent = {
+    "spiral": (make_spiral, with_tangent),
+    "orbit": (make_orbit, with_orbit_tangent),
+  }[rule]
   x = jnp.linspace(-1, 1, 64)
   expected = cost(*settings(make(enable=plain), x)[setting])
   for enable in (enable_forward_mode, tangent):
@@ -625,6 +627,51 @@ def test_aliases_and_empty_residuals(name, tangent):
   assert_close(ours, theirs)
 
 
+def test_none_and_variadic_arguments():
+  def masked(x, mask=None, *xs):
+    y = sum(xs, jnp.sin(x))
+    return y if mask is None else y * mask, None, ()
+
+  def bwd(residuals, bars):
+    x, mask, xs = residuals
+    y_bar = bars[0] if mask is None else bars[0] * mask
+    return jnp.cos(x) * y_bar, None, *(y_bar for _ in xs)
+
+  def rule(residuals, args_dot):
+    x, mask, _ = residuals
+    y_dot = jnp.cos(x) * args_dot[0] + sum(dot for dot in args_dot[2:] if dot is not None)
+    return y_dot if mask is None else y_dot * mask, None, ()
+
+  def fwd(x, mask=None, *xs):
+    return masked(x, mask, *xs), (x, mask, xs)
+
+  for tangent in (None, rule):
+    f = define(masked, fwd, bwd, functools.partial(enable_forward_mode, tangent=tangent))
+    transforms = [
+      lambda f: jax.jvp(f, (X,), (V,)),
+      lambda f: jax.jvp(lambda x, y: f(x, X > 0, y, y), (X, V), (V, X)),
+      lambda f: jax.vmap(lambda x, mask: jax.jacfwd(f)(x, mask, V))(BATCH, BATCH > 0),
+      lambda f: jax.hessian(f)(X, None, X),
+    ]
+    check(f, masked, transforms)
+
+
+def test_forward_rule_that_calls_the_decorated_function():
+  @enable_forward_mode
+  @jax.custom_vjp
+  def f(x):
+    return spiral(x)
+
+  f.defvjp(lambda x: (f(x), (x, jnp.sum(x**2))), spiral_bwd)
+  transforms = [
+    lambda f: jax.jvp(f, (X,), (V,)),
+    lambda f: jax.hessian(f)(X),
+    lambda f: jax.jacrev(jax.jacrev(f))(X),
+    lambda f: jax.jacfwd(jax.jacrev(jax.jacfwd(f)))(X),
+  ]
+  check(f, spiral, transforms, 1e-5)
+
+
 def test_nothing_moves():
   f = define(mixed, mixed_fwd, mixed_bwd)
   expected = mixed(PARAMS, V, 3)
@@ -729,9 +776,12 @@ def test_callables(name):
       "object": Model(),
     }[name]
     f = define(function, spiral_fwd, spiral_bwd)
-  assert_close(jax.jacfwd(f)(X), jax.jacfwd(spiral)(X))
-  assert_close(jax.jacrev(f)(X), jax.jacfwd(spiral)(X))
-  assert_close(jax.jit(jax.vmap(jax.hessian(f)))(BATCH), jax.vmap(jax.hessian(spiral))(BATCH), 1e-6)
+  transforms = [
+    lambda f: jax.jacfwd(f)(X),
+    lambda f: jax.jacrev(f)(X),
+    lambda f: jax.vmap(jax.hessian(f))(BATCH),
+  ]
+  check(f, spiral, transforms)
 
 
 def test_optimize_remat():
@@ -841,6 +891,22 @@ def test_tangent_rule_may_return_none_for_a_zero():
   f = define(lambda x: fwd(x)[0], fwd, lambda _, bars: (bars[1],), enable)
   assert_close(jax.jvp(f, (X,), (V,))[1], (jnp.zeros(3), jnp.asarray(V)))
   assert_close(jax.jit(jax.jacfwd(f))(X), (jnp.zeros((3, 3)), jnp.eye(3)))
+
+
+def test_tangent_rule_with_the_wrong_structure():
+  def check_message(returned, structure):
+    rule = functools.partial(enable_forward_mode, tangent=lambda *_: returned)
+    f = define(scaled, scaled_fwd, scaled_bwd, rule)
+    with pytest.raises(TypeError) as error:
+      jax.jvp(f, (X, V, X), (V, V, V))
+    assert str(error.value) == (
+      "the tangent rule of scaled must return the structure of its output, PyTreeDef((*, *)), "
+      f"got {structure}."
+    )
+
+  check_message(X, "PyTreeDef(*)")
+  check_message((X,), "PyTreeDef((*,))")
+  check_message((X, [X, X]), "PyTreeDef((*, [*, *]))")
 
 
 @pytest.mark.parametrize(
@@ -1072,6 +1138,18 @@ def test_eager_calls_neither_compile_again_nor_keep_arrays():
     assert len(jax.live_arrays()) == arrays
 
 
+def test_threads_may_share_a_pullback():
+  f = define(scaled, scaled_fwd, scaled_bwd)
+  pullback = jax.vjp(f, X, V, X)[1]
+  expected = pullback((X, V))
+  interval = sys.getswitchinterval()
+  sys.setswitchinterval(1e-6)
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    for actual in pool.map(lambda _: pullback((X, V)), range(100)):
+      assert_close(actual, expected)
+  sys.setswitchinterval(interval)
+
+
 def test_export():
   f = make_spiral()
   for transform in (jax.jacfwd, jax.jacrev, jax.hessian):
@@ -1130,67 +1208,93 @@ NAMED_AXIS = {
 @pytest.mark.parametrize("name", NAMED_AXIS)
 def test_collective_in_the_rules_under_vmap(name):
   transform = NAMED_AXIS[name]
-  expected = jax.jit(lambda: transform(coupled))()
-  for enable in (enable_forward_mode, with_coupled_tangent):
-    assert_close(jax.jit(lambda e=enable: transform(make_coupled(enable=e)))(), expected, 3e-6)
+  functions = [make_coupled(), make_coupled(enable=with_coupled_tangent), coupled]
+  *ours, expected = fast_jit(lambda: [transform(f) for f in functions])()
+  for actual in ours:
+    assert_close(actual, expected, 3e-6)
 
 
-def linear(weight, x):  # the weight is whole on every device, x and the output are split
+def gated(weight, x):  # the weight is whole on every device, x is split
   return weight * jnp.sin(x)
 
 
-def linear_bwd(residuals, y_bar):
+def gated_bwd(residuals, y_bar):
   weight, x = residuals
   return jax.lax.psum(jnp.sum(y_bar * jnp.sin(x)), "i"), weight * jnp.cos(x) * y_bar
 
 
+make_gated = functools.partial(define, gated, lambda w, x: (gated(w, x), (w, x)), gated_bwd)
 SHARDED = {
-  "grad inside": lambda f: lambda w, x: jax.grad(lambda x: jnp.sum(f(w, x)))(x),
-  "jvp inside": lambda f: lambda w, x: jax.jvp(f, (w, x), (2 * w, jnp.cos(x)))[1],
-  "jacfwd inside": lambda f: lambda w, x: jax.jacfwd(f, argnums=1)(w, x).sum(-1),
-  "hvp inside": lambda f: (
-    lambda w, x: jax.jvp(jax.grad(lambda x: jnp.sum(f(w, x) ** 2)), (x,), (jnp.cos(x),))[1]
+  "psum": (make_coupled(), coupled),
+  "psum, tangent": (make_coupled(enable=with_coupled_tangent), coupled),
+  "weight": (functools.partial(make_gated(), np.float32(0.7)), lambda x: gated(0.7, x)),
+}
+
+# The functions inside shard_map, and the functions made of what shard_map returns.
+INSIDE = {
+  "value": lambda f: f,
+  "grad": lambda f: jax.grad(total(f)),
+  "jvp": lambda f: lambda x: jax.jvp(f, (x,), (x * x,))[1],
+  "jacfwd": lambda f: lambda x: jax.jacfwd(f)(x).sum(-1),
+  "hvp": lambda f: lambda x: jax.jvp(jax.grad(total(f)), (x,), (jnp.cos(x),))[1],
+  # Neither the tangents nor the batch vary over the mesh.
+  "vmap jvp": lambda f: (
+    lambda x: jax.vmap(lambda v: jax.jvp(f, (x,), (v,))[1])(jnp.eye(x.size, dtype=x.dtype)).sum(0)
   ),
-  "vmap jvp inside": lambda f: (
-    lambda w, x: jax.vmap(lambda x: jax.jvp(lambda x: f(w, x), (x,), (w * x,))[1])(x)
-  ),
+}
+OUTSIDE = {
+  "value": lambda f: f,
+  "grad": lambda f: jax.grad(total(f)),
+  "jvp": lambda f: lambda x: jax.jvp(f, (x,), (x * x,)),
+  "linearize": lambda f: lambda x: jax.linearize(f, x)[1](x * x),
+  "jacfwd": lambda f: jax.jacfwd(f),
+  "hessian": lambda f: jax.hessian(total(f)),
+  "grad checkpoint": lambda f: jax.grad(total(jax.checkpoint(f))),
 }
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("name", ["coupled", "linear"])
+@pytest.mark.parametrize(
+  ("name", "axis_type"),
+  [(name, AxisType.Auto) for name in SHARDED] + [("psum", AxisType.Explicit)],
+)
 def test_shard_map(name, axis_type):
-  if name == "coupled":
-    unchanged, ours = (lambda w, x: w * coupled(x)), make_coupled()
-    ours = functools.partial(lambda f, w, x: w * f(x), ours)
-  else:
-    unchanged, ours = linear, define(linear, lambda w, x: (linear(w, x), (w, x)), linear_bwd)
   mesh = jax.make_mesh((2,), ("i",), axis_types=(axis_type,), devices=jax.devices()[:2])
   spec = PartitionSpec("i")
+  x = jax.device_put(np.linspace(-1, 1, 4, dtype=np.float32), NamedSharding(mesh, spec))
 
   def sharded(f):
-    return jax.shard_map(f, mesh=mesh, in_specs=(PartitionSpec(), spec), out_specs=spec)
+    return jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=True)
 
   def programs(f):
-    outside = sharded(f)
-    inside = {} if name == "coupled" else {k: sharded(make(f)) for k, make in SHARDED.items()}
-    if name == "coupled":  # where vmap would need the axis of the mesh inside
-      inside = {k: sharded(make(f)) for k, make in SHARDED.items() if "vmap" not in k}
-    return inside | {
-      "grad outside": jax.grad(lambda *args: jnp.sum(outside(*args) ** 2), argnums=(0, 1)),
-      "jvp outside": lambda w, x: jax.jvp(outside, (w, x), (w, x)),
-      "jacfwd outside": jax.jacfwd(outside, argnums=(0, 1)),
-      "hessian outside": jax.hessian(lambda *args: jnp.sum(outside(*args) ** 2), argnums=(0, 1)),
-      "vmap outside": jax.vmap(jax.grad(lambda *a: jnp.sum(outside(*a))), in_axes=(0, None)),
-    }
+    inside = [sharded(transform(f)) for transform in INSIDE.values()]
+    return inside + [transform(sharded(f)) for transform in OUTSIDE.values()]
 
-  x = jax.device_put(np.linspace(-1, 1, 4, dtype=np.float32), NamedSharding(mesh, spec))
-  w = np.float32(0.7)
   with jax.set_mesh(mesh):
-    for key in programs(ours):
-      args = (np.stack([w, w]), x) if key == "vmap outside" else (w, x)
-      results = jax.jit(lambda *a, k=key: [programs(f)[k](*a) for f in (ours, unchanged)])(*args)
-      assert_close(*results, 5e-6)
+    ours, expected = (
+      fast_jit(lambda x, f=f: [program(x) for program in programs(f)])(x) for f in SHARDED[name]
+    )
+    assert_close(ours, expected, 5e-6)
+    eager, expected = (sharded(INSIDE["jvp"](f))(x) for f in SHARDED[name])
+    assert_close(eager, expected)
+
+
+def test_weight_that_is_whole_on_every_device():
+  mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+  args = (jnp.float32(0.7), jnp.linspace(-1, 1, 4))
+
+  def sharded(f):
+    specs = (PartitionSpec(), PartitionSpec("i"))
+    return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=specs[1])
+
+  transforms = [
+    lambda f: jax.jvp(sharded(f), args, args),
+    lambda f: jax.grad(total(sharded(f)), argnums=(0, 1))(*args),
+    lambda f: jax.jacfwd(sharded(f), argnums=(0, 1))(*args),
+    lambda f: jax.hessian(total(sharded(f)), argnums=(0, 1))(*args),
+    lambda f: jax.vmap(jax.grad(total(sharded(f))), (0, None))(jnp.stack(args[:1] * 2), args[1]),
+    lambda f: jax.jvp(lambda w: sharded(f)(w, args[1]), args[:1], args[:1]),
+  ]
+  check(make_gated(), gated, transforms)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
@@ -1216,12 +1320,25 @@ def test_sharded_arrays(axis_type):
 
 
 def test_spmd_axis_name():
-  mesh = jax.make_mesh((4,), ("a",), axis_types=(AxisType.Auto,))
-  f = make_spiral()
+  mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+
+  def constrained(x):
+    return jax.lax.with_sharding_constraint(x, PartitionSpec("b"))
+
+  def bwd(c, y_bar):
+    return (constrained(c * y_bar),)
+
+  f = define(jnp.sin, lambda x: (jnp.sin(x), jnp.cos(x)), bwd)
+  x = BATCH[:, :2]
+  transforms = [
+    lambda f: jax.vmap(jax.jacfwd(f), spmd_axis_name="a")(x),
+    lambda f: jax.jacfwd(jax.vmap(f, spmd_axis_name="a"))(x),
+    lambda f: jax.jacrev(jax.vmap(f, spmd_axis_name="a"))(x),
+  ]
   with jax.set_mesh(mesh):
-    transforms = [
-      lambda f: jax.vmap(jax.jacfwd(f), spmd_axis_name="a")(BATCH),
-      lambda f: jax.jacfwd(jax.vmap(f, spmd_axis_name="a"))(BATCH),
-      lambda f: jax.jacrev(jax.vmap(f, spmd_axis_name="a"))(BATCH),
-    ]
-    check(f, spiral, transforms)
+    check(f, jnp.sin, transforms)
+    for transform in transforms:
+      text = jax.jit(lambda t=transform: t(f)).lower().as_text()
+      constraints = [line for line in text.splitlines() if "sharding_constraint" in line]
+      assert constraints
+      assert all('"a"' in line and '"b"' in line for line in constraints)

@@ -91,11 +91,9 @@ def test_takes_numpy_arrays_and_numbers(name):
     (None, MASK),
     ((), MASK),
     (1, MASK[0]),
-    (-1, MASK[:, 3:4]),
     (0, MASK[:, :1]),
-    (-1, True),
   ],
-  ids=["rows", "all", "elementwise", "of columns", "of rows", "of rows, axis 0", "True"],
+  ids=["rows", "all", "elementwise", "of columns", "of rows, axis 0"],
 )
 def test_masks(name, axis, where):
   x = random(3, MASK.shape, scale=3)
@@ -106,15 +104,27 @@ def test_masks(name, axis, where):
 
 
 @every_function
+def test_mask_of_one_value(name):
+  f, x = FUNCTIONS[name], random(3, (2, 3))
+  chex.assert_trees_all_equal(f(x, axis=-1, where=True), f(x, axis=-1))
+  chex.assert_trees_all_equal(f(x, axis=-1, where=False), f(x, axis=-1, where=np.zeros(3, bool)))
+
+
+@every_function
 def test_jacobian_both_ways_and_second_derivatives(name):
-  f = FUNCTIONS[name]
-  x = random(4, (5,), scale=2)
-  derivatives = jax.jit(lambda x: (jax.jacfwd(f)(x), jax.jacrev(f)(x), jax.hessian(f)(x)))(x)
+  f, peer, x = FUNCTIONS[name], getattr(jax.nn, name), random(4, (5,), scale=2)
+  forward, reverse, hessian, *peers = jax.jit(
+    lambda x: [
+      *(jax.jacfwd(f)(x), jax.jacrev(f)(x), jax.hessian(f)(x)),
+      *(jax.jacrev(peer)(x), jax.hessian(peer)(x)),
+    ]
+  )(x)
   expected = oracle.jacobian(name, x)
-  for actual in derivatives[:2]:
-    assert relative_error(actual, expected) < 1e-6
-  assert relative_error(derivatives[2], oracle.hessian(name, x)) < 1e-6
-  chex.assert_trees_all_close(derivatives[2], jax.hessian(getattr(jax.nn, name))(x), rtol=1e-4)
+  assert relative_error(forward, expected) < 1e-6
+  assert relative_error(reverse, expected) < 1e-6
+  assert relative_error(hessian, oracle.hessian(name, x)) < 1e-6
+  assert relative_error(reverse, peers[0]) < 1e-5
+  assert relative_error(hessian, peers[1]) < 1e-5
 
 
 # logsumexp's own options.
@@ -124,11 +134,10 @@ def weighted(logsumexp):
   return lambda a, b, **options: logsumexp(a, b=b, **options)
 
 
-@pytest.mark.parametrize("keepdims", [False, True])
 @pytest.mark.parametrize("axis", [None, (-1, 0), ()])
-def test_logsumexp_keeps_dimensions(axis, keepdims):
+def test_logsumexp_keeps_dimensions(axis):
   x = random(5, (2, 3, 4))
-  check("logsumexp", logsumexp, jax.nn.logsumexp, x, axis=axis, keepdims=keepdims)
+  check("logsumexp", logsumexp, jax.nn.logsumexp, x, axis=axis, keepdims=True)
 
 
 def test_logsumexp_sums_over_all_axes_by_default():
@@ -139,7 +148,6 @@ def test_logsumexp_sums_over_all_axes_by_default():
 @pytest.mark.parametrize(
   ("b", "axis", "where"),
   [
-    (np.full((3, 5), 2.5), -1, None),
     (np.abs(random(6, (3, 5))), -1, MASK),
     (np.abs(random(6, (5,))), -1, None),
     (np.abs(random(6, (5,))), None, MASK),
@@ -149,7 +157,6 @@ def test_logsumexp_sums_over_all_axes_by_default():
     (np.array([3, -0.2, 2, -0.1, 5]), -1, None),
   ],
   ids=[
-    "constant",
     "masked",
     "row",
     "row over all axes",
@@ -194,9 +201,10 @@ def test_logsumexp_derivatives_with_sign():
   log_of = lambda f: lambda a, b, **options: f(a, b=b, return_sign=True, **options)[0]
   check("logsumexp", log_of(logsumexp), log_of(jax.nn.logsumexp), x, b, axis=-1)
   sign = lambda a, b: logsumexp(a, axis=-1, b=b, return_sign=True)[1]
-  _, pull = jax.vjp(sign, x, b)
-  _, sign_dot = jax.jvp(sign, (x, b), (x, b))
-  chex.assert_trees_all_equal((*pull(jnp.ones(3)), sign_dot), (0 * x, 0 * b, jnp.zeros(3)))
+  sign_dot, bars = jax.jit(
+    lambda *args: (jax.jvp(sign, args, args)[1], jax.vjp(sign, *args)[1](jnp.ones(3)))
+  )(x, b)
+  chex.assert_trees_all_equal((sign_dot, *bars), (np.zeros(3), 0 * x, 0 * b))
 
 
 @pytest.mark.parametrize(
@@ -207,16 +215,14 @@ def test_logsumexp_promotes_a_and_b_as_its_peer(a, b):
   x, weight = jnp.array([120, 127], a), jnp.array([1, 3], b)
   y = logsumexp(x, b=weight)
   assert y.dtype == jax.nn.logsumexp(x, b=weight).dtype
-  expected, *_ = oracle.linearize("logsumexp", x, weight)
+  expected, _, vjp = oracle.linearize("logsumexp", x, weight)
   assert relative_error(y, expected) <= oracle.tolerance(y.dtype)
-  if jnp.issubdtype(b, jnp.inexact):
-    bar = jax.grad(lambda b: logsumexp(x, b=b).astype("float32"))(weight)
-    assert bar.dtype == b
-    assert relative_error(bar, oracle.linearize("logsumexp", x, weight)[2](1)[1]) < 0.01
-  if jnp.issubdtype(a, jnp.inexact):
-    bar = jax.grad(lambda a: logsumexp(a, b=weight).astype("float32"))(x)
-    assert bar.dtype == a
-    assert relative_error(bar, oracle.linearize("logsumexp", x, weight)[2](1)[0]) < 0.01
+  for argnum, v in enumerate((x, weight)):
+    if jnp.issubdtype(v.dtype, jnp.inexact):
+      total = lambda x, weight: logsumexp(x, b=weight).astype("float32")
+      bar = jax.jit(jax.grad(total, argnum))(x, weight)
+      assert bar.dtype == v.dtype
+      assert relative_error(bar, vjp(1)[argnum]) < 0.01
 
 
 # Digits.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Literal, NamedTuple, overload
 
@@ -20,11 +21,14 @@ from softmax_jax._cross_entropy.rows import (
   inverse_sum,
   minus_log_softmax,
   uniform_label,
+  uniform_loss,
 )
 from softmax_jax._forward_mode import enable_forward_mode
 from softmax_jax._normalizer import (
   Axes,
   Normalizer,
+  broadcast,
+  entries,
   exp_of_difference,
   masked,
   normalizer,
@@ -38,6 +42,7 @@ _INVALID, _IGNORED = -1, -2
 
 class _Static(NamedTuple):
   axis: int
+  smoothed: bool
   ignores: bool  # whether there may be rows that do not count
 
 
@@ -69,6 +74,7 @@ def _primal(
   return _fwd(logits, index, mask, weights, static)[0]
 
 
+@functools.partial(jax.jit, static_argnums=4, inline=True)
 def _fwd(
   logits: jax.Array,
   index: jax.Array,
@@ -77,17 +83,15 @@ def _fwd(
   static: _Static,
 ) -> tuple[PerRow, _Residuals]:
   axis = static.axis
-  z = masked(logits.astype(arguments.compute_dtype(logits.dtype)), mask, -jnp.inf)
-  s = normalizer(z, (axis,))
-  nll = minus_log_softmax(_at_label(z, index, axis), s)
-  lse = s.shift + s.log_sum()
+  dtype = arguments.compute_dtype(logits.dtype)
+  s = normalizer(logits, mask, (axis,), dtype)
+  z_t = _at_label(entries(logits, mask, (axis,), dtype), index, axis)
+  nll = _by_row(index, minus_log_softmax(z_t, s))
+  lse = jnp.where(index == _IGNORED, 0, s.shift + s.log_sum())
   uniform = None
-  if weights is not None:
-    u = uniform_label(weights, mask, z, (axis,))
-    terms = u * cost_of(u, minus_log_softmax(z, s))
-    uniform = _by_row(index, jnp.sum(terms, axis=axis, keepdims=True))
-  outputs = PerRow(_by_row(index, nll), jnp.where(index == _IGNORED, 0, lse), uniform)
-  return outputs, _Residuals(logits, index, mask, weights, s)
+  if static.smoothed:
+    uniform = _by_row(index, uniform_loss(weights, logits, mask, s, (axis,)))
+  return PerRow(nll, lse, uniform), _Residuals(logits, index, mask, weights, s)
 
 
 # Seed step 6: nll = -log a_t, d nll/dz_j = a_j - delta_tj. Seed step 1: d lse/dz_j = a_j. And with
@@ -101,24 +105,25 @@ def _bwd(
 ) -> tuple[jax.Array, None, None, jax.Array | None]:
   axis = static.axis
   logits, index, mask, weights, s = residuals
-  z = masked(logits.astype(s.shift.dtype), mask, -jnp.inf)
+  z = entries(logits, mask, (axis,), s.shift.dtype)
   inverse = inverse_sum(s)
   nll_bar = _by_row(index, bars.nll)
   g = jnp.where(index == _IGNORED, 0, bars.lse)
   weights_bar = None
-  if weights is not None:
+  if static.smoothed:
     uniform_bar = _by_row(index, bars.uniform)
-    u = uniform_label(weights, mask, z, (axis,))
+    u = uniform_label(weights, mask, z.shape, (axis,), z.dtype)
     g = g + uniform_bar * jnp.sum(u, axis=axis, keepdims=True)
     u_bar = masked(cost_of(u, minus_log_softmax(z, s)) * uniform_bar, mask, 0)
-    weights_bar = unbroadcast(u_bar / class_count(mask, z.shape, (axis,)), weights.shape)
+    if weights is not None:
+      weights_bar = unbroadcast(u_bar / class_count(mask, z.shape, (axis,)), weights.shape)
   e_t = exp_of_difference(_at_label(z, index, axis), s.shift)
   at_label = (e_t * g - ((1 - e_t) + s.rest) * nll_bar) * inverse
   classes = jax.lax.broadcasted_iota(index.dtype, z.shape, axis)
   z_bar = jnp.where(
     classes == index, at_label, exp_of_difference(z, s.shift) * ((g + nll_bar) * inverse)
   )
-  if weights is not None:
+  if static.smoothed:
     z_bar = z_bar - u * uniform_bar
   # What does not count may hold anything, and has derivative 0 nevertheless.
   if static.ignores:
@@ -135,7 +140,7 @@ def _tangent(static: _Static, residuals: _Residuals, args_dot: tuple[Any, ...]) 
   logits, index, mask, weights, s = residuals
   logits_dot, _, _, weights_dot = args_dot
   dtype = s.shift.dtype
-  z = masked(logits.astype(dtype), mask, -jnp.inf)
+  z = entries(logits, mask, (axis,), dtype)
   nll_dot = lse_dot = uniform_dot = None
   if logits_dot is not None:
     z_dot = masked(logits_dot.astype(dtype), mask, 0)
@@ -143,14 +148,14 @@ def _tangent(static: _Static, residuals: _Residuals, args_dot: tuple[Any, ...]) 
     a = exp_of_difference(z, s.shift) * inverse_sum(s)
     nll_dot = jnp.sum(a * (z_dot - z_dot_t), axis=axis, keepdims=True)
     lse_dot = nll_dot + z_dot_t
-  if weights is not None:
-    u = uniform_label(weights, mask, z, (axis,))
+  if static.smoothed:
+    u = uniform_label(weights, mask, z.shape, (axis,), z.dtype)
     uniform_dot = jnp.zeros_like(s.shift)
     if logits_dot is not None:
       uniform_dot += lse_dot * jnp.sum(u, axis=axis, keepdims=True)
       uniform_dot -= jnp.sum(u * z_dot, axis=axis, keepdims=True)
     if weights_dot is not None:
-      u_dot = uniform_label(weights_dot, mask, z, (axis,))
+      u_dot = uniform_label(weights_dot, mask, z.shape, (axis,), z.dtype)
       cost = cost_of(u, minus_log_softmax(z, s))
       uniform_dot += jnp.sum(u_dot * cost, axis=axis, keepdims=True)
     uniform_dot = _by_row(index, uniform_dot)
@@ -316,12 +321,12 @@ def softmax_cross_entropy_with_integer_labels(
     per_row = PerRow(*[jnp.zeros(index.shape, dtype)] * 3)
     row_weights = per_row.nll
   else:
-    logits = jnp.broadcast_to(logits, (*rows[:class_axis], num_classes, *rows[class_axis:]))
+    logits = broadcast(logits, (*rows[:class_axis], num_classes, *rows[class_axis:]))
     spread = None
-    if chosen.label_smoothing is not None:
-      spread = jnp.ones(num_classes, dtype) if weights is None else weights
-      spread = jnp.expand_dims(spread, [a for a in range(logits.ndim) if a != class_axis])
-    static = _Static(class_axis, ignores=ignore_index is not None or where is not None)
+    smoothed = chosen.label_smoothing is not None
+    if smoothed and weights is not None:
+      spread = jnp.expand_dims(weights, [a for a in range(logits.ndim) if a != class_axis])
+    static = _Static(class_axis, smoothed, ignores=ignore_index is not None or where is not None)
     per_row = _integer_cross_entropy(logits, index, mask, spread, static)
     row_weights = jnp.ones(index.shape, dtype)
     if weights is not None:

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from softmax_jax._normalizer import Axes, Normalizer, masked
+from softmax_jax._normalizer import Axes, Normalizer, entries, masked
 
 
 class PerRow(NamedTuple):
@@ -36,11 +37,31 @@ def inverse_sum(s: Normalizer) -> jax.Array:
 
 def minus_log_softmax(z: jax.Array, s: Normalizer) -> jax.Array:
   """``-log a``, as a sum of two terms that are at least 0."""
-  return (s.shift - z) + s.log_sum()
+  # A shift that two sums along the row share is put into memory, repeated along it, on a CPU.
+  shift = jax.lax.optimization_barrier(s.shift)
+  return (shift - z) + s.log_sum()
+
+
+def uniform_loss(
+  weights: jax.Array | None,
+  logits: jax.Array,
+  mask: jax.Array | None,
+  s: Normalizer,
+  axes: Axes,
+) -> jax.Array:
+  """``-sum_k u_k log a_k`` with the (weighted) uniform label u."""
+  dtype = s.shift.dtype
+  cost = minus_log_softmax(entries(logits, mask, axes, dtype), s)
+  if weights is None and mask is None:
+    return jnp.sum(cost, axis=axes, keepdims=True) / class_count(mask, logits.shape, axes)
+  u = uniform_label(weights, mask, logits.shape, axes, dtype)
+  # What has no weight adds nothing, even at an infinite cost.
+  bound = jnp.where(u == 0, jnp.zeros_like(u), jnp.inf)
+  return jnp.sum(u * jnp.minimum(cost, bound), axis=axes, keepdims=True)
 
 
 def cost_of(label: jax.Array, cost: jax.Array) -> jax.Array:
-  """``cost`` with 0 where a label of exactly 0 meets an infinite one: 0 log 0 = 0 by convention."""
+  """``cost`` with 0 where a label of exactly 0 meets an infinite one."""
   return jnp.where((label == 0) & (cost == jnp.inf), jnp.zeros_like(cost), cost)
 
 
@@ -53,9 +74,13 @@ def class_count(mask: jax.Array | None, shape: tuple[int, ...], axes: Axes) -> i
 
 
 def uniform_label(
-  weights: jax.Array | None, mask: jax.Array | None, z: jax.Array, axes: Axes
+  weights: jax.Array | None,
+  mask: jax.Array | None,
+  shape: tuple[int, ...],
+  axes: Axes,
+  dtype: DTypeLike,
 ) -> jax.Array:
   """The uniform distribution over the unmasked classes, times the weights of the classes."""
   if weights is None:
-    weights = jnp.ones([n if axis in axes else 1 for axis, n in enumerate(z.shape)], z.dtype)
-  return masked(weights / class_count(mask, z.shape, axes), mask, 0)
+    weights = jnp.ones([n if axis in axes else 1 for axis, n in enumerate(shape)], dtype)
+  return masked(weights / class_count(mask, shape, axes), mask, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, NamedTuple, overload
 
 import jax
@@ -20,16 +21,20 @@ from softmax_jax._cross_entropy.rows import (
   inverse_sum,
   minus_log_softmax,
   uniform_label,
+  uniform_loss,
 )
 from softmax_jax._forward_mode import enable_forward_mode
 from softmax_jax._normalizer import (
   Axes,
   Normalizer,
+  any_entry,
+  broadcast,
+  entries,
   exp_of_difference,
-  fill_masked,
   masked,
   normalizer,
   unbroadcast,
+  where_needed,
 )
 
 
@@ -63,6 +68,7 @@ def _primal(
   return _fwd(logits, labels, mask, weights, static)[0]
 
 
+@functools.partial(jax.jit, static_argnums=4, inline=True)
 def _fwd(
   logits: jax.Array,
   labels: jax.Array,
@@ -72,19 +78,27 @@ def _fwd(
 ) -> tuple[PerRow, _Residuals]:
   axes, smoothed = static
   dtype = arguments.compute_dtype(logits.dtype, labels.dtype)
-  z = fill_masked(logits.astype(dtype), mask, axes)
-  s = normalizer(z, axes)
-  cost = minus_log_softmax(z, s)
+  s = normalizer(logits, mask, axes, dtype)
 
-  def against(label):
-    return jnp.sum(label * cost_of(label, cost), axis=axes, keepdims=True)
+  def likelihood(careful, logits, labels, mask, weights, s):
+    p = _weighted_label(labels, mask, weights, dtype)
+    cost = minus_log_softmax(entries(logits, mask, axes, dtype), s)
+    return jnp.sum(p * (cost_of(p, cost) if careful else cost), axis=axes, keepdims=True)
 
-  nll = against(_weighted_label(labels, mask, weights, dtype))
-  uniform = against(uniform_label(weights, mask, z, axes)) if smoothed else None
-  lse = s.shift + s.log_sum()
-  if mask is not None:  # a row without any class does not count
-    counts = jnp.any(mask, axis=axes, keepdims=True)
-    lse, uniform = masked(lse, counts, 0), None if uniform is None else masked(uniform, counts, 0)
+  # A label of 0 at an infinite cost adds 0. To see to it in every sum would double the time.
+  operands = logits, labels, mask, weights, s
+  nll = likelihood(mask is not None, *operands)
+  if mask is None:
+    nll = where_needed(
+      jnp.any(jnp.isnan(nll)),
+      lambda _, *operands: likelihood(True, *operands),
+      lambda nll, *_: nll,
+      nll,
+      *operands,
+    )
+  uniform = uniform_loss(weights, logits, mask, s, axes) if smoothed else None
+  # A row without any class does not count; its labels are all 0.
+  lse = masked(s.shift + s.log_sum(), any_entry(mask, axes), 0)
   return PerRow(nll, lse, uniform), _Residuals(logits, labels, mask, weights, s)
 
 
@@ -99,13 +113,13 @@ def _bwd(
   axes, smoothed = static
   logits, labels, mask, weights, s = residuals
   dtype = s.shift.dtype
-  z = fill_masked(logits.astype(dtype), mask, axes)
+  z = entries(logits, mask, axes, dtype)
   p = jnp.broadcast_to(_weighted_label(labels, mask, weights, dtype), z.shape)
   cost = minus_log_softmax(z, s)
   e, inverse = exp_of_difference(z, s.shift), inverse_sum(s)
   g = bars.lse
   if smoothed:
-    u = uniform_label(weights, mask, z, axes)
+    u = uniform_label(weights, mask, z.shape, axes, dtype)
     g = g + bars.uniform * jnp.sum(u, axis=axes, keepdims=True)
   others = jnp.sum(p, axis=axes, keepdims=True) - p
   z_bar = (e * (others * bars.nll + g) - p * ((1 - e) + s.rest) * bars.nll) * inverse
@@ -247,7 +261,7 @@ def softmax_cross_entropy(
   chosen = options.checked(name, dtype, label_smoothing, z_loss, reduction)
   shape = arguments.common_shape(name, "logits", logits.shape, "labels", labels.shape)
   axes = tuple(a + len(shape) - logits.ndim for a in axes)
-  logits = jnp.broadcast_to(logits, shape)
+  logits = broadcast(logits, shape)
   labels = labels.reshape((1,) * (len(shape) - labels.ndim) + labels.shape)
   weights = None
   if class_weights is not None:
@@ -263,7 +277,7 @@ def softmax_cross_entropy(
   per_row = _soft_cross_entropy(logits, labels, mask, weights, static)
   row_weights = jnp.ones_like(per_row.nll)
   if mask is not None:
-    row_weights = row_weights * jnp.any(mask, axis=axes, keepdims=True)
+    row_weights = masked(row_weights, any_entry(mask, axes), 0)
   squeezed = jax.tree.map(lambda x: jnp.squeeze(x, axes), (per_row, row_weights))
   loss, aux = options.combine(chosen, *squeezed)
   return (loss, aux) if return_aux else loss
