@@ -58,8 +58,13 @@ def promoted(
   arrays = as_array(function, name, value), as_array(function, other, other_value)
   as_real(function, name, arrays[0]), as_real(function, other, arrays[1])
   dtype = jnp.promote_types(arrays[0].dtype, arrays[1].dtype)
-  x, y = (as_real(function, name, array.astype(dtype)) for array in arrays)
+  x, y = (as_real(function, name, cast(array, dtype)) for array in arrays)
   return x, y
+
+
+def cast(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+  """``x`` in ``dtype``; itself, not a copy, where it has that already."""
+  return x if x.dtype == dtype else x.astype(dtype)
 
 
 def as_logits(function: str, name: str, value: Any) -> jax.Array:

@@ -5,6 +5,7 @@ The notation is that of `softmax_jax._normalizer`.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, NamedTuple, overload
 
 import jax
@@ -123,6 +124,7 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> ja
 _DOMINANT = 0.9
 
 
+@functools.partial(jax.jit, static_argnums=3, inline=True)
 def _at_dominant(c: jax.Array, a: jax.Array, peak: jax.Array, axes: Axes) -> jax.Array:
   """The entry of ``c`` where ``a`` has its ``peak`` in rows whose peak is above 0.9; 0 in the
   others.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, Literal, NamedTuple, overload
 
@@ -74,7 +73,6 @@ def _primal(
   return _fwd(logits, index, mask, weights, static)[0]
 
 
-@functools.partial(jax.jit, static_argnums=4, inline=True)
 def _fwd(
   logits: jax.Array,
   index: jax.Array,

@@ -58,6 +58,37 @@ def _weighted_label(
   return t if weights is None else t * weights
 
 
+@functools.partial(jax.jit, static_argnums=5, inline=True)
+def _likelihood(
+  logits: jax.Array,
+  labels: jax.Array,
+  mask: jax.Array | None,
+  weights: jax.Array | None,
+  s: Normalizer,
+  axes: Axes,
+) -> jax.Array:
+  """``-sum_k p_k log a_k`` with the weighted label p, in which 0 log 0 = 0."""
+
+  def likelihood(careful, logits, labels, mask, weights, s):
+    dtype = s.shift.dtype
+    p = _weighted_label(labels, mask, weights, dtype)
+    cost = minus_log_softmax(entries(logits, mask, axes, dtype), s)
+    return jnp.sum(p * (cost_of(p, cost) if careful else cost), axis=axes, keepdims=True)
+
+  operands = logits, labels, mask, weights, s
+  nll = likelihood(mask is not None, *operands)
+  if mask is not None:
+    return nll
+  # To see to labels of 0 at infinite costs in every sum would double its time.
+  return where_needed(
+    jnp.any(jnp.isnan(nll)),
+    lambda _, *operands: likelihood(True, *operands),
+    lambda nll, *_: nll,
+    nll,
+    *operands,
+  )
+
+
 def _primal(
   logits: jax.Array,
   labels: jax.Array,
@@ -68,7 +99,6 @@ def _primal(
   return _fwd(logits, labels, mask, weights, static)[0]
 
 
-@functools.partial(jax.jit, static_argnums=4, inline=True)
 def _fwd(
   logits: jax.Array,
   labels: jax.Array,
@@ -80,22 +110,7 @@ def _fwd(
   dtype = arguments.compute_dtype(logits.dtype, labels.dtype)
   s = normalizer(logits, mask, axes, dtype)
 
-  def likelihood(careful, logits, labels, mask, weights, s):
-    p = _weighted_label(labels, mask, weights, dtype)
-    cost = minus_log_softmax(entries(logits, mask, axes, dtype), s)
-    return jnp.sum(p * (cost_of(p, cost) if careful else cost), axis=axes, keepdims=True)
-
-  # A label of 0 at an infinite cost adds 0. To see to it in every sum would double the time.
-  operands = logits, labels, mask, weights, s
-  nll = likelihood(mask is not None, *operands)
-  if mask is None:
-    nll = where_needed(
-      jnp.any(jnp.isnan(nll)),
-      lambda _, *operands: likelihood(True, *operands),
-      lambda nll, *_: nll,
-      nll,
-      *operands,
-    )
+  nll = _likelihood(logits, labels, mask, weights, s, axes)
   uniform = uniform_loss(weights, logits, mask, s, axes) if smoothed else None
   # A row without any class does not count; its labels are all 0.
   lse = masked(s.shift + s.log_sum(), any_entry(mask, axes), 0)
