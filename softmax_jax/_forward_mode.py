@@ -441,6 +441,18 @@ def _varying_as(like: Any, x: Any) -> Any:
   return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
 
 
+def varying_alike(*arrays: jax.Array | None) -> tuple[Any, ...]:
+  """The arrays, varying over the same axes inside `jax.shard_map`, as a rule for several needs."""
+  types = [jax.typeof(x).manual_axis_type for x in arrays if x is not None]
+  union = frozenset[str]().union(*(t.varying for t in types))
+
+  def alike(x):
+    axes = union - jax.typeof(x).manual_axis_type.varying
+    return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
+
+  return tuple(None if x is None else alike(x) for x in arrays)
+
+
 def _describe(value: Any) -> str:
   named = getattr(value, "__name__", None)
   return f"{named} of type {type(value).__name__}" if named else f"{type(value).__name__}"

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from softmax_jax import _arguments as arguments
 from softmax_jax._arguments import Axis
-from softmax_jax._forward_mode import enable_forward_mode
+from softmax_jax._forward_mode import enable_forward_mode, varying_alike
 from softmax_jax._normalizer import (
   Axes,
   Normalizer,
@@ -422,7 +422,7 @@ def logsumexp(
     sign = jnp.where(jnp.isnan(out), out, jnp.where(out == -jnp.inf, 0, 1).astype(out.dtype))
     sign = lax.stop_gradient(sign)
   else:
-    out, sign = _scaled_logsumexp(a, b, mask, axes)
+    out, sign = _scaled_logsumexp(*varying_alike(a, b, mask), axes)
   if not keepdims:
     out, sign = jnp.squeeze(out, axes), jnp.squeeze(sign, axes)
   if return_sign:
@@ -439,4 +439,4 @@ def _as_input(
   x = arguments.as_real(function, name, value)
   axes = arguments.as_axes(function, name, axis, x.shape)
   mask = None if where is None else arguments.as_mask(function, where, name, x.shape)
-  return x, mask, axes
+  return *varying_alike(x, mask), axes

@@ -22,7 +22,7 @@ from softmax_jax._cross_entropy.rows import (
   uniform_label,
   uniform_loss,
 )
-from softmax_jax._forward_mode import enable_forward_mode
+from softmax_jax._forward_mode import enable_forward_mode, varying_alike
 from softmax_jax._normalizer import (
   Axes,
   Normalizer,
@@ -61,6 +61,11 @@ def _at_label(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
 def _by_row(index: jax.Array, valid: jax.Array) -> jax.Array:
   """``valid`` in rows with a label, NaN where that is invalid, 0 in rows that do not count."""
   return jnp.where(index >= 0, valid, jnp.where(index == _INVALID, jnp.nan, 0))
+
+
+def _bar_by_row(index: jax.Array, bar: jax.Array) -> jax.Array:
+  """The cotangent that `_by_row` passes on; 0 stays 0, for who discards the row with a select."""
+  return jnp.where(bar == 0, bar, _by_row(index, bar))
 
 
 def _primal(
@@ -105,11 +110,11 @@ def _bwd(
   logits, index, mask, weights, s = residuals
   z = entries(logits, mask, (axis,), s.shift.dtype)
   inverse = inverse_sum(s)
-  nll_bar = _by_row(index, bars.nll)
+  nll_bar = _bar_by_row(index, bars.nll)
   g = jnp.where(index == _IGNORED, 0, bars.lse)
   weights_bar = None
   if static.smoothed:
-    uniform_bar = _by_row(index, bars.uniform)
+    uniform_bar = _bar_by_row(index, bars.uniform)
     u = uniform_label(weights, mask, z.shape, (axis,), z.dtype)
     g = g + uniform_bar * jnp.sum(u, axis=axis, keepdims=True)
     u_bar = masked(cost_of(u, minus_log_softmax(z, s)) * uniform_bar, mask, 0)
@@ -325,7 +330,7 @@ def softmax_cross_entropy_with_integer_labels(
     if smoothed and weights is not None:
       spread = jnp.expand_dims(weights, [a for a in range(logits.ndim) if a != class_axis])
     static = _Static(class_axis, smoothed, ignores=ignore_index is not None or where is not None)
-    per_row = _integer_cross_entropy(logits, index, mask, spread, static)
+    per_row = _integer_cross_entropy(*varying_alike(logits, index, mask, spread), static)
     row_weights = jnp.ones(index.shape, dtype)
     if weights is not None:
       row_weights = weights[jnp.maximum(index, 0)]

@@ -23,7 +23,7 @@ from softmax_jax._cross_entropy.rows import (
   uniform_label,
   uniform_loss,
 )
-from softmax_jax._forward_mode import enable_forward_mode
+from softmax_jax._forward_mode import enable_forward_mode, varying_alike
 from softmax_jax._normalizer import (
   Axes,
   Normalizer,
@@ -289,7 +289,7 @@ def softmax_cross_entropy(
     mask = arguments.as_mask(name, where, "logits", shape, row_axes=axes)
 
   static = _Static(axes, smoothed=chosen.label_smoothing is not None)
-  per_row = _soft_cross_entropy(logits, labels, mask, weights, static)
+  per_row = _soft_cross_entropy(*varying_alike(logits, labels, mask, weights), static)
   row_weights = jnp.ones_like(per_row.nll)
   if mask is not None:
     row_weights = masked(row_weights, any_entry(mask, axes), 0)
