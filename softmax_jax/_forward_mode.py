@@ -232,11 +232,7 @@ def enable_forward_mode(
     *static, primals, tangents = args
     leaves, args_tree = jax.tree.flatten(primals)
     dots = jax.tree.leaves(tangents)
-    moving = [
-      i
-      for i, dot in enumerate(dots)
-      if type(dot) is not SymbolicZero and jax.typeof(dot).dtype != jax.dtypes.float0
-    ]
+    moving = [i for i, dot in enumerate(dots) if type(dot) is not SymbolicZero]
 
     def at(function, *moved):
       merged = list(leaves)
@@ -268,18 +264,14 @@ def enable_forward_mode(
     out_types = [jax.typeof(y).to_tangent_aval() for y in outs]
     linear = [i for i, y_type in enumerate(out_types) if y_type.dtype != jax.dtypes.float0]
 
-    pullback_leaves, pullback_tree = jax.tree.flatten(pullback)
-    rule_leaves, rule_tree = jax.tree.flatten(rule_residuals)
-    residuals, positions = _unique([*pullback_leaves, *rule_leaves])
-    pullback_at = positions[: len(pullback_leaves)]
-    rule_at = positions[len(pullback_leaves) :]
+    residuals, residuals_tree = jax.tree.flatten((pullback, rule_residuals))
     num_leaves = len(leaves)
 
     def pull(residuals, y_bars):  # y_bar -> J^T y_bar: the rule of f
       bars = [ad.Zero(y_type.to_ct_aval()) for y_type in out_types]
       for i, y_bar in zip(linear, y_bars, strict=True):
         bars[i] = bars[i] if y_bar is None else y_bar
-      pullback = jax.tree.unflatten(pullback_tree, [residuals[i] for i in pullback_at])
+      pullback, _ = jax.tree.unflatten(residuals_tree, residuals)
       watch.arrived = ()
       x_bars = pullback(jax.tree.unflatten(out_tree, bars))
       return [x_bar if i in watch.arrived else None for i, x_bar in enumerate(x_bars)]
@@ -311,14 +303,11 @@ def enable_forward_mode(
         raise untransposable(error) from error
 
     def push_by_rule(residuals, x_dots):  # x_dot -> J x_dot: the hand-written rule
+      _, rule_residuals = jax.tree.unflatten(residuals_tree, residuals)
       args_dot: list[Any] = [None] * num_leaves
       for i, x_dot in zip(moving, x_dots, strict=True):
         args_dot[i] = x_dot
-      out_dot = tangent(
-        *static,
-        jax.tree.unflatten(rule_tree, [residuals[i] for i in rule_at]),
-        jax.tree.unflatten(args_tree, args_dot),
-      )
+      out_dot = tangent(*static, rule_residuals, jax.tree.unflatten(args_tree, args_dot))
       return _checked_tangent(name, out_dot, out_tree, out_types, linear)
 
     y_dots: list[Any] = [SymbolicZero(y_type) for y_type in out_types]
@@ -399,14 +388,6 @@ def _with_residuals(f: jax.custom_vjp) -> Callable[..., Any]:
   with_residuals = jax.custom_vjp(lambda *args: f.fwd(*args), nondiff_argnums=f.nondiff_argnums)
   with_residuals.defvjp(fwd, bwd, symbolic_zeros=f.symbolic_zeros)
   return with_residuals
-
-
-def _unique(arrays: Sequence[Any]) -> tuple[list[Any], list[int]]:
-  """The distinct objects among ``arrays`` and, for each array, its position among them."""
-  distinct: dict[int, int] = {}
-  positions = [distinct.setdefault(id(array), len(distinct)) for array in arrays]
-  by_position = dict(zip(positions, arrays, strict=True))
-  return [by_position[i] for i in range(len(distinct))], positions
 
 
 def _checked_tangent(name, out_dot, out_tree, out_types, linear) -> tuple[Any, ...]:

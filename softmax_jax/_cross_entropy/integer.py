@@ -235,7 +235,7 @@ def softmax_cross_entropy_with_integer_labels(
       in float32.
     labels: integers ``[*B]`` in ``[0, V)`` of any integer dtype; not differentiable. Their axes may
       broadcast against those of the logits. A label out of range gives a loss and a gradient of NaN
-      in its own row.
+      in its own row (of 0, if a select discards the loss of that row).
     axis: the axis of the classes. With a tuple (or None, for all axes) a label is a flat index into
       those axes of the logits, in the order given.
     where: optional booleans, either of the rank of the logits, to which they broadcast, or one per
@@ -280,8 +280,8 @@ def softmax_cross_entropy_with_integer_labels(
     >>> loss, aux = cross_entropy(
     ...   logits, labels, label_smoothing=0.1, z_loss=1e-4, reduction="mean", return_aux=True
     ... )
-    >>> print(f"{loss:.4f}, of which {aux.z_loss:.4f} z-loss")
-    1.5338, of which 0.0202 z-loss
+    >>> print(f"{loss:.2f}, of which {aux.z_loss:.2f} z-loss")
+    1.53, of which 0.02 z-loss
 
   Source: seed step 6; Blanchard, Higham and Higham, "Accurately computing the log-sum-exp and
   softmax functions", IMA Journal of Numerical Analysis (2021), for the sum without the largest
