@@ -121,7 +121,7 @@ def as_class_weights(function: str, value: Any, shape: tuple[int, ...]) -> jax.A
   return x
 
 
-def is_concrete(x: jax.Array) -> bool:
+def is_concrete(x: Any) -> bool:
   """Whether the value of ``x`` is known while tracing."""
   return not isinstance(x, jax.core.Tracer)
 

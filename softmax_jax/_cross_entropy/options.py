@@ -49,8 +49,10 @@ def checked(
       f'{function} expected reduction to be "none", "sum" or "mean", got {reduction!r}.'
     )
   smoothing = arguments.as_coefficient(function, "label_smoothing", label_smoothing, dtype)
-  if arguments.is_concrete(smoothing) and not 0 <= float(smoothing) <= 1:
-    raise ValueError(f"{function} expected label_smoothing in [0, 1], got {float(smoothing):g}.")
+  if arguments.is_concrete(label_smoothing) and not 0 <= float(label_smoothing) <= 1:
+    raise ValueError(
+      f"{function} expected label_smoothing in [0, 1], got {float(label_smoothing):g}."
+    )
   penalty = arguments.as_coefficient(function, "z_loss", z_loss, dtype)
   return Options(_unless_zero(label_smoothing, smoothing), _unless_zero(z_loss, penalty), reduction)
 
