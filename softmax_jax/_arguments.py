@@ -77,7 +77,7 @@ def as_logits(function: str, name: str, value: Any) -> jax.Array:
 
 
 def as_class_indices(function: str, labels: Any) -> jax.Array:
-  """``labels`` as an array of an integer dtype of at least 32 bits."""
+  """``labels`` as an array of a signed integer dtype of at least 32 bits."""
   x = as_array(function, "labels", labels)
   if not jnp.issubdtype(x.dtype, jnp.integer):
     fix = (
@@ -87,10 +87,17 @@ def as_class_indices(function: str, labels: Any) -> jax.Array:
     )
     raise TypeError(f"{function} expected labels of an integer dtype, got dtype {x.dtype}.{fix}")
   # Wide and signed, so that indices compare with any number of classes and with negative values.
-  wide = jnp.int32 if jnp.iinfo(x.dtype).bits <= 32 else jnp.int64
-  if jnp.issubdtype(x.dtype, jnp.unsignedinteger):
-    x = jnp.minimum(x, np.array(jnp.iinfo(wide).max).astype(x.dtype))
-  return x.astype(wide)
+  return _saturated(x, jnp.int32 if jnp.iinfo(x.dtype).bits <= 32 else jnp.int64)
+
+
+def _saturated(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+  """Integers in another integer dtype, the nearest there is where one does not fit."""
+  own, new = jnp.iinfo(x.dtype), jnp.iinfo(dtype)
+  if own.max > new.max:
+    x = jnp.minimum(x, np.array(new.max, x.dtype))
+  if own.min < new.min:
+    x = jnp.maximum(x, np.array(new.min, x.dtype))
+  return x.astype(dtype)
 
 
 def as_ignore_index(function: str, ignore_index: Any, dtype: DTypeLike) -> jax.Array:
@@ -100,7 +107,7 @@ def as_ignore_index(function: str, ignore_index: Any, dtype: DTypeLike) -> jax.A
     raise TypeError(f"{function} expected ignore_index of an integer dtype, got dtype {x.dtype}.")
   if x.ndim:
     raise ValueError(f"{function} expected ignore_index to be a scalar, got shape {x.shape}.")
-  return x.astype(dtype)
+  return _saturated(x, dtype)
 
 
 def as_coefficient(function: str, name: str, value: Any, dtype: DTypeLike) -> jax.Array:

@@ -77,9 +77,23 @@ def combine(options: Options, rows: PerRow, weight: jax.Array) -> tuple[jax.Arra
   return loss, CrossEntropyAux(rows.nll, rows.lse, z_loss, total_weight)
 
 
+@jax.custom_jvp
 def times(coefficient: jax.Array, x: jax.Array) -> jax.Array:
   """``coefficient * x`` with 0 * inf = 0: what has no weight adds nothing."""
-  return coefficient * jnp.where((coefficient == 0) & jnp.isinf(x), jnp.zeros_like(x), x)
+  return coefficient * _finite_at_zero(coefficient, x)
+
+
+# The derivative by x is the coefficient, whatever x is: said here, it spares the gradient of a loss
+# the computation of its value.
+@times.defjvp
+def _times_jvp(primals, tangents):
+  (coefficient, x), (coefficient_dot, x_dot) = primals, tangents
+  dot = coefficient * x_dot + coefficient_dot * _finite_at_zero(coefficient, x)
+  return times(coefficient, x), dot
+
+
+def _finite_at_zero(coefficient: jax.Array, x: jax.Array) -> jax.Array:
+  return jnp.where((coefficient == 0) & jnp.isinf(x), jnp.zeros_like(x), x)
 
 
 def _mean(x: jax.Array, weight: jax.Array) -> jax.Array:
