@@ -35,7 +35,7 @@ def as_array(function: str, name: str, value: Any) -> jax.Array:
     return value
   try:
     return jnp.asarray(value)
-  except (TypeError, ValueError) as error:
+  except (OverflowError, TypeError, ValueError) as error:
     raise TypeError(
       f"{function} expected {name} to be an array, got {type(value).__name__}."
     ) from error
@@ -57,7 +57,13 @@ def promoted(
   """Both values as arrays of their common floating dtype."""
   arrays = as_array(function, name, value), as_array(function, other, other_value)
   as_real(function, name, arrays[0]), as_real(function, other, arrays[1])
-  dtype = jnp.promote_types(arrays[0].dtype, arrays[1].dtype)
+  try:
+    dtype = jnp.result_type(*arrays)
+  except ValueError as error:
+    raise TypeError(
+      f"{function} expected {name} and {other} of dtypes that promote to a common one, got "
+      f"{arrays[0].dtype} and {arrays[1].dtype}. Convert one with astype."
+    ) from error
   x, y = (as_real(function, name, cast(array, dtype)) for array in arrays)
   return x, y
 
@@ -78,7 +84,7 @@ def as_logits(function: str, name: str, value: Any) -> jax.Array:
 
 def as_class_indices(function: str, labels: Any) -> jax.Array:
   """``labels`` as an array of a signed integer dtype of at least 32 bits."""
-  x = as_array(function, "labels", labels)
+  x = as_array(function, "labels", _narrowed(labels))
   if not jnp.issubdtype(x.dtype, jnp.integer):
     fix = (
       " For one probability per class use softmax_cross_entropy."
@@ -88,6 +94,16 @@ def as_class_indices(function: str, labels: Any) -> jax.Array:
     raise TypeError(f"{function} expected labels of an integer dtype, got dtype {x.dtype}.{fix}")
   # Wide and signed, so that indices compare with any number of classes and with negative values.
   return _saturated(x, jnp.int32 if jnp.iinfo(x.dtype).bits <= 32 else jnp.int64)
+
+
+def _narrowed(value: Any) -> Any:
+  """``value`` with NumPy's and Python's wide integers clipped to 32 bits, where JAX would wrap."""
+  if isinstance(value, (int, np.ndarray, np.generic)) and not isinstance(value, np.ma.MaskedArray):
+    x = np.asarray(value)
+    if x.dtype.kind in "iuO" and not isinstance(value, bool) and x.dtype.itemsize == 8:
+      info = np.iinfo(np.int32)
+      return np.clip(x, info.min, info.max).astype(np.int32)
+  return value
 
 
 def _saturated(x: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -102,7 +118,7 @@ def _saturated(x: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 def as_ignore_index(function: str, ignore_index: Any, dtype: DTypeLike) -> jax.Array:
   """``ignore_index`` as a scalar of the dtype of the labels."""
-  x = as_array(function, "ignore_index", ignore_index)
+  x = as_array(function, "ignore_index", _narrowed(ignore_index))
   if not jnp.issubdtype(x.dtype, jnp.integer):
     raise TypeError(f"{function} expected ignore_index of an integer dtype, got dtype {x.dtype}.")
   if x.ndim:
@@ -157,8 +173,8 @@ def as_mask(
     mask = jnp.expand_dims(mask, row_axes)
   if _broadcast_shapes(mask.shape, shape) != shape:
     raise ValueError(
-      f"{function} expected where to broadcast to {name} of shape {shape}, got shape "
-      f"{jnp.shape(where)}."
+      f"{function} expected where to broadcast to {name} of shape {shape}"
+      f"{', or one value per row' if row_axes else ''}, got shape {jnp.shape(where)}."
     )
   return mask.reshape((1,) * (len(shape) - mask.ndim) + mask.shape)
 

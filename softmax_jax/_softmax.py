@@ -34,7 +34,7 @@ from softmax_jax._normalizer import (
 
 class _SoftmaxResiduals(NamedTuple):
   y: jax.Array
-  peak: jax.Array
+  peak: jax.Array  # the largest y of each row, 1 / S
   mask: jax.Array | None
 
 
@@ -87,7 +87,7 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> ja
     \frac{\partial a_i}{\partial x_j} = a_i (\delta_{ij} - a_j)
 
   A drop-in replacement for `jax.nn.softmax`, differentiable in both modes with the hand-derived
-  Jacobian above. The output is all that is saved for the backward pass.
+  Jacobian above. The output and one number per row are all that is saved for the backward pass.
 
   Args:
     x: array of any shape and a floating dtype, differentiable; integers are converted as
@@ -427,7 +427,7 @@ def logsumexp(
     out, sign = jnp.squeeze(out, axes), jnp.squeeze(sign, axes)
   if return_sign:
     return out, sign
-  return out if b is None else jnp.where(sign < 0, jnp.full((), jnp.nan, out.dtype), out)
+  return out if b is None else jnp.where(sign < 0, jnp.nan, out)
 
 
 # --- arguments ----------------------------------------------------------------------------------

@@ -126,7 +126,8 @@ CASES = {
   "where of a loss": (
     lambda: sj.softmax_cross_entropy(X, X, where=jnp.ones(4, bool)),
     ValueError,
-    f"{SOFT} expected where to broadcast to logits of shape (3, 4), got shape (4,).",
+    f"{SOFT} expected where to broadcast to logits of shape (3, 4), or one value per row, got "
+    "shape (4,).",
   ),
   "b of another shape": (
     lambda: sj.logsumexp(X, b=jnp.ones(3)),

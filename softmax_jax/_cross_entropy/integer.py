@@ -64,8 +64,11 @@ def _by_row(index: jax.Array, valid: jax.Array) -> jax.Array:
 
 
 def _bar_by_row(index: jax.Array, bar: jax.Array) -> jax.Array:
-  """The cotangent that `_by_row` passes on; 0 stays 0, for who discards the row with a select."""
-  return jnp.where(bar == 0, bar, _by_row(index, bar))
+  """The cotangent that `_by_row` passes on.
+
+  Where the label is invalid, 0 stays 0, for those who discard such a row with a select.
+  """
+  return jnp.where(index >= 0, bar, jnp.where((index == _INVALID) & (bar != 0), jnp.nan, 0))
 
 
 def _primal(
@@ -119,7 +122,7 @@ def _bwd(
     g = g + uniform_bar * jnp.sum(u, axis=axis, keepdims=True)
     u_bar = masked(cost_of(u, minus_log_softmax(z, s)) * uniform_bar, mask, 0)
     if weights is not None:
-      weights_bar = unbroadcast(u_bar / class_count(mask, z.shape, (axis,)), weights.shape)
+      weights_bar = unbroadcast(u_bar / class_count(mask, z.shape, (axis,), z.dtype), weights.shape)
   e_t = exp_of_difference(_at_label(z, index, axis), s.shift)
   at_label = (e_t * g - ((1 - e_t) + s.rest) * nll_bar) * inverse
   classes = jax.lax.broadcasted_iota(index.dtype, z.shape, axis)
@@ -163,7 +166,7 @@ def _tangent(static: _Static, residuals: _Residuals, args_dot: tuple[Any, ...]) 
       uniform_dot += jnp.sum(u_dot * cost, axis=axis, keepdims=True)
     uniform_dot = _by_row(index, uniform_dot)
   if logits_dot is not None:
-    nll_dot, lse_dot = _by_row(index, nll_dot), _by_row(index, lse_dot)
+    nll_dot, lse_dot = _by_row(index, nll_dot), jnp.where(index == _IGNORED, 0, lse_dot)
   return PerRow(nll_dot, lse_dot, uniform_dot)
 
 

@@ -53,7 +53,7 @@ def uniform_loss(
   dtype = s.shift.dtype
   cost = minus_log_softmax(entries(logits, mask, axes, dtype), s)
   if weights is None and mask is None:
-    return jnp.sum(cost, axis=axes, keepdims=True) / class_count(mask, logits.shape, axes)
+    return jnp.sum(cost, axis=axes, keepdims=True) / class_count(mask, logits.shape, axes, dtype)
   u = uniform_label(weights, mask, logits.shape, axes, dtype)
   # What has no weight adds nothing, even at an infinite cost.
   bound = jnp.where(u == 0, jnp.zeros_like(u), jnp.inf)
@@ -65,12 +65,15 @@ def cost_of(label: jax.Array, cost: jax.Array) -> jax.Array:
   return jnp.where((label == 0) & (cost == jnp.inf), jnp.zeros_like(cost), cost)
 
 
-def class_count(mask: jax.Array | None, shape: tuple[int, ...], axes: Axes) -> int | jax.Array:
+def class_count(
+  mask: jax.Array | None, shape: tuple[int, ...], axes: Axes, dtype: DTypeLike
+) -> int | jax.Array:
   """The number of unmasked classes of each row, at least 1."""
   if mask is None:
     return max(1, math.prod(shape[axis] for axis in axes))
   full = tuple(n if axis in axes else mask.shape[axis] for axis, n in enumerate(shape))
-  return jnp.maximum(jnp.sum(jnp.broadcast_to(mask, full), axis=axes, keepdims=True), 1)
+  count = jnp.sum(jnp.broadcast_to(mask, full), axis=axes, keepdims=True)
+  return jnp.maximum(count, 1).astype(dtype)
 
 
 def uniform_label(
@@ -83,4 +86,4 @@ def uniform_label(
   """The uniform distribution over the unmasked classes, times the weights of the classes."""
   if weights is None:
     weights = jnp.ones([n if axis in axes else 1 for axis, n in enumerate(shape)], dtype)
-  return masked(weights / class_count(mask, shape, axes), mask, 0)
+  return masked(weights / class_count(mask, shape, axes, dtype), mask, 0)

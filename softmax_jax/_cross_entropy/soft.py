@@ -148,7 +148,7 @@ def _bwd(
     weights_bar = p_bar * masked(labels.astype(dtype), mask, 0)
     if smoothed:
       u_bar = masked(cost_of(u, cost) * bars.uniform, mask, 0)
-      weights_bar = weights_bar + u_bar / class_count(mask, z.shape, axes)
+      weights_bar = weights_bar + u_bar / class_count(mask, z.shape, axes, dtype)
     weights_bar = unbroadcast(weights_bar, weights.shape)
   return (
     masked(z_bar, mask, 0).astype(logits.dtype),

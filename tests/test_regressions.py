@@ -1,0 +1,107 @@
+"""Faults that a reader found after everything else had passed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import relative_error
+
+from softmax_jax import (
+  logsumexp,
+  softmax_cross_entropy,
+  softmax_cross_entropy_with_integer_labels,
+)
+
+LOGITS = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float32)
+LABELS = jnp.array([1, 0, 3])
+WEIGHTS = jnp.array([1.0, 2.0, 0.5, 0.1])
+
+
+@pytest.mark.parametrize("jacobian", [jax.jacfwd, jax.jacrev])
+def test_mixed_second_derivative_of_an_ignored_row_at_cotangent_zero(jacobian):
+  def by_weights(row_weights, class_weights):
+    def loss(class_weights):
+      labels = LABELS.at[2].set(-100)
+      return jnp.sum(
+        row_weights
+        * softmax_cross_entropy_with_integer_labels(
+          LOGITS, labels, class_weights=class_weights, label_smoothing=0.1, ignore_index=-100
+        )
+      )
+
+    return jax.grad(loss)(class_weights)
+
+  mixed = jacobian(by_weights)(jnp.zeros(3), WEIGHTS)
+  np.testing.assert_array_equal(mixed[:, 2], 0)
+  assert np.all(mixed[:, 0] != 0)
+
+
+def test_both_modes_agree_on_the_normalizer_of_a_row_with_a_bad_label():
+  def z_loss(logits):
+    labels = jnp.array([1, 99, 3])
+    return softmax_cross_entropy_with_integer_labels(logits, labels, z_loss=0.1, return_aux=True)[
+      1
+    ].z_loss.sum()
+
+  expected = jax.grad(lambda z: 0.1 * jnp.sum(jax.nn.logsumexp(z, axis=-1) ** 2))(LOGITS)
+  for derivative in (jax.grad, jax.jacfwd):
+    assert relative_error(derivative(z_loss)(LOGITS), expected) < 1e-6
+
+
+def test_a_row_with_a_bad_label_that_a_select_discards_has_gradient_zero():
+  labels = jnp.array([1, -1, 3])
+
+  def loss(logits):
+    losses = softmax_cross_entropy_with_integer_labels(logits, labels)
+    return jnp.sum(jnp.where(labels >= 0, losses, 0))
+
+  gradient = jax.grad(loss)(LOGITS)
+  np.testing.assert_array_equal(gradient[1], 0)
+  assert np.all(gradient[0] != 0)
+
+
+def test_strict_promotion_with_every_option():
+  mask = (LOGITS > -1).at[jnp.arange(3), LABELS].set(True)
+  shares = jnp.full(LOGITS.shape, 0.2)
+
+  def loss(logits, weights):
+    options = {"where": mask, "label_smoothing": 0.1, "class_weights": weights, "z_loss": 0.1}
+    hard = softmax_cross_entropy_with_integer_labels(logits, LABELS, **options)
+    return jnp.sum(hard) + jnp.sum(softmax_cross_entropy(logits, shares, **options))
+
+  expected = jax.grad(loss, argnums=(0, 1))(LOGITS, WEIGHTS)
+  with jax.numpy_dtype_promotion("strict"):
+    actual = jax.grad(loss, argnums=(0, 1))(LOGITS, WEIGHTS)
+  for x, y in zip(actual, expected, strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+def test_logsumexp_respects_weak_types():
+  a = LOGITS.astype(jnp.bfloat16)
+  assert logsumexp(a, b=2.0).dtype == jax.nn.logsumexp(a, b=2.0).dtype == jnp.bfloat16
+
+
+def test_no_nan_is_made_on_the_way():
+  with jax.debug_nans(True):
+    logsumexp(LOGITS, b=jnp.abs(LOGITS))
+    jax.grad(lambda z: logsumexp(z, b=jnp.abs(LOGITS)))(LOGITS)
+
+
+@pytest.mark.parametrize("wide", [2**32 + 1, np.int64(2**32 + 1), np.uint64(2**63)])
+def test_wide_integers_are_not_wrapped(wide):
+  expected = softmax_cross_entropy_with_integer_labels(LOGITS, LABELS)
+  ignoring = softmax_cross_entropy_with_integer_labels(LOGITS, LABELS, ignore_index=wide)
+  np.testing.assert_array_equal(ignoring, expected)
+  labels = np.array([1, 0, int(wide)], np.uint64)
+  losses = softmax_cross_entropy_with_integer_labels(LOGITS, labels)
+  np.testing.assert_array_equal(np.isnan(losses), [False, False, True])
+
+
+def test_dtypes_that_do_not_promote():
+  message = (
+    "logsumexp expected a and b of dtypes that promote to a common one, got float8_e4m3fn and "
+    "float32. Convert one with astype."
+  )
+  with pytest.raises(TypeError) as raised:
+    logsumexp(LOGITS.astype(jnp.float8_e4m3fn), b=WEIGHTS)
+  assert str(raised.value) == message
