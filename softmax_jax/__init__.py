@@ -6,6 +6,7 @@ from softmax_jax._cross_entropy import (
   softmax_cross_entropy_with_integer_labels,
 )
 from softmax_jax._forward_mode import enable_forward_mode
+from softmax_jax._linear_cross_entropy import linear_softmax_cross_entropy
 from softmax_jax._softmax import log_softmax, logsumexp, softmax
 
 __version__ = "0.1.0"
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
   "CrossEntropyAux",
   "enable_forward_mode",
+  "linear_softmax_cross_entropy",
   "log_softmax",
   "logsumexp",
   "softmax",

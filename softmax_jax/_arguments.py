@@ -251,6 +251,84 @@ def as_axis(function: str, name: str, axis: Any, shape: tuple[int, ...]) -> int:
   return index % ndim
 
 
+def as_vocab_axis(function: str, axis: Any, shape: tuple[int, ...]) -> int:
+  """``axis`` of a weight of ``shape`` as 0 or 1."""
+  try:
+    index = operator.index(axis)
+  except (TypeError, jax.errors.JAXTypeError):
+    index = None
+  if index is None or isinstance(axis, (bool, np.bool_)):
+    got = "a traced value" if isinstance(axis, jax.core.Tracer) else type(axis).__name__
+    raise TypeError(f"{function} expected vocab_axis to be a static int, got {got}.")
+  if len(shape) != 2 or not -2 <= index < 2:
+    raise ValueError(
+      f"{function} expected weight [H, V] with vocab_axis=-1, or [V, H] with vocab_axis=0, got "
+      f"shape {shape} with vocab_axis={index}."
+    )
+  return index % 2
+
+
+def check_features(
+  function: str, x: tuple[int, ...], weight: tuple[int, ...], vocab_axis: int
+) -> None:
+  """Raises unless arrays of shapes ``x`` and ``weight`` can be multiplied."""
+  features = weight[1 - vocab_axis]
+  if x and x[-1] == features:
+    return
+  fix = ""
+  if x and x[-1] == weight[vocab_axis]:
+    stored = "[V, H]" if vocab_axis == 1 else "[H, V]"
+    fix = f" For a weight {stored} pass vocab_axis={0 if vocab_axis == 1 else -1}."
+  raise ValueError(
+    f"{function} expected x of shape [..., {features}] for weight of shape {weight} with "
+    f"vocab_axis={vocab_axis}, got shape {x}.{fix}"
+  )
+
+
+def check_labels_of_tokens(function: str, labels: tuple[int, ...], x: tuple[int, ...]) -> None:
+  """Raises unless there is one label per token."""
+  if labels != x[:-1]:
+    raise ValueError(
+      f"{function} expected one label per token, of shape {x[:-1]} for x of shape {x}, got shape "
+      f"{labels}."
+    )
+
+
+def as_bias(function: str, value: Any, shape: tuple[int, ...]) -> jax.Array:
+  """``value`` as an array with one number per class."""
+  x = as_logits(function, "bias", value)
+  if x.shape != shape:
+    raise ValueError(
+      f"{function} expected one bias per class, of shape {shape}, got shape {x.shape}."
+    )
+  return x
+
+
+def as_softcap(function: str, value: Any, dtype: DTypeLike) -> jax.Array:
+  """``value`` as a scalar of ``dtype``, positive and finite if that can be known."""
+  x = as_coefficient(function, "softcap", value, dtype)
+  if is_concrete(value) and not 0 < float(value) < float("inf"):
+    raise ValueError(
+      f"{function} expected softcap to be positive and finite, got {float(value):g}. Pass None for "
+      "no softcap."
+    )
+  return x
+
+
+def as_chunk_size(function: str, value: Any) -> int:
+  """``value`` as a positive int."""
+  try:
+    size = operator.index(value)
+  except (TypeError, jax.errors.JAXTypeError):
+    size = None
+  if size is None or isinstance(value, (bool, np.bool_)):
+    got = "a traced value" if isinstance(value, jax.core.Tracer) else type(value).__name__
+    raise TypeError(f"{function} expected chunk_size to be a static int or None, got {got}.")
+  if size < 1:
+    raise ValueError(f"{function} expected chunk_size to be at least 1, got {size}.")
+  return size
+
+
 def compute_dtype(*dtypes: DTypeLike) -> np.dtype:
   """The dtype that sums are formed in: the widest of ``dtypes``, at least float32."""
   return np.dtype(

@@ -1,0 +1,172 @@
+"""The public function: checks, options, and the choice of the rule."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from softmax_jax import _arguments as arguments
+from softmax_jax._cross_entropy import options
+from softmax_jax._cross_entropy.options import Reduction
+from softmax_jax._cross_entropy.rows import PerRow
+from softmax_jax._forward_mode import varying_alike
+from softmax_jax._linear_cross_entropy import rules
+from softmax_jax._linear_cross_entropy.chunks import default_chunk_size
+from softmax_jax._linear_cross_entropy.projection import Inputs, Projection
+
+
+def linear_softmax_cross_entropy(
+  x: ArrayLike,
+  weight: ArrayLike,
+  labels: ArrayLike,
+  *,
+  bias: ArrayLike | None = None,
+  vocab_axis: int = -1,
+  label_smoothing: ArrayLike = 0.0,
+  z_loss: ArrayLike = 0.0,
+  class_weights: ArrayLike | None = None,
+  softcap: ArrayLike | None = None,
+  ignore_index: ArrayLike | None = None,
+  reduction: Reduction = "mean",
+  chunk_size: int | None = None,
+) -> jax.Array:
+  r"""Cross-entropy of a linear layer with one correct class per token; the logits are never held.
+
+  .. math:: y = x W + b, \qquad z = c \tanh(y / c), \qquad L = -\log a_t, \quad
+    a = \mathrm{softmax}(z)
+
+  The same loss as ``softmax_cross_entropy_with_integer_labels(x @ weight + bias, labels)``, value
+  and derivatives, but the logits ``[T, V]`` of all T tokens never exist: they are formed for
+  ``chunk_size`` tokens at a time, and so is everything of their size, in reverse and in forward
+  mode and in Hessian-vector products. For a reduced loss that is differentiated, the gradients are
+  formed together with the loss: three matrix products, the sum of the weight's gradient in
+  float32. A loss that is not differentiated costs one product, and an argument that is not
+  differentiated (a frozen weight, say) none. With ``reduction="none"`` the logits are computed a
+  second time in the backward pass: four products.
+
+  .. math:: \frac{\partial L}{\partial y} = (a - t) \odot (1 - \tanh^2(y / c)), \qquad
+    \bar x = \bar y W^T, \quad \bar W = x^T \bar y
+
+  Args:
+    x: features ``[*B, H]`` of a floating dtype, differentiable.
+    weight: ``[H, V]``, or ``[V, H]`` with ``vocab_axis=0``, of a floating dtype, differentiable. It
+      is used as it is stored, without a transposed copy. Where the dtypes of x and weight differ,
+      both are promoted to the common one first.
+    labels: integers ``[*B]`` in ``[0, V)`` of any integer dtype; not differentiable. A label out of
+      range gives a loss of NaN, a gradient of NaN in its own row of x, and in all that the tokens
+      share (weight, bias, class_weights, softcap).
+    bias: optional, ``[V]``, differentiable.
+    vocab_axis: the axis of the classes in ``weight``, a static int.
+    label_smoothing: the share alpha of the label that is spread evenly over all classes; a scalar
+      in [0, 1], differentiable.
+    z_loss: the coefficient of the squared log-normalizer; a scalar, differentiable.
+    class_weights: optional weights ``[V]`` of the classes, differentiable.
+    softcap: optional bound c of the logits, a positive scalar, differentiable; it may be traced.
+    ignore_index: optional integer; tokens with this label do not count: their loss and their part
+      of every gradient are 0, whatever their features hold.
+    reduction: "mean" (the sum divided by the sum of the class weights of the labels of the tokens
+      that count, by their number without class weights; 0 where that is 0), "sum", or "none" for
+      one loss per token.
+    chunk_size: the number of tokens whose logits are held at a time, a static int; the last chunk
+      may be smaller. None stands for as many as fit, with their logits, into 128 MiB. Beside its
+      arguments and results, the loss with its gradients takes about twice the bytes of the logits
+      of a chunk and once those of the weight in float32, whatever T.
+
+  Returns:
+    The loss, one number or ``[*B]``, in float32 (float64 where an argument has it). The products
+    are formed in the dtype of x and weight and summed in float32; of sixteen-bit arguments the
+    logits are not rounded to sixteen bits, but their cotangents are, once, before the products that
+    give the gradients. Gradients come back in the dtypes of their arguments.
+
+  Raises:
+    TypeError: if x, weight or bias are not of a floating dtype, the labels or ``ignore_index`` not
+      of an integer dtype, a coefficient not a real scalar, or ``vocab_axis`` or ``chunk_size`` not
+      static ints.
+    ValueError: if the shapes do not fit, ``reduction`` is unknown, ``chunk_size`` is not positive,
+      or a coefficient is known while tracing and out of its range.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from softmax_jax import linear_softmax_cross_entropy
+    >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+    >>> weight = jnp.array([[2.0, 0.0, 0.0], [0.0, 1.0, 3.0]])
+    >>> labels = jnp.array([0, 1])
+    >>> loss, gradient = jax.value_and_grad(linear_softmax_cross_entropy)(x, weight, labels)
+    >>> print(f"{loss:.4f}")
+    1.2047
+    >>> with jnp.printoptions(precision=4):
+    ...   print(gradient)
+    [[-0.213   0.213 ]
+     [ 0.042   0.8228]]
+
+  Source: the gradients formed in the forward pass, chunk by chunk, are those of Liger Kernel (Hsu
+  et al., 2024); the loss that never holds the logits is that of Wijmans et al., "Cut your losses in
+  large-vocabulary language models" (2024). Seed step 6 for the gradient; the digits are those of
+  `softmax_cross_entropy_with_integer_labels`.
+  """
+  name = "linear_softmax_cross_entropy"
+  x, weight = arguments.as_logits(name, "x", x), arguments.as_logits(name, "weight", weight)
+  x, weight = arguments.promoted(name, "x", x, "weight", weight)
+  vocab_axis = arguments.as_vocab_axis(name, vocab_axis, weight.shape)
+  arguments.check_features(name, x.shape, weight.shape, vocab_axis)
+  rows, num_classes = x.shape[:-1], weight.shape[vocab_axis]
+  dtypes = [x.dtype]
+  if bias is not None:
+    bias = arguments.as_bias(name, bias, (num_classes,))
+    dtypes.append(bias.dtype)
+  dtype = arguments.compute_dtype(*dtypes)
+  x, weight = (arguments.cast(a, dtype) if dtype == jnp.float64 else a for a in (x, weight))
+  chosen = options.checked(name, dtype, label_smoothing, z_loss, reduction)
+  if softcap is not None:
+    softcap = arguments.as_softcap(name, softcap, dtype)
+  weights = None
+  if class_weights is not None:
+    weights = arguments.as_class_weights(name, class_weights, (num_classes,)).astype(dtype)
+  labels = arguments.as_class_indices(name, labels)
+  arguments.check_labels_of_tokens(name, labels.shape, x.shape)
+  if chunk_size is not None:
+    chunk_size = arguments.as_chunk_size(name, chunk_size)
+
+  num_tokens = math.prod(rows)
+  if num_tokens == 0 or num_classes == 0:
+    return jnp.zeros(rows if reduction == "none" else (), dtype)
+  if chunk_size is None:
+    chunk_size = default_chunk_size(num_tokens, num_classes, dtype.itemsize)
+
+  index = jnp.where((labels >= 0) & (labels < num_classes), labels, rules.INVALID)
+  if ignore_index is not None:
+    ignored = labels == arguments.as_ignore_index(name, ignore_index, labels.dtype)
+    index = jnp.where(ignored, rules.IGNORED, index)
+  index = index.astype(jnp.int32).reshape(num_tokens, 1)
+  smoothed = chosen.label_smoothing is not None
+  row_weights = jnp.ones(index.shape, dtype)
+  if weights is not None:
+    row_weights = weights[jnp.maximum(index, 0)]
+  counted = jnp.where(index == rules.IGNORED, 0, row_weights)
+  inputs = Inputs(
+    x=x.reshape(num_tokens, x.shape[-1]),
+    weight=weight,
+    bias=None if bias is None else bias.astype(dtype),
+    softcap=softcap,
+    spread=weights[None] if smoothed and weights is not None else None,
+  )
+  static = rules.Static(
+    Projection(vocab_axis, dtype), chunk_size, smoothed, ignores=ignore_index is not None
+  )
+
+  if reduction == "none":
+    per_row = rules.losses(Inputs(*varying_alike(*inputs)), index, static)
+    if weights is not None:
+      per_row = per_row._replace(nll=options.times(row_weights, per_row.nll))
+    return options.combine(chosen, per_row, counted)[0].reshape(rows)
+  shares = PerRow(nll=row_weights, lse=None, uniform=None)
+  if smoothed:
+    alpha = chosen.label_smoothing
+    shares = PerRow((1 - alpha) * row_weights, None, jnp.broadcast_to(alpha, index.shape))
+  if chosen.z_loss is not None:
+    shares = shares._replace(lse=jnp.broadcast_to(chosen.z_loss, index.shape))
+  total = rules.sum_of_losses(inputs, shares, index, static)
+  return options._mean(total, jnp.sum(counted)) if reduction == "mean" else total

@@ -1,0 +1,113 @@
+"""The logits of a chunk of tokens and their derivatives, by hand.
+
+Products are formed in the dtype of the operands and summed in the dtype of the losses. The weight
+is used as it is stored, ``[H, V]`` or ``[V, H]``, and its gradient is summed in the same layout.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+class Inputs(NamedTuple):
+  """What the loss can be differentiated by; also their tangents, gradients, or what is wanted.
+
+  All but x and weight are in the dtype of the losses, or None where there is no such input.
+
+  Attributes:
+    x: the features, ``[T, H]`` or ``[C, H]`` for a chunk.
+    weight: ``[H, V]`` or ``[V, H]``.
+    bias: ``[V]``.
+    softcap: the bound c of the logits, a scalar.
+    spread: the weights of the classes in the uniform label, ``[1, V]``.
+  """
+
+  x: Any
+  weight: Any
+  bias: Any
+  softcap: Any
+  spread: Any
+
+
+class Projection(NamedTuple):
+  """What is static about the way from features to logits.
+
+  Attributes:
+    vocab_axis: the axis of the classes in the weight, 0 or 1.
+    dtype: of the logits and the losses.
+  """
+
+  vocab_axis: int
+  dtype: np.dtype
+
+  def product(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """``x W``, from ``[C, H]`` to ``[C, V]``."""
+    return self._dot(x, weight, 1, 1 - self.vocab_axis)
+
+  def transposed_product(self, y_bar: jax.Array, weight: jax.Array) -> jax.Array:
+    """``y_bar W^T``, from ``[C, V]`` to ``[C, H]``."""
+    return self._dot(y_bar, weight, 1, self.vocab_axis)
+
+  def outer_product(self, x: jax.Array, y_bar: jax.Array) -> jax.Array:
+    """``x^T y_bar``, in the layout of the weight."""
+    factors = (x, y_bar) if self.vocab_axis == 1 else (y_bar, x)
+    return self._dot(*factors, 0, 0)
+
+  def _dot(self, a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
+    dimensions = (((a_axis,), (b_axis,)), ((), ()))
+    return lax.dot_general(a, b, dimensions, preferred_element_type=self.dtype)
+
+  def linear(self, inputs: Inputs) -> jax.Array:
+    """``y = x W + b``, the logits before the softcap."""
+    y = self.product(inputs.x, inputs.weight)
+    return y if inputs.bias is None else y + inputs.bias
+
+  def linear_tangent(self, inputs: Inputs, dots: Inputs) -> jax.Array | None:
+    """``y_dot = x_dot W + x W_dot + b_dot``, or None where none of them moves."""
+    terms = []
+    if dots.x is not None:
+      terms.append(self.product(dots.x, inputs.weight))
+    if dots.weight is not None:
+      terms.append(self.product(inputs.x, dots.weight))
+    if dots.bias is not None:
+      shape = (inputs.x.shape[0], dots.bias.shape[0])
+      terms.append(jnp.broadcast_to(dots.bias, shape))
+    return sum(terms[1:], terms[0]) if terms else None
+
+
+# The softcap z = c tanh v of y, with v = y / c. Its derivatives keep their digits both where it
+# saturates and where it is far away:
+#   dz/dy = 1 - tanh^2 v = 4 E / (1 + E)^2 with E = exp(-2 |v|),
+#   dz/dc = tanh v - v dz/dy = (sinh(2v) / 2 - v) dz/dy, by its Taylor series for small v.
+def capped(y: jax.Array, softcap: jax.Array | None) -> jax.Array:
+  """z, the logits after the softcap c; y without one."""
+  return y if softcap is None else softcap * jnp.tanh(y / softcap)
+
+
+def cap_slope(y: jax.Array, softcap: jax.Array) -> jax.Array:
+  """dz/dy."""
+  e = jnp.exp(-2 * jnp.abs(y / softcap))
+  return 4 * e / (1 + e) ** 2
+
+
+def cap_slope_by_softcap(y: jax.Array, softcap: jax.Array) -> jax.Array:
+  """dz/dc."""
+  v = y / softcap
+  u = (2 * v) ** 2
+  series = v * u / 6 * (1 + u / 20 * (1 + u / 42 * (1 + u / 72 * (1 + u / 110 * (1 + u / 156)))))
+  slope = cap_slope(y, softcap)
+  return jnp.where(u < 1, series * slope, jnp.tanh(v) - v * slope)
+
+
+def capped_tangent(y: jax.Array, y_dot: jax.Array | None, inputs: Inputs, dots: Inputs) -> Any:
+  """``z_dot``, or None where nothing moves."""
+  c, c_dot = inputs.softcap, dots.softcap
+  if c is None or (y_dot is None and c_dot is None):
+    return y_dot
+  z_dot = jnp.zeros_like(y) if y_dot is None else cap_slope(y, c) * y_dot
+  return z_dot if c_dot is None else z_dot + cap_slope_by_softcap(y, c) * c_dot

@@ -1,0 +1,287 @@
+"""The two rules: the losses of all rows, and a weighted sum of them.
+
+The sum has the cheaper rule. Its cotangent is one number, so that all gradients are known, but for
+that factor, as soon as the logits of a chunk are: they are formed in the forward pass, with three
+products altogether. The losses of all rows have one cotangent per row, which the backward pass
+alone knows: it computes the logits again, with four products altogether.
+
+Both know which inputs are differentiated, and form no product for the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from softmax_jax._cross_entropy import integer, options
+from softmax_jax._cross_entropy.rows import PerRow
+from softmax_jax._forward_mode import enable_forward_mode
+from softmax_jax._linear_cross_entropy.chunks import over_chunks
+from softmax_jax._linear_cross_entropy.projection import (
+  Inputs,
+  Projection,
+  cap_slope,
+  cap_slope_by_softcap,
+  capped,
+  capped_tangent,
+)
+from softmax_jax._normalizer import Normalizer
+
+INVALID, IGNORED = integer._INVALID, integer._IGNORED
+
+
+class Static(NamedTuple):
+  """What is known while tracing.
+
+  Attributes:
+    projection: how features become logits.
+    chunk_size: the number of tokens whose logits are held at a time.
+    smoothed: whether the loss against the uniform label is needed.
+    ignores: whether there may be rows that do not count.
+  """
+
+  projection: Projection
+  chunk_size: int
+  smoothed: bool
+  ignores: bool
+
+  @property
+  def dense(self) -> integer._Static:
+    """The same for the rule of the dense loss; rows that do not count come to it as zeros."""
+    return integer._Static(axis=1, smoothed=self.smoothed, ignores=False)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+  """Which inputs are differentiated."""
+
+  inputs: Inputs
+
+  @classmethod
+  def of(cls, perturbed: Inputs) -> _Wanted:
+    return cls(Inputs(*(x is not None and x.perturbed for x in perturbed)))
+
+
+def _values(tree: Any) -> Any:
+  return jax.tree.map(lambda x: x.value, tree)
+
+
+def _features(x: jax.Array, index: jax.Array, static: Static) -> jax.Array:
+  """The features, with 0 in rows that do not count: those may hold anything."""
+  return jnp.where(index == IGNORED, jnp.zeros_like(x), x) if static.ignores else x
+
+
+def _poison(index: jax.Array, bars: PerRow) -> jax.Array:
+  """NaN in rows whose label is invalid, unless their loss is discarded; 0 elsewhere."""
+  used = bars.nll != 0
+  if bars.uniform is not None:
+    used |= bars.uniform != 0
+  return jnp.where((index == INVALID) & used, jnp.nan, jnp.zeros_like(bars.nll))
+
+
+def _chunk_logits(inputs: Inputs, index: jax.Array, static: Static) -> tuple[Any, ...]:
+  inputs = inputs._replace(x=_features(inputs.x, index, static))
+  y = static.projection.linear(inputs)
+  return inputs, y, capped(y, inputs.softcap)
+
+
+# z_bar is that of the dense loss. Then, with s = dz/dy,
+#   y_bar = s z_bar,   x_bar = y_bar W^T,   W_bar = x^T y_bar,   b_bar = sum_t y_bar_t,
+#   c_bar = sum z_bar dz/dc.
+def _chunk_gradients(
+  wanted: Inputs,
+  static: Static,
+  inputs: Inputs,
+  index: jax.Array,
+  y: jax.Array,
+  residuals: integer._Residuals,
+  bars: PerRow,
+  sums: Inputs,
+) -> tuple[Inputs, jax.Array | None]:
+  """``sums`` with the part of a chunk added, and its x_bar, None where not wanted."""
+  # A row without a valid label has no gradient here; what NaN there must be is put in at the end.
+  bars = jax.tree.map(lambda bar: jnp.where(index >= 0, bar, jnp.zeros_like(bar)), bars)
+  z_bar, _, _, spread_bar = integer._bwd(static.dense, residuals, bars)
+  y_bar = z_bar if inputs.softcap is None else z_bar * cap_slope(y, inputs.softcap)
+  if wanted.spread:
+    sums = sums._replace(spread=sums.spread + spread_bar)
+  if wanted.softcap:
+    c_bar = jnp.sum(z_bar * cap_slope_by_softcap(y, inputs.softcap))
+    sums = sums._replace(softcap=sums.softcap + c_bar)
+  if wanted.bias:
+    sums = sums._replace(bias=sums.bias + jnp.sum(y_bar, axis=0))
+  y_bar = y_bar.astype(inputs.x.dtype)
+  if wanted.weight:
+    weight_bar = static.projection.outer_product(inputs.x, y_bar)
+    sums = sums._replace(weight=sums.weight + weight_bar)
+  x_bar = static.projection.transposed_product(y_bar, inputs.weight) if wanted.x else None
+  return sums, x_bar
+
+
+def _zero_sums(wanted: Inputs, inputs: Inputs, static: Static) -> Inputs:
+  """Zeros to add to, for all inputs that are shared by the tokens; None where not wanted."""
+  sums = [
+    jnp.zeros(x.shape, static.projection.dtype) if w else None
+    for w, x in zip(wanted, inputs, strict=True)
+  ]
+  return Inputs(*sums)._replace(x=None)
+
+
+def _as_gradients(gradients: Inputs, inputs: Inputs, poison: jax.Array) -> Inputs:
+  """The gradients in the dtypes of the inputs, with ``poison`` [T, 1] added to each row."""
+
+  def with_poison(gradient, like, poison):
+    return None if gradient is None else (gradient + poison).astype(like.dtype)
+
+  of_any = jnp.sum(poison)
+  poisons = Inputs(poison, *[of_any] * 4)
+  return Inputs(*map(with_poison, gradients, inputs, poisons))
+
+
+# The losses of all rows.
+
+
+def _rows_primal(inputs: Inputs, index: jax.Array, static: Static) -> PerRow:
+  return _rows_forward(inputs, index, static)[0]
+
+
+def _rows_forward(inputs: Inputs, index: jax.Array, static: Static) -> tuple[PerRow, Normalizer]:
+  def body(_, rows):
+    x, index = rows
+    chunk, _, z = _chunk_logits(inputs._replace(x=x), index, static)
+    per_row, residuals = integer._fwd(z, index, None, chunk.spread, static.dense)
+    return (), (per_row, residuals.normalizer)
+
+  return over_chunks(body, (), (inputs.x, index), static.chunk_size)[1]
+
+
+def _rows_fwd(inputs: Any, index: Any, static: Static) -> tuple[PerRow, Any]:
+  wanted = _Wanted.of(inputs)
+  inputs, index = _values((inputs, index))
+  per_row, normalizer = _rows_forward(inputs, index, static)
+  return per_row, (wanted, inputs, index, normalizer)
+
+
+def _rows_bwd(static: Static, residuals: Any, bars: Any) -> tuple[Inputs, None]:
+  wanted, inputs, index, normalizer = residuals
+  bars = jax.tree.map(
+    lambda bar: jnp.zeros(bar.shape, bar.dtype) if type(bar) is SymbolicZero else bar,
+    bars,
+    is_leaf=lambda bar: type(bar) is SymbolicZero,
+  )
+
+  def body(sums, rows):
+    x, index, normalizer, bars = rows
+    chunk, y, z = _chunk_logits(inputs._replace(x=x), index, static)
+    dense = integer._Residuals(z, index, None, chunk.spread, normalizer)
+    return _chunk_gradients(wanted.inputs, static, chunk, index, y, dense, bars, sums)
+
+  sums = _zero_sums(wanted.inputs, inputs, static)
+  rows = (inputs.x, index, normalizer, bars)
+  sums, x_bar = over_chunks(body, sums, rows, static.chunk_size)
+  return _as_gradients(sums._replace(x=x_bar), inputs, _poison(index, bars)), None
+
+
+# The tangent of the logits goes through the tangent rule of the dense loss, chunk by chunk.
+def _rows_tangent(static: Static, residuals: Any, args_dot: tuple[Any, ...]) -> PerRow:
+  _, inputs, index, normalizer = residuals
+  dots = Inputs(*args_dot[0])
+
+  def body(_, rows):
+    x, x_dot, index, normalizer = rows
+    chunk, y, z = _chunk_logits(inputs._replace(x=x), index, static)
+    chunk_dots = dots
+    if x_dot is not None:
+      chunk_dots = dots._replace(x=_features(x_dot, index, static))
+    y_dot = static.projection.linear_tangent(chunk, chunk_dots)
+    z_dot = capped_tangent(y, y_dot, chunk, chunk_dots)
+    dense = integer._Residuals(z, index, None, chunk.spread, normalizer)
+    return (), integer._tangent(static.dense, dense, (z_dot, None, None, dots.spread))
+
+  rows = (inputs.x, dots.x, index, normalizer)
+  return over_chunks(body, (), rows, static.chunk_size)[1]
+
+
+_rows_rule = jax.custom_vjp(_rows_primal, nondiff_argnums=(2,))
+_rows_rule.defvjp(_rows_fwd, _rows_bwd, symbolic_zeros=True)
+losses = enable_forward_mode(_rows_rule, tangent=_rows_tangent)
+
+
+# Their weighted sum, sum_t p_t nll_t + q_t uniform_t + r_t lse_t^2, where `weights` holds p as nll,
+# q as uniform and r as lse.
+
+
+def _weighted_sum(weights: PerRow, per_row: PerRow) -> jax.Array:
+  total = jnp.sum(options.times(weights.nll, per_row.nll))
+  if weights.uniform is not None:
+    total += jnp.sum(options.times(weights.uniform, per_row.uniform))
+  return total if weights.lse is None else total + jnp.sum(weights.lse * per_row.lse**2)
+
+
+def _sum_primal(inputs: Inputs, weights: PerRow, index: jax.Array, static: Static) -> jax.Array:
+  return _weighted_sum(weights, _rows_primal(inputs, index, static))
+
+
+# In the forward pass, for a cotangent of 1: nll_bar = p, uniform_bar = q, lse_bar = 2 r lse.
+def _sum_fwd(inputs: Any, weights: Any, index: Any, static: Static) -> tuple[jax.Array, Any]:
+  wanted = _Wanted.of(inputs).inputs
+  inputs, weights, index = _values((inputs, weights, index))
+
+  def body(sums, rows):
+    x, weights, index = rows
+    chunk, y, z = _chunk_logits(inputs._replace(x=x), index, static)
+    per_row, dense = integer._fwd(z, index, None, chunk.spread, static.dense)
+    lse_bar = jnp.zeros_like(per_row.lse) if weights.lse is None else 2 * weights.lse * per_row.lse
+    bars = weights._replace(lse=lse_bar)
+    sums, x_bar = _chunk_gradients(wanted, static, chunk, index, y, dense, bars, sums)
+    return sums, (x_bar, per_row)
+
+  sums = _zero_sums(wanted, inputs, static)
+  rows = (inputs.x, weights, index)
+  sums, (x_bar, per_row) = over_chunks(body, sums, rows, static.chunk_size)
+  gradients = sums._replace(x=x_bar)
+  # Arrays of no elements stand for the dtypes that the gradients are to have.
+  likes = jax.tree.map(lambda x: jnp.zeros(0, x.dtype), inputs)
+  return _weighted_sum(weights, per_row), (gradients, likes, per_row, weights, index)
+
+
+def _sum_bwd(static: Static, residuals: Any, bar: Any) -> tuple[Any, ...]:
+  gradients, likes, per_row, weights, index = residuals
+  if type(bar) is SymbolicZero:
+    return None, None, None
+  gradients = jax.tree.map(lambda gradient: bar * gradient, gradients)
+  bars = jax.tree.map(lambda weight: bar * weight, weights)
+  inputs_bar = _as_gradients(gradients, likes, _poison(index, bars))
+  _, pull = jax.vjp(lambda weights: _weighted_sum(weights, per_row), weights)
+  return inputs_bar, pull(bar)[0], None
+
+
+# The gradients are there, so that the tangent is their product with those of the inputs.
+def _sum_tangent(static: Static, residuals: Any, args_dot: tuple[Any, ...]) -> jax.Array:
+  gradients, _, per_row, weights, index = residuals
+  dots, weights_dot, _ = args_dot
+  dots = Inputs(*dots)
+  if dots.x is not None:
+    dots = dots._replace(x=_features(dots.x, index, static))
+  total = jnp.zeros((), static.projection.dtype)
+  for gradient, dot in zip(gradients, dots, strict=True):
+    if dot is not None:
+      total += jnp.sum(gradient * dot.astype(gradient.dtype))
+  if any(dot is not None for dot in dots):
+    total += jnp.sum(_poison(index, weights))
+  moving = [
+    jnp.zeros_like(weight) if dot is None and weight is not None else dot
+    for weight, dot in zip(weights, weights_dot, strict=True)
+  ]
+  weigh = lambda weights: _weighted_sum(weights, per_row)
+  return total + jax.jvp(weigh, (weights,), (PerRow(*moving),))[1]
+
+
+_sum_rule = jax.custom_vjp(_sum_primal, nondiff_argnums=(3,))
+_sum_rule.defvjp(_sum_fwd, _sum_bwd, symbolic_zeros=True)
+sum_of_losses = enable_forward_mode(_sum_rule, tangent=_sum_tangent)
