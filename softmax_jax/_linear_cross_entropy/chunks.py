@@ -1,4 +1,4 @@
-"""Loops over chunks of tokens, and how large a chunk is."""
+"""Loops over chunks of tokens and over blocks of classes, and how large they are."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ Carry = TypeVar("Carry")
 # The bytes of a tile, the logits of one chunk, where the caller does not say how large a chunk is.
 TILE_BYTES = 128 * 2**20
 
+# The bytes of what is formed of the gradients at a time.
+BLOCK_BYTES = 12 * 2**20
+
 
 def default_chunk_size(num_tokens: int, num_classes: int, item_bytes: int) -> int:
   """The number of tokens whose logits fit into `TILE_BYTES`, less where that evens out the chunks.
@@ -27,6 +30,31 @@ def default_chunk_size(num_tokens: int, num_classes: int, item_bytes: int) -> in
     if num_tokens % size == 0:
       return size
   return most
+
+
+def block_size(num_tokens: int, num_features: int, num_classes: int, item_bytes: int) -> int:
+  """The number of classes whose logits and weights, of a chunk, take about `BLOCK_BYTES`."""
+  most = max(1, BLOCK_BYTES // (item_bytes * max(1, num_tokens + 2 * num_features)))
+  count = -(-num_classes // most)
+  size = -(-num_classes // count)
+  return min(num_classes, -(-size // 128) * 128)
+
+
+def over_blocks(
+  body: Callable[[Carry, Any, int], Carry], carry: Carry, num_classes: int, size: int
+) -> Carry:
+  """The last carry of ``body(carry, first_class, number_of_classes)`` over blocks of classes.
+
+  The last block may be smaller.
+  """
+  # The smaller block comes first: what follows an update of the carry is then a loop. XLA fuses
+  # other operations with an update, which does not happen in place then.
+  whole = num_classes // size
+  if num_classes % size:
+    carry = body(carry, whole * size, num_classes % size)
+  if whole == 1:
+    return body(carry, 0, size)
+  return lax.fori_loop(0, whole, lambda i, carry: body(carry, i * size, size), carry)
 
 
 def over_chunks(
@@ -48,19 +76,21 @@ def over_chunks(
   body = jax.checkpoint(body, prevent_cse=False)
   num_rows = jax.tree.leaves(rows)[0].shape[0]
   whole = num_rows // chunk_size
-  split = whole * chunk_size if whole > 1 else 0
+  split = whole * chunk_size
   parts = []
-  if split:
+  if split < num_rows:  # first, as in over_blocks
+    carry, out = body(carry, jax.tree.map(lambda x: x[split:], rows))
+    parts.append(out)
+  if whole == 1:
+    carry, out = body(carry, jax.tree.map(lambda x: x[:split], rows))
+    parts.insert(0, out)
+  elif whole:
 
     def to_chunks(x):
       return x[:split].reshape(whole, chunk_size, *x.shape[1:])
 
     carry, out = lax.scan(body, carry, jax.tree.map(to_chunks, rows))
-    parts.append(jax.tree.map(lambda x: x.reshape(split, *x.shape[2:]), out))
-  for start in range(split, num_rows, chunk_size):
-    chunk = jax.tree.map(lambda x, start=start: x[start : start + chunk_size], rows)
-    carry, out = body(carry, chunk)
-    parts.append(out)
+    parts.insert(0, jax.tree.map(lambda x: x.reshape(split, *x.shape[2:]), out))
   if len(parts) == 1:
     return carry, parts[0]
   return carry, jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)

@@ -62,11 +62,6 @@ class Projection(NamedTuple):
     dimensions = (((a_axis,), (b_axis,)), ((), ()))
     return lax.dot_general(a, b, dimensions, preferred_element_type=self.dtype)
 
-  def linear(self, inputs: Inputs) -> jax.Array:
-    """``y = x W + b``, the logits before the softcap."""
-    y = self.product(inputs.x, inputs.weight)
-    return y if inputs.bias is None else y + inputs.bias
-
   def linear_tangent(self, inputs: Inputs, dots: Inputs) -> jax.Array | None:
     """``y_dot = x_dot W + x W_dot + b_dot``, or None where none of them moves."""
     terms = []
@@ -84,9 +79,9 @@ class Projection(NamedTuple):
 # saturates and where it is far away:
 #   dz/dy = 1 - tanh^2 v = 4 E / (1 + E)^2 with E = exp(-2 |v|),
 #   dz/dc = tanh v - v dz/dy = (sinh(2v) / 2 - v) dz/dy, by its Taylor series for small v.
-def capped(y: jax.Array, softcap: jax.Array | None) -> jax.Array:
-  """z, the logits after the softcap c; y without one."""
-  return y if softcap is None else softcap * jnp.tanh(y / softcap)
+def capped(y: jax.Array, softcap: jax.Array) -> jax.Array:
+  """z, the logits after the softcap c."""
+  return softcap * jnp.tanh(y / softcap)
 
 
 def cap_slope(y: jax.Array, softcap: jax.Array) -> jax.Array:

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from softmax_jax._cross_entropy import integer, options
-from softmax_jax._cross_entropy.rows import PerRow
+from softmax_jax._cross_entropy.rows import PerRow, minus_log_softmax
 from softmax_jax._forward_mode import enable_forward_mode
-from softmax_jax._linear_cross_entropy.chunks import over_chunks
+from softmax_jax._linear_cross_entropy.chunks import block_size, over_blocks, over_chunks
 from softmax_jax._linear_cross_entropy.projection import (
   Inputs,
   Projection,
@@ -85,42 +86,95 @@ def _poison(index: jax.Array, bars: PerRow) -> jax.Array:
 
 
 def _chunk_logits(inputs: Inputs, index: jax.Array, static: Static) -> tuple[Any, ...]:
+  """The inputs of a chunk, and its logits before and after the softcap."""
   inputs = inputs._replace(x=_features(inputs.x, index, static))
-  y = static.projection.linear(inputs)
-  return inputs, y, capped(y, inputs.softcap)
+  y = static.projection.product(inputs.x, inputs.weight)
+  size = block_size(*inputs.x.shape, y.shape[1], y.dtype.itemsize)
+
+  # Written block by block, as otherwise XLA:CPU holds several versions of them for their users.
+  def add_bias(y, first, size):
+    bias = lax.dynamic_slice_in_dim(inputs.bias, first, size)
+    y_block = lax.dynamic_slice_in_dim(y, first, size, 1)
+    return lax.dynamic_update_slice_in_dim(y, y_block + bias, first, 1)
+
+  def cap(z, first, size):
+    z_block = capped(lax.dynamic_slice_in_dim(y, first, size, 1), inputs.softcap)
+    return lax.dynamic_update_slice_in_dim(z, z_block, first, 1)
+
+  if inputs.bias is not None:
+    y = over_blocks(add_bias, y, y.shape[1], size)
+  if inputs.softcap is None:
+    return inputs, y, y
+  return inputs, y, over_blocks(cap, jnp.zeros_like(y), y.shape[1], size)
 
 
-# z_bar is that of the dense loss. Then, with s = dz/dy,
+# The logits of a chunk are cut into blocks of classes, so that nothing else of their size is held.
+# z_bar of a block is that of the dense loss, with u the weighted uniform label:
+#   z_bar_j = a_j (lse_bar + uniform_bar sum_k u_k + nll_bar) - delta_tj nll_bar - u_j uniform_bar.
+# A row whose label is in another block has its nll_bar added to lse_bar, and none of its own. Then,
+# with s = dz/dy,
 #   y_bar = s z_bar,   x_bar = y_bar W^T,   W_bar = x^T y_bar,   b_bar = sum_t y_bar_t,
-#   c_bar = sum z_bar dz/dc.
+#   c_bar = sum z_bar dz/dc,   u_bar_j = sum_t uniform_bar (-log a_j).
 def _chunk_gradients(
   wanted: Inputs,
   static: Static,
   inputs: Inputs,
   index: jax.Array,
   y: jax.Array,
-  residuals: integer._Residuals,
+  z: jax.Array,
+  s: Normalizer,
   bars: PerRow,
   sums: Inputs,
 ) -> tuple[Inputs, jax.Array | None]:
   """``sums`` with the part of a chunk added, and its x_bar, None where not wanted."""
+  projection = static.projection
+  num_classes = y.shape[1]
   # A row without a valid label has no gradient here; what NaN there must be is put in at the end.
   bars = jax.tree.map(lambda bar: jnp.where(index >= 0, bar, jnp.zeros_like(bar)), bars)
-  z_bar, _, _, spread_bar = integer._bwd(static.dense, residuals, bars)
-  y_bar = z_bar if inputs.softcap is None else z_bar * cap_slope(y, inputs.softcap)
-  if wanted.spread:
-    sums = sums._replace(spread=sums.spread + spread_bar)
-  if wanted.softcap:
-    c_bar = jnp.sum(z_bar * cap_slope_by_softcap(y, inputs.softcap))
-    sums = sums._replace(softcap=sums.softcap + c_bar)
-  if wanted.bias:
-    sums = sums._replace(bias=sums.bias + jnp.sum(y_bar, axis=0))
-  y_bar = y_bar.astype(inputs.x.dtype)
-  if wanted.weight:
-    weight_bar = static.projection.outer_product(inputs.x, y_bar)
-    sums = sums._replace(weight=sums.weight + weight_bar)
-  x_bar = static.projection.transposed_product(y_bar, inputs.weight) if wanted.x else None
-  return sums, x_bar
+  label = jnp.maximum(index, 0)
+  g, u = bars.lse, None
+  if static.smoothed:
+    ones = jnp.ones((1, num_classes), y.dtype)
+    u = (ones if inputs.spread is None else inputs.spread) / num_classes
+    g = g + bars.uniform * jnp.sum(u)
+
+  def block(sums, first, size):
+    cut = lambda x, axis=1: lax.dynamic_slice_in_dim(x, first, size, axis)
+    add = lambda x, part, axis: lax.dynamic_update_slice_in_dim(
+      x, cut(x, axis) + part, first, axis
+    )
+    y_block, z_block = cut(y), cut(z)
+    here = (label >= first) & (label < first + size)
+    block_bars = PerRow(jnp.where(here, bars.nll, 0), jnp.where(here, g, g + bars.nll), None)
+    residuals = integer._Residuals(z_block, jnp.where(here, label - first, 0), None, None, s)
+    z_bar = integer._bwd(integer._Static(1, False, False), residuals, block_bars)[0]
+    if static.smoothed:
+      z_bar = z_bar - cut(u) * bars.uniform
+    y_bar = z_bar
+    if inputs.softcap is not None:
+      y_bar = z_bar * cap_slope(y_block, inputs.softcap)
+    if wanted.spread:
+      u_bar = jnp.sum(minus_log_softmax(z_block, s) * bars.uniform, axis=0, keepdims=True)
+      sums = sums._replace(spread=add(sums.spread, u_bar / num_classes, 1))
+    if wanted.softcap:
+      c_bar = jnp.sum(z_bar * cap_slope_by_softcap(y_block, inputs.softcap))
+      sums = sums._replace(softcap=sums.softcap + c_bar)
+    if wanted.bias:
+      sums = sums._replace(bias=add(sums.bias, jnp.sum(y_bar, axis=0), 0))
+    y_bar = y_bar.astype(inputs.x.dtype)
+    if wanted.weight:
+      weight_bar = projection.outer_product(inputs.x, y_bar)
+      sums = sums._replace(weight=add(sums.weight, weight_bar, projection.vocab_axis))
+    if wanted.x:
+      weight = cut(inputs.weight, projection.vocab_axis)
+      sums = sums._replace(x=sums.x + projection.transposed_product(y_bar, weight))
+    return sums
+
+  if wanted.x:
+    sums = sums._replace(x=jnp.zeros(inputs.x.shape, projection.dtype))
+  size = block_size(*inputs.x.shape, num_classes, y.dtype.itemsize)
+  sums = over_blocks(block, sums, num_classes, size)
+  return sums._replace(x=None), sums.x
 
 
 def _zero_sums(wanted: Inputs, inputs: Inputs, static: Static) -> Inputs:
@@ -178,8 +232,7 @@ def _rows_bwd(static: Static, residuals: Any, bars: Any) -> tuple[Inputs, None]:
   def body(sums, rows):
     x, index, normalizer, bars = rows
     chunk, y, z = _chunk_logits(inputs._replace(x=x), index, static)
-    dense = integer._Residuals(z, index, None, chunk.spread, normalizer)
-    return _chunk_gradients(wanted.inputs, static, chunk, index, y, dense, bars, sums)
+    return _chunk_gradients(wanted.inputs, static, chunk, index, y, z, normalizer, bars, sums)
 
   sums = _zero_sums(wanted.inputs, inputs, static)
   rows = (inputs.x, index, normalizer, bars)
@@ -238,7 +291,8 @@ def _sum_fwd(inputs: Any, weights: Any, index: Any, static: Static) -> tuple[jax
     per_row, dense = integer._fwd(z, index, None, chunk.spread, static.dense)
     lse_bar = jnp.zeros_like(per_row.lse) if weights.lse is None else 2 * weights.lse * per_row.lse
     bars = weights._replace(lse=lse_bar)
-    sums, x_bar = _chunk_gradients(wanted, static, chunk, index, y, dense, bars, sums)
+    s = dense.normalizer
+    sums, x_bar = _chunk_gradients(wanted, static, chunk, index, y, z, s, bars, sums)
     return sums, (x_bar, per_row)
 
   sums = _zero_sums(wanted, inputs, static)
