@@ -11,19 +11,26 @@ from jax import lax
 
 Carry = TypeVar("Carry")
 
-# The bytes of a tile, the logits of one chunk, where the caller does not say how large a chunk is.
+# The least bytes that a tile may take, the logits of one chunk, where the caller does not say how
+# large a chunk is.
 TILE_BYTES = 128 * 2**20
 
-# The bytes of what is formed of the gradients at a time.
+# What is formed of the gradients of a chunk at a time is a block of classes: all where that takes
+# no more bytes than this, and never less than one part in `MOST_BLOCKS`.
 BLOCK_BYTES = 12 * 2**20
+MOST_BLOCKS = 16
 
 
-def default_chunk_size(num_tokens: int, num_classes: int, item_bytes: int) -> int:
-  """The number of tokens whose logits fit into `TILE_BYTES`, less where that evens out the chunks.
+def default_chunk_size(
+  num_tokens: int, num_features: int, num_classes: int, item_bytes: int
+) -> int:
+  """The number of tokens in a chunk.
 
-  If it can be had by no more than halving the chunk, the chunks are all of the same size.
+  A tile takes at most `TILE_BYTES` or, if that is more, a quarter of the bytes of the weight's
+  gradient: each chunk reads and writes that gradient, which small chunks would do too often. If it
+  can be had by no more than halving the chunk, the chunks are all of the same size.
   """
-  most = max(1, TILE_BYTES // (item_bytes * max(1, num_classes)))
+  most = max(1, TILE_BYTES // (item_bytes * max(1, num_classes)), num_features // 4)
   if num_tokens <= most:
     return max(1, num_tokens)
   for size in range(most, most // 2, -1):
@@ -33,10 +40,11 @@ def default_chunk_size(num_tokens: int, num_classes: int, item_bytes: int) -> in
 
 
 def block_size(num_tokens: int, num_features: int, num_classes: int, item_bytes: int) -> int:
-  """The number of classes whose logits and weights, of a chunk, take about `BLOCK_BYTES`."""
-  most = max(1, BLOCK_BYTES // (item_bytes * max(1, num_tokens + 2 * num_features)))
-  count = -(-num_classes // most)
-  size = -(-num_classes // count)
+  """The number of classes in a block, for a chunk of ``num_tokens`` tokens."""
+  # y_bar of the chunk, and for each class its weights and their gradient.
+  bytes_per_class = item_bytes * max(1, num_tokens + 2 * num_features)
+  count = min(MOST_BLOCKS, -(-num_classes * bytes_per_class // BLOCK_BYTES))
+  size = -(-num_classes // max(1, count))
   return min(num_classes, -(-size // 128) * 128)
 
 

@@ -134,7 +134,7 @@ def linear_softmax_cross_entropy(
   if num_tokens == 0 or num_classes == 0:
     return jnp.zeros(rows if reduction == "none" else (), dtype)
   if chunk_size is None:
-    chunk_size = default_chunk_size(num_tokens, num_classes, dtype.itemsize)
+    chunk_size = default_chunk_size(num_tokens, x.shape[-1], num_classes, dtype.itemsize)
 
   index = jnp.where((labels >= 0) & (labels < num_classes), labels, rules.INVALID)
   if ignore_index is not None:

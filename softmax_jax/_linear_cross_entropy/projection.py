@@ -92,7 +92,7 @@ def cap_slope(y: jax.Array, softcap: jax.Array) -> jax.Array:
 
 def cap_slope_by_softcap(y: jax.Array, softcap: jax.Array) -> jax.Array:
   """dz/dc."""
-  v = y / softcap
+  v = jnp.clip(y / softcap, -100, 100)  # where dz/dy is 0 and tanh v is 1
   u = (2 * v) ** 2
   series = v * u / 6 * (1 + u / 20 * (1 + u / 42 * (1 + u / 72 * (1 + u / 110 * (1 + u / 156)))))
   slope = cap_slope(y, softcap)

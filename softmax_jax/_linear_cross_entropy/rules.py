@@ -19,7 +19,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from softmax_jax._cross_entropy import integer, options
-from softmax_jax._cross_entropy.rows import PerRow, minus_log_softmax
+from softmax_jax._cross_entropy.rows import PerRow, cost_of, minus_log_softmax
 from softmax_jax._forward_mode import enable_forward_mode
 from softmax_jax._linear_cross_entropy.chunks import block_size, over_blocks, over_chunks
 from softmax_jax._linear_cross_entropy.projection import (
@@ -140,9 +140,7 @@ def _chunk_gradients(
 
   def block(sums, first, size):
     cut = lambda x, axis=1: lax.dynamic_slice_in_dim(x, first, size, axis)
-    add = lambda x, part, axis: lax.dynamic_update_slice_in_dim(
-      x, cut(x, axis) + part, first, axis
-    )
+    add = lambda x, part, axis: lax.dynamic_update_slice_in_dim(x, cut(x, axis) + part, first, axis)
     y_block, z_block = cut(y), cut(z)
     here = (label >= first) & (label < first + size)
     block_bars = PerRow(jnp.where(here, bars.nll, 0), jnp.where(here, g, g + bars.nll), None)
@@ -154,7 +152,8 @@ def _chunk_gradients(
     if inputs.softcap is not None:
       y_bar = z_bar * cap_slope(y_block, inputs.softcap)
     if wanted.spread:
-      u_bar = jnp.sum(minus_log_softmax(z_block, s) * bars.uniform, axis=0, keepdims=True)
+      cost = cost_of(cut(u), minus_log_softmax(z_block, s))
+      u_bar = jnp.sum(cost * bars.uniform, axis=0, keepdims=True)
       sums = sums._replace(spread=add(sums.spread, u_bar / num_classes, 1))
     if wanted.softcap:
       c_bar = jnp.sum(z_bar * cap_slope_by_softcap(y_block, inputs.softcap))
