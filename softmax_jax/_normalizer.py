@@ -11,6 +11,7 @@ so its derivative is zero and is dropped.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -44,6 +45,9 @@ class Normalizer(NamedTuple):
 # Where the others sum to less than this, S - 1 would have lost digits of them.
 _DOMINATED = 0.5
 
+# Up to this many entries XLA:CPU unrolls a row, and both sums at once are cheaper than one.
+_FEW = 16
+
 
 @functools.partial(jax.jit, static_argnums=(2, 3), inline=True)
 def normalizer(x: jax.Array, mask: jax.Array | None, axes: Axes, dtype: DTypeLike) -> Normalizer:
@@ -54,19 +58,44 @@ def normalizer(x: jax.Array, mask: jax.Array | None, axes: Axes, dtype: DTypeLik
   for the others. (It is 0, too, for entries tied with the largest, but then S >= 2.)
   """
   z = entries(x, mask, axes, dtype)
-  top = lax.stop_gradient(jnp.max(z, axis=axes, keepdims=True, initial=-jnp.inf))
+  top = largest(z, axes)
   shift = jnp.where(jnp.isfinite(top), top, jnp.zeros_like(top))
-  rest = jnp.sum(jnp.exp(z - shift), axis=axes, keepdims=True) - 1
-  dominated = jnp.abs(rest) < _DOMINATED
+  if few(x.shape, axes):
+    e = exp_of_difference(z, shift)
+    total, others = _sums(e, e - jnp.floor(e), axes)
+    rest = total - 1
+  else:
+    rest = jnp.sum(jnp.exp(z - shift), axis=axes, keepdims=True) - 1
 
-  def sum_of_others(x, mask, shift, rest):
-    e = exp_of_difference(entries(x, mask, axes, dtype), shift)
-    return jnp.sum(e - jnp.floor(e), axis=axes, keepdims=True)
+    def sum_of_others(x, mask, shift, rest):
+      e = exp_of_difference(entries(x, mask, axes, dtype), shift)
+      return jnp.sum(e - jnp.floor(e), axis=axes, keepdims=True)
 
-  others = where_needed(
-    jnp.any(dominated), sum_of_others, lambda x, mask, shift, rest: rest, x, mask, shift, rest
-  )
-  return Normalizer(shift, jnp.where(dominated, others, rest))
+    others = where_needed(
+      jnp.any(jnp.abs(rest) < _DOMINATED),
+      sum_of_others,
+      lambda x, mask, shift, rest: rest,
+      *(x, mask, shift, rest),
+    )
+  rest = jnp.where(jnp.abs(rest) < _DOMINATED, others, rest)
+  return Normalizer(shift, jnp.where(top == jnp.inf, jnp.inf, rest))
+
+
+def largest(z: jax.Array, axes: Axes) -> jax.Array:
+  """The largest entry of each row, a constant for every derivative."""
+  return lax.stop_gradient(jnp.max(z, axis=axes, keepdims=True, initial=-jnp.inf))
+
+
+def few(shape: tuple[int, ...], axes: Axes) -> bool:
+  """Whether a row along ``axes`` has only a few entries."""
+  return math.prod(shape[axis] for axis in axes) <= _FEW
+
+
+def _sums(x: jax.Array, y: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
+  """The sums of two arrays along ``axes``, in one pass."""
+  zero = jnp.zeros((), x.dtype)
+  sums = lax.reduce((x, y), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), axes)
+  return jnp.expand_dims(sums[0], axes), jnp.expand_dims(sums[1], axes)
 
 
 def exp_of_difference(x: jax.Array, shift: jax.Array) -> jax.Array:
@@ -75,14 +104,19 @@ def exp_of_difference(x: jax.Array, shift: jax.Array) -> jax.Array:
   The difference d is off by up to u |d|, and its exponential by as many units of itself. The error
   is known exactly (the two-sum of Knuth), and exp(d + error) = exp(d) (1 + error).
   """
-  # Further down the exponential is 0; the bound keeps infinities out of the error.
-  lowest = shift - jnp.maximum(800 if x.dtype == jnp.float64 else 128, jnp.abs(shift) / 1024)
-  y = jnp.maximum(x, jnp.maximum(lowest, jnp.finfo(x.dtype).min))
+  y = jnp.maximum(x, vanishing(shift))
   d = y - shift
   back = d - y
   error = (y - (d - back)) - (shift + back)
-  e = jnp.exp(x - shift)
+  e = jnp.exp(x - shift)  # as it stands in `normalizer`, so that XLA computes it once for both
   return e + e * error
+
+
+def vanishing(shift: jax.Array) -> jax.Array:
+  """A finite number whose exponential is 0 beside that of ``shift``."""
+  far = 128 if shift.dtype == jnp.float32 else 1024
+  below = jnp.minimum(shift * (1 - 2**-10), shift * (1 + 2**-10)) - far
+  return lax.optimization_barrier(jnp.maximum(below, jnp.finfo(shift.dtype).min))
 
 
 def where_needed(

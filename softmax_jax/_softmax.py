@@ -5,7 +5,6 @@ The notation is that of `softmax_jax._normalizer`.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Literal, NamedTuple, overload
 
 import jax
@@ -23,47 +22,73 @@ from softmax_jax._normalizer import (
   broadcast,
   entries,
   exp_of_difference,
+  few,
+  largest,
   masked,
   normalizer,
   unbroadcast,
-  where_needed,
+  vanishing,
 )
 
 # --- softmax --------------------------------------------------------------------------------------
-
-
-class _SoftmaxResiduals(NamedTuple):
-  y: jax.Array
-  peak: jax.Array  # the largest y of each row, 1 / S
-  mask: jax.Array | None
 
 
 def _softmax_primal(x: jax.Array, mask: jax.Array | None, axes: Axes) -> jax.Array:
   return _softmax_fwd(x, mask, axes)[0]
 
 
+class _SoftmaxResiduals(NamedTuple):
+  y: jax.Array
+  mask: jax.Array | None
+
+
 def _softmax_fwd(
   x: jax.Array, mask: jax.Array | None, axes: Axes
 ) -> tuple[jax.Array, _SoftmaxResiduals]:
   z = entries(x, mask, axes, arguments.compute_dtype(x.dtype))
-  top = lax.stop_gradient(jnp.max(z, axis=axes, keepdims=True, initial=-jnp.inf))
-  inverse = 1 / jnp.sum(jnp.exp(z - top), axis=axes, keepdims=True)
-  y = masked((exp_of_difference(z, top) * inverse).astype(x.dtype), mask, 0)
-  return y, _SoftmaxResiduals(y, inverse.astype(x.dtype), mask)
+  y = masked(_normalized(z, axes).astype(x.dtype), mask, 0)
+  return y, _SoftmaxResiduals(y, mask)
+
+
+def _normalized(z: jax.Array, axes: Axes) -> jax.Array:
+  """The exponentials of ``z`` divided by their sum.
+
+  On a CPU every operation counts, and the shortest rows are left with the rounding error of
+  ``z - shift``: up to |z - shift| / 2 units in the last place.
+  """
+  # An integer, which makes the error of the difference cheap to know. The nearest one makes the
+  # largest e free of it, so that a probability of 1 is exactly 1.
+  shift = lax.round(largest(z, axes), lax.RoundingMethod.TO_NEAREST_EVEN)
+
+  def plain(z, shift):
+    e = jnp.exp(z - shift)
+    return e / jnp.sum(e, axis=axes, keepdims=True)
+
+  def exact(z, shift):
+    z = jnp.maximum(z, vanishing(shift))
+    d = z - shift
+    e = jnp.exp(d)
+    # With an integer shift d + shift is free of rounding, and exp(d + error) = e (1 + error).
+    return (e + e * (z - (d + shift))) / jnp.sum(e, axis=axes, keepdims=True)
+
+  if few(z.shape, axes):
+    return lax.platform_dependent(z, shift, cpu=plain, default=exact)
+  return exact(z, shift)
 
 
 # Seed step 5: J_ij = a_i (delta_ij - a_j), so with the cotangent c
 #   x_bar_j = sum_i J_ij c_i = a_j (c_j - sum_i a_i c_i).
 # Where one class t holds nearly all of the probability that sum is nearly c_t, and x_bar is what
-# their difference leaves. J 1 = 0 allows to subtract c_t from the whole cotangent before: then the
-# sum has no large term, and (seed step 6) x_bar_t = -(the others) is formed without a_t - 1.
+# their difference leaves: nothing but rounding errors. They are the same number in the whole row.
+# J 1 = 0 allows to subtract any number from c, and to do so with the mean, sum_i a_i c_i, leaves a
+# cotangent without a large entry at t, of which the same formula is right to the last digits.
 def _softmax_bwd(
   axes: Axes, residuals: _SoftmaxResiduals, y_bar: jax.Array
 ) -> tuple[jax.Array, None]:
-  y, peak, mask = residuals
+  y, mask = residuals
   dtype = arguments.compute_dtype(y.dtype)
   a, c = y.astype(dtype), masked(y_bar, mask, 0).astype(dtype)
-  c = c - _at_dominant(c, a, peak.astype(dtype), axes)
+  c = c - jnp.sum(a * c, axis=axes, keepdims=True)
   x_bar = a * (c - jnp.sum(a * c, axis=axes, keepdims=True))
   return masked(x_bar, mask, 0).astype(y.dtype), None
 
@@ -87,7 +112,7 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> ja
     \frac{\partial a_i}{\partial x_j} = a_i (\delta_{ij} - a_j)
 
   A drop-in replacement for `jax.nn.softmax`, differentiable in both modes with the hand-derived
-  Jacobian above. The output and one number per row are all that is saved for the backward pass.
+  Jacobian above. The output is all that is saved for the backward pass.
 
   Args:
     x: array of any shape and a floating dtype, differentiable; integers are converted as
@@ -121,26 +146,6 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> ja
   return _softmax(*_as_input("softmax", "x", x, axis, where))
 
 
-_DOMINANT = 0.9
-
-
-@functools.partial(jax.jit, static_argnums=3, inline=True)
-def _at_dominant(c: jax.Array, a: jax.Array, peak: jax.Array, axes: Axes) -> jax.Array:
-  """The entry of ``c`` where ``a`` has its ``peak`` in rows whose peak is above 0.9; 0 in the
-  others.
-
-  The weight below is exactly 1 at the peak and exactly 0 where ``a`` is smaller by 1/2.
-  """
-  dominated = peak > _DOMINANT
-
-  def pick(c, a, peak):
-    weight = lax.stop_gradient(jnp.maximum(1 + 2 * (a - peak), 0))
-    return jnp.sum(weight * c, axis=axes, keepdims=True)
-
-  picked = where_needed(jnp.any(dominated), pick, lambda c, a, peak: peak, c, a, peak)
-  return jnp.where(dominated, picked, 0)
-
-
 # --- log_softmax ----------------------------------------------------------------------------------
 
 
@@ -158,9 +163,12 @@ def _log_softmax_fwd(
 ) -> tuple[jax.Array, _LogSoftmaxResiduals]:
   dtype = arguments.compute_dtype(x.dtype)
   z, s = entries(x, mask, axes, dtype), normalizer(x, mask, axes, dtype)
-  # Both terms are at most 0, so that nothing cancels. A row with +inf is NaN, as in the softmax.
+  # A row with +inf is NaN, as in the softmax.
   log_sum = jnp.where(s.rest == jnp.inf, jnp.nan, s.log_sum())
-  y = masked(((z - s.shift) - log_sum).astype(x.dtype), mask, -jnp.inf)
+  # On a CPU they would be put into memory, repeated along the row, without the barrier.
+  shift, log_sum = lax.optimization_barrier((s.shift, log_sum))
+  # Both terms are at most 0, so that nothing cancels.
+  y = masked(((z - shift) - log_sum).astype(x.dtype), mask, -jnp.inf)
   return y, _LogSoftmaxResiduals(y, mask)
 
 

@@ -31,6 +31,7 @@ from softmax_jax._normalizer import (
   broadcast,
   entries,
   exp_of_difference,
+  few,
   masked,
   normalizer,
   unbroadcast,
@@ -76,8 +77,9 @@ def _likelihood(
     return jnp.sum(p * (cost_of(p, cost) if careful else cost), axis=axes, keepdims=True)
 
   operands = logits, labels, mask, weights, s
-  nll = likelihood(mask is not None, *operands)
-  if mask is not None:
+  careful = mask is not None or few(logits.shape, axes)
+  nll = likelihood(careful, *operands)
+  if careful:
     return nll
   # To see to labels of 0 at infinite costs in every sum would double its time.
   return where_needed(
@@ -119,9 +121,9 @@ def _fwd(
 
 # With p = w t the weighted label and u the weighted uniform one, nll = -sum_k p_k log a_k for any
 # p, not only one that sums to 1, and uniform likewise with u. By seed steps 5 and 6
-#   d nll/dz_j = a_j sum_k p_k - p_j = a_j (sum_k p_k - p_j) - p_j (1 - a_j),
-# whose right side loses nothing where t is one-hot and a_t close to 1. Seed step 1: d lse/dz_j =
-# a_j. And d nll/dp_j = -log a_j.
+#   d nll/dz_j = a_j sum_k p_k - p_j = ((e_j sum_k p_k - p_j) - p_j rest) / S,
+# whose right side loses nothing where t is one-hot and a_t close to 1: there e_t is 1 and the first
+# difference 0. Seed step 1: d lse/dz_j = a_j. And d nll/dp_j = -log a_j.
 def _bwd(
   static: _Static, residuals: _Residuals, bars: PerRow
 ) -> tuple[jax.Array, jax.Array, None, jax.Array | None]:
@@ -136,8 +138,10 @@ def _bwd(
   if smoothed:
     u = uniform_label(weights, mask, z.shape, axes, dtype)
     g = g + bars.uniform * jnp.sum(u, axis=axes, keepdims=True)
-  others = jnp.sum(p, axis=axes, keepdims=True) - p
-  z_bar = (e * (others * bars.nll + g) - p * ((1 - e) + s.rest) * bars.nll) * inverse
+  scale = bars.nll * inverse
+  by_e = jnp.sum(p, axis=axes, keepdims=True) * scale + g * inverse
+  by_e, scale, by_rest = jax.lax.optimization_barrier((by_e, scale, s.rest * scale))
+  z_bar = (e * by_e - p * scale) - p * by_rest
   if smoothed:
     z_bar = z_bar - u * bars.uniform
 
@@ -158,9 +162,54 @@ def _bwd(
   )
 
 
+# The same derivative along z_dot, p_dot and u_dot, in the form that keeps its digits near a_t = 1.
+# With lse_dot = sum_k a_k z_dot_k and v_j = z_dot_j - lse_dot,
+#   nll_dot = -sum_j p_j v_j - sum_j p_dot_j log a_j,
+#   uniform_dot = -sum_j u_j v_j - sum_j u_dot_j log a_j.
+# The rounding error of lse_dot is the same number in every v_j; as sum_k a_k v_k = 0, that sum is
+# the error, and is taken off.
+def _tangent(
+  static: _Static, residuals: _Residuals, args_dot: tuple[jax.Array | None, ...]
+) -> PerRow:
+  axes, smoothed = static
+  logits, labels, mask, weights, s = residuals
+  logits_dot, labels_dot, _, weights_dot = args_dot
+  dtype = s.shift.dtype
+  z = entries(logits, mask, axes, dtype)
+  t = masked(labels.astype(dtype), mask, 0)
+  row_sum = lambda x: jnp.sum(x, axis=axes, keepdims=True)
+  nll_dot = lse_dot = jnp.zeros_like(s.shift)
+  uniform_dot = jnp.zeros_like(s.shift) if smoothed else None
+  p = _weighted_label(labels, mask, weights, dtype)
+  u = uniform_label(weights, mask, z.shape, axes, dtype) if smoothed else None
+
+  if logits_dot is not None:
+    z_dot = masked(logits_dot.astype(dtype), mask, 0)
+    a = exp_of_difference(z, s.shift) * inverse_sum(s)
+    lse_dot = row_sum(a * z_dot)
+    v = z_dot - lse_dot
+    error = row_sum(a * v)
+    lse_dot, v = lse_dot + error, v - error
+    nll_dot -= row_sum(p * v)
+    if smoothed:
+      uniform_dot -= row_sum(u * v)
+  if labels_dot is not None or weights_dot is not None:
+    cost = minus_log_softmax(z, s)
+    p_dot = jnp.zeros_like(z)
+    if labels_dot is not None:
+      p_dot += _weighted_label(labels_dot, mask, weights, dtype)
+    if weights_dot is not None:
+      p_dot += t * weights_dot
+    nll_dot += row_sum(cost_of(p, cost) * masked(p_dot, mask, 0))
+    if smoothed and weights_dot is not None:
+      u_dot = uniform_label(weights_dot, mask, z.shape, axes, dtype)
+      uniform_dot += row_sum(cost_of(u, cost) * u_dot)
+  return PerRow(nll_dot, lse_dot, uniform_dot)
+
+
 _rule = jax.custom_vjp(_primal, nondiff_argnums=(4,))
 _rule.defvjp(_fwd, _bwd)
-_soft_cross_entropy = enable_forward_mode(_rule)
+_soft_cross_entropy = enable_forward_mode(_rule, tangent=_tangent)
 
 
 @overload
