@@ -66,12 +66,13 @@ def over_blocks(
 
 
 def over_chunks(
-  body: Callable[[Carry, Any], tuple[Carry, Any]], carry: Carry, rows: Any, chunk_size: int
+  body: Callable[[Carry, Any, Any], tuple[Carry, Any]], carry: Carry, rows: Any, chunk_size: int
 ) -> tuple[Carry, Any]:
   """`jax.lax.scan` over chunks of the leading axis, the last of which may be smaller.
 
   Args:
-    body: ``body(carry, rows_of_chunk) -> carry, outputs_of_chunk``, for a chunk of any size.
+    body: ``body(carry, rows_of_chunk, first_row) -> carry, outputs_of_chunk``, for a chunk of any
+      size.
     carry: what the first chunk starts from.
     rows: a pytree of arrays ``[T, ...]``, with T > 0.
     chunk_size: the number of rows of each chunk but the last.
@@ -87,17 +88,19 @@ def over_chunks(
   split = whole * chunk_size
   parts = []
   if split < num_rows:  # first, as in over_blocks
-    carry, out = body(carry, jax.tree.map(lambda x: x[split:], rows))
+    carry, out = body(carry, jax.tree.map(lambda x: x[split:], rows), split)
     parts.append(out)
   if whole == 1:
-    carry, out = body(carry, jax.tree.map(lambda x: x[:split], rows))
+    carry, out = body(carry, jax.tree.map(lambda x: x[:split], rows), 0)
     parts.insert(0, out)
   elif whole:
 
     def to_chunks(x):
       return x[:split].reshape(whole, chunk_size, *x.shape[1:])
 
-    carry, out = lax.scan(body, carry, jax.tree.map(to_chunks, rows))
+    firsts = jnp.arange(0, split, chunk_size)
+    chunks = (jax.tree.map(to_chunks, rows), firsts)
+    carry, out = lax.scan(lambda carry, chunk: body(carry, *chunk), carry, chunks)
     parts.insert(0, jax.tree.map(lambda x: x.reshape(split, *x.shape[2:]), out))
   if len(parts) == 1:
     return carry, parts[0]

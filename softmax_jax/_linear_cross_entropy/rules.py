@@ -125,8 +125,9 @@ def _chunk_gradients(
   s: Normalizer,
   bars: PerRow,
   sums: Inputs,
-) -> tuple[Inputs, jax.Array | None]:
-  """``sums`` with the part of a chunk added, and its x_bar, None where not wanted."""
+  first_row: Any,
+) -> Inputs:
+  """``sums`` with the part of a chunk added, which in that of x are its rows."""
   projection = static.projection
   num_classes = y.shape[1]
   # A row without a valid label has no gradient here; what NaN there must be is put in at the end.
@@ -169,20 +170,23 @@ def _chunk_gradients(
       sums = sums._replace(x=sums.x + projection.transposed_product(y_bar, weight))
     return sums
 
+  rows = sums.x
   if wanted.x:
     sums = sums._replace(x=jnp.zeros(inputs.x.shape, projection.dtype))
   size = block_size(*inputs.x.shape, num_classes, y.dtype.itemsize)
   sums = over_blocks(block, sums, num_classes, size)
-  return sums._replace(x=None), sums.x
+  if wanted.x:
+    sums = sums._replace(x=lax.dynamic_update_slice_in_dim(rows, sums.x, first_row, 0))
+  return sums
 
 
-def _zero_sums(wanted: Inputs, inputs: Inputs, static: Static) -> Inputs:
-  """Zeros to add to, for all inputs that are shared by the tokens; None where not wanted."""
+def _zeros(wanted: Inputs, inputs: Inputs, static: Static) -> Inputs:
+  """Zeros to add gradients to, None where not wanted."""
   sums = [
     jnp.zeros(x.shape, static.projection.dtype) if w else None
     for w, x in zip(wanted, inputs, strict=True)
   ]
-  return Inputs(*sums)._replace(x=None)
+  return Inputs(*sums)
 
 
 def _as_gradients(gradients: Inputs, inputs: Inputs, poison: jax.Array) -> Inputs:
@@ -204,7 +208,7 @@ def _rows_primal(inputs: Inputs, index: jax.Array, static: Static) -> PerRow:
 
 
 def _rows_forward(inputs: Inputs, index: jax.Array, static: Static) -> tuple[PerRow, Normalizer]:
-  def body(_, rows):
+  def body(_, rows, first):
     x, index = rows
     chunk, _, z = _chunk_logits(inputs._replace(x=x), index, static)
     per_row, residuals = integer._fwd(z, index, None, chunk.spread, static.dense)
@@ -228,15 +232,14 @@ def _rows_bwd(static: Static, residuals: Any, bars: Any) -> tuple[Inputs, None]:
     is_leaf=lambda bar: type(bar) is SymbolicZero,
   )
 
-  def body(sums, rows):
-    x, index, normalizer, bars = rows
+  def body(sums, rows, first):
+    x, index, s, bars = rows
     chunk, y, z = _chunk_logits(inputs._replace(x=x), index, static)
-    return _chunk_gradients(wanted.inputs, static, chunk, index, y, z, normalizer, bars, sums)
+    return _chunk_gradients(wanted.inputs, static, chunk, index, y, z, s, bars, sums, first), None
 
-  sums = _zero_sums(wanted.inputs, inputs, static)
-  rows = (inputs.x, index, normalizer, bars)
-  sums, x_bar = over_chunks(body, sums, rows, static.chunk_size)
-  return _as_gradients(sums._replace(x=x_bar), inputs, _poison(index, bars)), None
+  sums = _zeros(wanted.inputs, inputs, static)
+  gradients, _ = over_chunks(body, sums, (inputs.x, index, normalizer, bars), static.chunk_size)
+  return _as_gradients(gradients, inputs, _poison(index, bars)), None
 
 
 # The tangent of the logits goes through the tangent rule of the dense loss, chunk by chunk.
@@ -244,7 +247,7 @@ def _rows_tangent(static: Static, residuals: Any, args_dot: tuple[Any, ...]) -> 
   _, inputs, index, normalizer = residuals
   dots = Inputs(*args_dot[0])
 
-  def body(_, rows):
+  def body(_, rows, first):
     x, x_dot, index, normalizer = rows
     chunk, y, z = _chunk_logits(inputs._replace(x=x), index, static)
     chunk_dots = dots
@@ -284,20 +287,18 @@ def _sum_fwd(inputs: Any, weights: Any, index: Any, static: Static) -> tuple[jax
   wanted = _Wanted.of(inputs).inputs
   inputs, weights, index = _values((inputs, weights, index))
 
-  def body(sums, rows):
+  def body(sums, rows, first):
     x, weights, index = rows
     chunk, y, z = _chunk_logits(inputs._replace(x=x), index, static)
     per_row, dense = integer._fwd(z, index, None, chunk.spread, static.dense)
     lse_bar = jnp.zeros_like(per_row.lse) if weights.lse is None else 2 * weights.lse * per_row.lse
     bars = weights._replace(lse=lse_bar)
     s = dense.normalizer
-    sums, x_bar = _chunk_gradients(wanted, static, chunk, index, y, z, s, bars, sums)
-    return sums, (x_bar, per_row)
+    sums = _chunk_gradients(wanted, static, chunk, index, y, z, s, bars, sums, first)
+    return sums, per_row
 
-  sums = _zero_sums(wanted, inputs, static)
-  rows = (inputs.x, weights, index)
-  sums, (x_bar, per_row) = over_chunks(body, sums, rows, static.chunk_size)
-  gradients = sums._replace(x=x_bar)
+  sums = _zeros(wanted, inputs, static)
+  gradients, per_row = over_chunks(body, sums, (inputs.x, weights, index), static.chunk_size)
   # Arrays of no elements stand for the dtypes that the gradients are to have.
   likes = jax.tree.map(lambda x: jnp.zeros(0, x.dtype), inputs)
   return _weighted_sum(weights, per_row), (gradients, likes, per_row, weights, index)
