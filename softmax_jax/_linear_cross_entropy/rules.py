@@ -108,6 +108,22 @@ def _chunk_logits(inputs: Inputs, index: jax.Array, static: Static) -> tuple[Any
   return inputs, y, over_blocks(cap, jnp.zeros_like(y), y.shape[1], size)
 
 
+def _scale(dtype: jnp.dtype, bars: PerRow, u: jax.Array | None) -> jax.Array | float:
+  """What to multiply y_bar by before it is rounded to ``dtype``: 1, but for float16.
+
+  There most probabilities over a large vocabulary, and all y_bar of a mean over many tokens, would
+  be below the smallest normal number.
+  """
+  if dtype != jnp.float16:
+    return 1.0
+  largest = jnp.abs(bars.lse) + jnp.abs(bars.nll)
+  if u is not None:
+    largest += jnp.abs(bars.uniform) * jnp.max(jnp.abs(u))
+  largest = lax.stop_gradient(jnp.max(largest))
+  # |y_bar| is at most `largest`, which becomes an eighth of the largest float16.
+  return jnp.where(largest > 0, 2.0**13 / largest, 1.0)
+
+
 # The logits of a chunk are cut into blocks of classes, so that nothing else of their size is held.
 # z_bar of a block is that of the dense loss, with u the weighted uniform label:
 #   z_bar_j = a_j (lse_bar + uniform_bar sum_k u_k + nll_bar) - delta_tj nll_bar - u_j uniform_bar.
@@ -138,6 +154,7 @@ def _chunk_gradients(
     ones = jnp.ones((1, num_classes), y.dtype)
     u = (ones if inputs.spread is None else inputs.spread) / num_classes
     g = g + bars.uniform * jnp.sum(u)
+  scale = _scale(inputs.x.dtype, bars._replace(lse=g), u)
 
   def block(sums, first, size):
     cut = lambda x, axis=1: lax.dynamic_slice_in_dim(x, first, size, axis)
@@ -161,13 +178,13 @@ def _chunk_gradients(
       sums = sums._replace(softcap=sums.softcap + c_bar)
     if wanted.bias:
       sums = sums._replace(bias=add(sums.bias, jnp.sum(y_bar, axis=0), 0))
-    y_bar = y_bar.astype(inputs.x.dtype)
+    y_bar = (y_bar * scale).astype(inputs.x.dtype)
     if wanted.weight:
-      weight_bar = projection.outer_product(inputs.x, y_bar)
+      weight_bar = projection.outer_product(inputs.x, y_bar) / scale
       sums = sums._replace(weight=add(sums.weight, weight_bar, projection.vocab_axis))
     if wanted.x:
       weight = cut(inputs.weight, projection.vocab_axis)
-      sums = sums._replace(x=sums.x + projection.transposed_product(y_bar, weight))
+      sums = sums._replace(x=sums.x + projection.transposed_product(y_bar, weight) / scale)
     return sums
 
   rows = sums.x
