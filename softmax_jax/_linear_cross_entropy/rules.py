@@ -109,12 +109,13 @@ def _chunk_logits(inputs: Inputs, index: jax.Array, static: Static) -> tuple[Any
 
 
 def _scale(dtype: jnp.dtype, bars: PerRow, u: jax.Array | None) -> jax.Array | float:
-  """What to multiply y_bar by before it is rounded to ``dtype``: 1, but for float16.
+  """What to multiply y_bar by before it is rounded to ``dtype``: 1 where it is not.
 
-  There most probabilities over a large vocabulary, and all y_bar of a mean over many tokens, would
-  be below the smallest normal number.
+  In float16 most probabilities over a large vocabulary, and all y_bar of a mean over many tokens,
+  would be below the smallest normal number. And where all tokens have the same share of the loss,
+  y_bar at the labels is close to -1 times that, the rounding error of which they would all have.
   """
-  if dtype != jnp.float16:
+  if jnp.finfo(dtype).bits > 16:
     return 1.0
   largest = jnp.abs(bars.lse) + jnp.abs(bars.nll)
   if u is not None:

@@ -1,0 +1,388 @@
+"""linear_softmax_cross_entropy against the dense loss over x @ weight, and against float64.
+
+`formulas` is the loss written out over whole logits; in float64 it gives every derivative by JAX's
+own differentiation. `dense` is the dense loss of this library, to which float32 must agree.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import random, relative_error
+
+from softmax_jax import linear_softmax_cross_entropy as linear
+from softmax_jax import softmax_cross_entropy_with_integer_labels
+from softmax_jax._linear_cross_entropy import chunks
+
+T, H, V = 6, 5, 300  # two chunks of 3 tokens, and blocks of 128, 128 and 44 classes
+CHUNK = 3
+IGNORED = 5
+LABELS = np.array([0, 299, IGNORED, 127, 128, 256])
+SMOOTH = {  # what is differentiated beside x and weight
+  "bias": random(2, V),
+  "label_smoothing": np.float64(0.1),
+  "z_loss": np.float64(0.03),
+  "class_weights": np.linspace(0.5, 2, V),
+  "softcap": np.float64(3.0),
+}
+REDUCTIONS = ("mean", "sum", "none")
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+  monkeypatch.setattr(chunks, "BLOCK_BYTES", 1024)
+
+
+def logits(x, weight, bias=None, softcap=None, vocab_axis=-1):
+  z = x @ (weight if vocab_axis == -1 else weight.T)
+  z = z if bias is None else z + bias
+  return z if softcap is None else softcap * jnp.tanh(z / softcap)
+
+
+def dense(
+  x, weight, labels, *, bias=None, softcap=None, vocab_axis=-1, reduction="mean", **options
+):
+  z = logits(x, weight, bias, softcap, vocab_axis)
+  return softmax_cross_entropy_with_integer_labels(z, labels, reduction=reduction, **options)
+
+
+def formulas(
+  x,
+  weight,
+  labels,
+  *,
+  bias=None,
+  softcap=None,
+  vocab_axis=-1,
+  label_smoothing=0.0,
+  z_loss=0.0,
+  class_weights=None,
+  ignore_index=None,
+  reduction="mean",
+):
+  z = logits(x, weight, bias, softcap, vocab_axis)
+  w = jnp.ones(z.shape[-1]) if class_weights is None else class_weights
+  counts = jnp.ones(labels.shape) if ignore_index is None else labels != ignore_index
+  lse = jnp.log(jnp.sum(jnp.exp(z), axis=-1, keepdims=True))
+  costs = w * (lse - z)
+  nll = jnp.sum(costs * jax.nn.one_hot(labels, z.shape[-1]), axis=-1)
+  loss = (1 - label_smoothing) * nll + label_smoothing * jnp.mean(costs, axis=-1)
+  loss = (loss + z_loss * lse[..., 0] ** 2) * counts
+  if reduction == "none":
+    return loss
+  return jnp.sum(loss) / (jnp.sum(w[labels] * counts) if reduction == "mean" else 1)
+
+
+def arguments(options=(), dtype=np.float32, vocab_axis=-1, shape=(T,)):
+  """The labels, and what is differentiated."""
+  weight = random(1, (H, V))
+  smooth = {"x": random(0, (T, H)), "weight": weight if vocab_axis == -1 else weight.T}
+  smooth |= {option: SMOOTH[option] for option in options}
+  smooth = {key: jnp.asarray(value, dtype) for key, value in smooth.items()}
+  smooth["x"] = smooth["x"].reshape(*shape, H)
+  return LABELS.reshape(shape), smooth
+
+
+def like(seed, tree):
+  leaves, structure = jax.tree.flatten(tree)
+  random_leaves = [random(seed + i, x.shape, np.float64) for i, x in enumerate(leaves)]
+  return structure.unflatten(
+    [jnp.asarray(r, x.dtype) for r, x in zip(random_leaves, leaves, strict=True)]
+  )
+
+
+def derivatives(f, labels, smooth, y_bar, second, **fixed):
+  """Value, gradients and tangent of f, or else the tangent of its gradients, in one program."""
+  smooth_dot = like(20, smooth)
+
+  @jax.jit
+  def program(smooth, smooth_dot, y_bar):
+    g = lambda smooth: f(**smooth, labels=labels, **fixed)
+    gradients = lambda smooth: jax.vjp(g, smooth)[1](y_bar)[0]
+    if second:
+      return jax.jvp(gradients, (smooth,), (smooth_dot,))[1]
+    y, y_dot = jax.jvp(g, (smooth,), (smooth_dot,))
+    return {"value": y, "gradients": gradients(smooth), "tangent": y_dot}
+
+  return program(smooth, smooth_dot, jnp.asarray(y_bar, smooth["x"].dtype))
+
+
+def assert_equal(actual, expected, tolerance):
+  paths = jax.tree_util.tree_leaves_with_path(actual)
+  for (path, x), y in zip(paths, jax.tree.leaves(expected), strict=True):
+    # A number is a sum of terms that may cancel.
+    error = relative_error(x, y) if x.ndim else abs(x - y) / max(10, abs(y))
+    assert error < tolerance, jax.tree_util.keystr(path)
+
+
+# Each option alone and all of them, each with one of the reductions, both layouts of the weight,
+# and with and without rows that do not count.
+CASES = [
+  ((), "none"),
+  *zip([(option,) for option in SMOOTH], itertools.cycle(REDUCTIONS), strict=False),
+  *[(tuple(SMOOTH), reduction) for reduction in REDUCTIONS],
+]
+
+
+def compare_in_float64(options, reduction, second):
+  case = CASES.index((options, reduction))
+  fixed = dict(vocab_axis=-(case % 2), reduction=reduction)
+  if case % 3 != 1:
+    fixed["ignore_index"] = IGNORED
+  with jax.enable_x64(True):
+    labels, smooth = arguments(options, np.float64, fixed["vocab_axis"])
+    y_bar = random(30, T if reduction == "none" else (), np.float64)
+    actual = derivatives(linear, labels, smooth, y_bar, second, chunk_size=CHUNK, **fixed)
+    expected = derivatives(formulas, labels, smooth, y_bar, second, **fixed)
+    assert_equal(actual, expected, 1e-11 if second else 1e-12)
+
+
+@pytest.mark.parametrize(("options", "reduction"), CASES)
+def test_value_gradients_and_tangent_in_float64(options, reduction):
+  compare_in_float64(options, reduction, second=False)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_second_derivatives_in_float64(reduction):
+  compare_in_float64(tuple(SMOOTH), reduction, second=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_every_combination_equals_the_dense_loss_in_float32(reduction):
+  """One program with every option serves all combinations, as each has a value without effect."""
+  labels, smooth = arguments(SMOOTH)
+  y_bar = jnp.asarray(random(30, T if reduction == "none" else ()), jnp.float32)
+  neutral = {
+    "bias": np.zeros(V),
+    "label_smoothing": 0.0,
+    "z_loss": 0.0,
+    "class_weights": np.ones(V),
+    "softcap": 1e4,
+  }
+
+  def program(f, **fixed):
+    @jax.jit
+    def run(smooth, ignored):
+      g = lambda smooth: f(
+        **smooth, labels=labels, ignore_index=ignored, reduction=reduction, **fixed
+      )
+      y, pull = jax.vjp(g, smooth)
+      return y, pull(y_bar)[0]
+
+    return run
+
+  ours, theirs = program(linear, chunk_size=CHUNK), program(dense)
+  for chosen in itertools.product([False, True], repeat=len(SMOOTH) + 1):
+    values = dict(smooth)
+    for option, is_chosen in zip(SMOOTH, chosen, strict=False):
+      if not is_chosen:
+        values[option] = jnp.asarray(neutral[option], jnp.float32)
+    ignored = IGNORED if chosen[-1] else -100
+    actual, expected = ours(values, ignored), theirs(values, ignored)
+    assert_equal(actual, expected, 2e-6)
+
+
+def test_the_derivative_by_a_distant_softcap_keeps_its_digits():
+  labels, smooth = arguments(["softcap"])
+  for softcap in (1e4, 50.0, 0.5):
+    smooth["softcap"] = jnp.float32(softcap)
+    actual = jax.jit(jax.grad(lambda smooth: linear(**smooth, labels=labels)))(smooth)
+    with jax.enable_x64(True):
+      exact = {key: jnp.asarray(value, np.float64) for key, value in smooth.items()}
+      expected = jax.jit(jax.grad(lambda smooth: formulas(**smooth, labels=labels)))(exact)
+      assert relative_error(actual["softcap"], expected["softcap"]) < 5e-6
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 4, 6, 100])
+def test_chunks_and_leading_axes(chunk_size):
+  labels, smooth = arguments(["bias"], shape=(2, 3))
+  f = lambda f, labels, **fixed: jax.jit(
+    jax.value_and_grad(lambda smooth: jnp.sum(jnp.sin(f(**smooth, labels=labels, **fixed))))
+  )
+  for reduction in ("sum", "none"):
+    actual = f(linear, labels, reduction=reduction, chunk_size=chunk_size)(smooth)
+    expected = f(dense, labels, reduction=reduction)(smooth)
+    assert_equal(actual, expected, 2e-6)
+  losses = linear(**smooth, labels=labels, reduction="none", chunk_size=chunk_size)
+  assert losses.shape == (2, 3)
+
+
+def test_the_chunk_is_chosen_from_the_bytes_of_a_tile():
+  size = lambda *shape: chunks.default_chunk_size(*shape, 4)
+  assert size(4096, 512, 32768) == 1024  # 128 MiB
+  assert size(3000, 512, 32768) == 1000  # three equal chunks rather than two and a remainder
+  assert size(2053, 512, 32768) == 1024  # a prime: the remainder is a chunk of its own
+  assert size(10, 512, 32768) == 10
+  assert size(10**6, 8192, 10**6) == 2000  # more than the tile has room for: a quarter of H
+  assert size(0, 0, 1) == 1
+
+
+@pytest.mark.parametrize("num_classes", [1, 2049, 50257, 128256])
+def test_nearly_uniform_logits_of_any_number_of_classes(num_classes):
+  """Where padding joined the sum, the loss would not be log V."""
+  x, weight = random(0, (3, 2)), random(1, (2, num_classes), scale=1e-3)
+  labels = np.array([0, num_classes - 1, num_classes // 2])
+  run = lambda f, **fixed: jax.jit(
+    jax.value_and_grad(lambda x, weight: f(x, weight, labels, **fixed), argnums=(0, 1))
+  )(x, weight)
+  actual, expected = run(linear, chunk_size=2), run(dense)
+  assert_equal(actual, expected, 1e-6)
+  np.testing.assert_allclose(actual[0], np.log(num_classes), rtol=1e-4)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_no_tokens_and_no_classes(reduction):
+  for num_tokens, num_classes in [(0, 4), (3, 0), (0, 0)]:
+    x, weight = jnp.ones((num_tokens, 2)), jnp.ones((2, num_classes))
+    labels = jnp.zeros(num_tokens, jnp.int32)
+    f = lambda x, weight, labels=labels: jnp.sum(linear(x, weight, labels, reduction=reduction))
+    value, gradients = jax.value_and_grad(f, argnums=(0, 1))(x, weight)
+    assert value == 0
+    assert all(not np.any(gradient) for gradient in gradients)
+  x = jnp.zeros((2, 0))  # no features
+  np.testing.assert_allclose(linear(x, jnp.zeros((0, 4)), jnp.array([1, 2])), np.log(4), rtol=1e-6)
+
+
+def test_confident_rows_keep_their_digits():
+  """x picks rows of the weight, so that logits are exact and its gradient is that by the logits."""
+  z = np.float32([[30, 0, -5, 1], [0, 40, 0.5, 0], [-3, -4, 60, 2]])
+  labels = np.array([0, 1, 2])
+  f = lambda f, **fixed: jax.jit(
+    jax.value_and_grad(lambda weight: f(np.eye(3, dtype=np.float32), weight, labels, **fixed))
+  )(z)
+  actual, expected = f(linear, chunk_size=2), f(dense)
+  with jax.enable_x64(True):
+    exact = jax.value_and_grad(lambda z: dense(np.eye(3), z, labels))(z.astype(np.float64))
+  assert relative_error(actual[0], exact[0]) < 1e-6
+  for row, dense_row, exact_row in zip(actual[1], expected[1], exact[1], strict=True):
+    assert relative_error(row, exact_row) < 1e-6
+    assert relative_error(row, dense_row) < 1e-6
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bits_lose_no_more_than_the_dense_loss_in_float32(dtype, reduction):
+  """The one extra rounding, of dlogits, adds less than a quarter to that of the result."""
+  num_tokens, num_features, num_classes = 96, 16, 4096
+  x = jnp.asarray(random(0, (num_tokens, num_features), scale=3), dtype)
+  weight = jnp.asarray(random(1, (num_features, num_classes), scale=0.25), dtype)
+  labels = np.random.default_rng(2).integers(0, num_classes, num_tokens)
+
+  def run(f, *args, **fixed):
+    f = lambda x, weight, f=f: jnp.mean(f(x, weight, labels, reduction=reduction, **fixed))
+    return jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(*args)
+
+  wide = lambda x, weight, *args, **fixed: dense(
+    x.astype(np.float32), weight.astype(np.float32), *args, **fixed
+  )
+  ours, theirs = run(linear, x, weight, chunk_size=40), run(wide, x, weight)
+  with jax.enable_x64(True):
+    exact = run(dense, x.astype(np.float64), weight.astype(np.float64))
+  assert [a.dtype for a in jax.tree.leaves(ours)] == ["float32", dtype, dtype]
+  assert relative_error(ours[0], exact[0]) < 2e-7
+  for actual, dense_gradient, exact_gradient in zip(ours[1], theirs[1], exact[1], strict=True):
+    error = relative_error(actual, exact_gradient)
+    assert error < 1.25 * relative_error(dense_gradient, exact_gradient)
+
+
+def test_mixed_dtypes_are_promoted_and_gradients_come_back_as_their_arguments_were():
+  labels, smooth = arguments(["bias"])
+  smooth["x"] = smooth["x"].astype(jnp.bfloat16)
+  smooth["bias"] = smooth["bias"].astype(jnp.float16)
+  f = lambda f, **fixed: jax.jit(
+    jax.value_and_grad(lambda smooth: f(**smooth, labels=labels, **fixed))
+  )
+  actual, expected = f(linear, chunk_size=CHUNK)(smooth), f(dense)(smooth)
+  for key, gradient in actual[1].items():
+    assert gradient.dtype == smooth[key].dtype
+  assert_equal(actual, expected, 1e-3)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_bad_label_poisons_its_row_and_what_all_rows_share(reduction):
+  labels, smooth = arguments(["bias"])
+  labels = np.where(LABELS == 128, V, labels)
+  bad = labels == V
+
+  def f(smooth, discard):
+    loss = linear(**smooth, labels=labels, reduction=reduction, chunk_size=CHUNK)
+    return jnp.sum(jnp.where(discard, 0, loss)), loss
+
+  gradient = jax.jit(jax.grad(f, has_aux=True))
+  gradients, loss = gradient(smooth, False)
+  np.testing.assert_array_equal(np.isnan(loss), bad if reduction == "none" else True)
+  np.testing.assert_array_equal(np.isnan(gradients["x"]), np.repeat(bad[:, None], H, axis=1))
+  assert np.all(np.isnan(gradients["weight"])) and np.all(np.isnan(gradients["bias"]))
+  good = {**smooth, "x": smooth["x"][~bad]}
+  expected = jax.grad(lambda x: dense(**(good | {"x": x}), labels=labels[~bad], reduction="sum"))
+  assert relative_error(gradients["x"][~bad], expected(good["x"])) < 2e-6
+  # A select that discards the loss discards the gradient.
+  gradients, _ = gradient(smooth, bad if reduction == "none" else True)
+  assert all(np.all(np.isfinite(g)) for g in gradients.values())
+  assert np.all(gradients["x"][bad] == 0)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_ignored_rows_may_hold_anything(reduction):
+  labels, smooth = arguments(["bias"])
+  y_bar = random(30, T if reduction == "none" else ())
+
+  def run(x):
+    f = lambda smooth: linear(
+      **smooth, labels=labels, ignore_index=IGNORED, reduction=reduction, chunk_size=CHUNK
+    )
+    values = smooth | {"x": jnp.asarray(x)}
+    dots = like(20, smooth) | {"x": jnp.asarray(x)}
+
+    @jax.jit
+    def program(values, dots):
+      y, pull = jax.vjp(f, values)
+      return y, pull(jnp.asarray(y_bar))[0], jax.jvp(f, (values,), (dots,))[1]
+
+    return program(values, dots)
+
+  ignored = LABELS[:, None] == IGNORED
+  finite = np.where(ignored, 0, smooth["x"])
+  expected = run(finite)
+  assert not np.any(expected[1]["x"][ignored[:, 0]])
+  for anything in (np.nan, np.inf):
+    assert_equal(run(np.where(ignored, anything, finite)), expected, 1e-7)
+
+
+def test_nothing_to_average():
+  labels, smooth = arguments(["bias", "class_weights"])
+  f = lambda smooth, **fixed: linear(**smooth, labels=labels * 0, chunk_size=CHUNK, **fixed)
+  for value, gradients in (
+    jax.value_and_grad(functools.partial(f, ignore_index=0))(smooth),
+    jax.value_and_grad(f)(smooth | {"class_weights": jnp.zeros(V)}),
+  ):
+    assert value == 0
+    assert all(np.all(gradients[key] == 0) for key in ("x", "weight", "bias"))
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_classes_with_a_bias_of_minus_infinity(softcap):
+  """Padding of the vocabulary: no probability and no gradient, unless a softcap lifts it."""
+  labels, smooth = arguments(["bias"])
+  labels = labels % 200
+  smooth["bias"] = smooth["bias"].at[200:].set(-np.inf)
+  gradient = lambda f, **fixed: jax.value_and_grad(
+    lambda smooth: f(**smooth, labels=labels, softcap=softcap, **fixed)
+  )
+  actual = gradient(linear, chunk_size=CHUNK)(smooth)
+  if softcap is None:
+    expected = gradient(dense)(
+      smooth | {"weight": smooth["weight"][:, :200], "bias": smooth["bias"][:200]}
+    )
+    for key, pad in {"weight": ((0, 0), (0, 100)), "bias": ((0, 100),)}.items():
+      expected[1][key] = jnp.pad(expected[1][key], pad)
+    assert_equal(actual, expected, 2e-6)
+  else:
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(actual))
+    by_softcap = jax.grad(lambda c: linear(**smooth, labels=labels, softcap=c, chunk_size=CHUNK))
+    step = 1e-2
+    f = lambda c: dense(**smooth, labels=labels, softcap=c)
+    np.testing.assert_allclose(by_softcap(3.0), (f(3 + step) - f(3 - step)) / (2 * step), rtol=1e-3)
