@@ -95,12 +95,11 @@ def over_chunks(
     parts.insert(0, out)
   elif whole:
 
-    def to_chunks(x):
-      return x[:split].reshape(whole, chunk_size, *x.shape[1:])
+    def chunk(carry, first):  # cut out here: to split the rows beforehand would copy them
+      cut = lambda x: lax.dynamic_slice_in_dim(x, first, chunk_size)
+      return body(carry, jax.tree.map(cut, rows), first)
 
-    firsts = jnp.arange(0, split, chunk_size)
-    chunks = (jax.tree.map(to_chunks, rows), firsts)
-    carry, out = lax.scan(lambda carry, chunk: body(carry, *chunk), carry, chunks)
+    carry, out = lax.scan(chunk, carry, jnp.arange(0, split, chunk_size))
     parts.insert(0, jax.tree.map(lambda x: x.reshape(split, *x.shape[2:]), out))
   if len(parts) == 1:
     return carry, parts[0]

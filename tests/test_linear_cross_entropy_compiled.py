@@ -1,0 +1,379 @@
+"""What linear_softmax_cross_entropy compiles to, and how it composes.
+
+Time cannot be asserted, but what takes it can: the matrix products, counted from the operations of
+the compiled program, and the bytes it holds beside its arguments and results.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import random, relative_error
+
+from softmax_jax import linear_softmax_cross_entropy as linear
+from softmax_jax import softmax_cross_entropy_with_integer_labels as cross_entropy
+from softmax_jax._linear_cross_entropy import chunks
+
+
+def shapes(num_tokens, num_features, num_classes, vocab_axis=-1):
+  """Types of x, weight, labels and bias."""
+  weight = (num_features, num_classes)
+  return (
+    jax.ShapeDtypeStruct((num_tokens, num_features), jnp.float32),
+    jax.ShapeDtypeStruct(weight if vocab_axis == -1 else weight[::-1], jnp.float32),
+    jax.ShapeDtypeStruct((num_tokens,), jnp.int32),
+    jax.ShapeDtypeStruct((num_classes,), jnp.float32),
+  )
+
+
+def compiled(f, *args):
+  return jax.jit(f).lower(*args).compile()
+
+
+def dense(x, weight, labels, reduction="mean"):
+  return cross_entropy(x @ weight, labels, reduction=reduction)
+
+
+CHUNK = 32
+
+
+def gradient(argnums, f=linear, **options):
+  return lambda x, weight, labels, bias: jax.value_and_grad(f, argnums)(
+    x, weight, labels, **options
+  )
+
+
+def gradient_of_losses(argnums):
+  f = lambda *args: jnp.sum(jnp.sin(linear(*args, reduction="none", chunk_size=CHUNK)))
+  return lambda x, weight, labels, bias: jax.grad(f, argnums)(x, weight, labels)
+
+
+def tangent(argnums, **options):
+  def f(x, weight, labels, bias):
+    args = x, weight
+    loss = lambda *moving: linear(
+      *(moving[argnums.index(i)] if i in argnums else args[i] for i in range(2)), labels, **options
+    )
+    moving = tuple(args[i] for i in argnums)
+    return jax.jvp(loss, moving, tuple(map(jnp.cos, moving)))
+
+  return f
+
+
+def hessian_product(x, weight, labels, bias):
+  f = lambda x, weight: linear(x, weight, labels)
+  return jax.jvp(jax.grad(f, (0, 1)), (x, weight), (jnp.cos(x), jnp.cos(weight)))
+
+
+def gradient_by(option):
+  def f(x, weight, labels, bias):
+    value = {"bias": bias, "z_loss": 0.1}[option]
+    return jax.grad(lambda v: linear(x, weight, labels, chunk_size=CHUNK, **{option: v}))(value)
+
+  return f
+
+
+def gradient_with_frozen_weight(x, weight, labels, bias):
+  f = lambda p: linear(p[0], jax.lax.stop_gradient(p[1]), labels, chunk_size=CHUNK)
+  return jax.grad(f)((x, weight))[0]
+
+
+def value(**options):
+  return lambda x, weight, labels, bias: linear(x, weight, labels, chunk_size=CHUNK, **options)
+
+
+# What is computed, and how many products of a chunk that takes.
+PRODUCTS = {
+  "the loss": (value(), 1),
+  "the losses": (value(reduction="none"), 1),
+  "the gradient by x": (gradient(0, chunk_size=CHUNK), 2),
+  "the gradient by weight": (gradient(1, chunk_size=CHUNK), 2),
+  "both gradients": (gradient((0, 1), chunk_size=CHUNK), 3),
+  "the gradient by bias": (gradient_by("bias"), 1),
+  "the gradient by z_loss": (gradient_by("z_loss"), 1),
+  "the gradient by x with a frozen weight": (gradient_with_frozen_weight, 2),
+  "the losses, the gradient by x": (gradient_of_losses(0), 3),
+  "the losses, the gradient by weight": (gradient_of_losses(1), 3),
+  "the losses, both gradients": (gradient_of_losses((0, 1)), 4),
+  "the tangent by x": (tangent((0,), chunk_size=CHUNK), 2),
+  "both tangents": (tangent((0, 1), chunk_size=CHUNK), 3),
+  "the losses, the tangent by x": (tangent((0,), reduction="none", chunk_size=CHUNK), 3),
+  "the losses, both tangents": (tangent((0, 1), reduction="none", chunk_size=CHUNK), 4),
+  "the dense loss of both chunks, both gradients": (gradient((0, 1), dense), 2 * 3),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_number_of_products(name, monkeypatch):
+  # The operations of a loop count once, those of one of the two chunks here. There is one block.
+  monkeypatch.setattr(chunks, "BLOCK_BYTES", 2**30)
+  f, expected = PRODUCTS[name]
+  h, v = 2048, 512
+  flops = compiled(f, *shapes(2 * CHUNK, h, v)).cost_analysis()["flops"]
+  assert expected <= flops / (2 * CHUNK * h * v) < expected + 0.1
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("vocab_axis", [-1, 0])
+def test_memory_is_a_tile_and_does_not_grow_with_the_tokens(vocab_axis, reduction):
+  def temp(num_tokens, **options):
+    f = gradient((0, 1), lambda *args: jnp.sum(linear(*args, **options)))
+    args = shapes(num_tokens, h, v, vocab_axis)
+    return compiled(f, *args).memory_analysis().temp_size_in_bytes
+
+  chunk, h, v = 128, 64, 16384
+  options = dict(chunk_size=chunk, vocab_axis=vocab_axis, reduction=reduction)
+  tile, weight = 4 * chunk * v, 4 * h * v
+  at_once = temp(8 * chunk, **options)
+  assert at_once < 1.1 * (2 * tile + weight)
+  assert at_once < tile + chunks.BLOCK_BYTES  # as it is today
+  per_row = 64 * 24 * chunk  # a few numbers per row are kept, but no features
+  assert temp(32 * chunk, **options) <= at_once + per_row
+  assert temp(8 * chunk + 5, **options) <= at_once + per_row + 4 * 5 * v
+  options["softcap"] = 30.0
+  assert temp(8 * chunk, **options) < 2 * tile + chunks.BLOCK_BYTES
+
+
+def test_a_small_chunk_takes_little_beside_the_gradients():
+  args = shapes(4096, 512, 32768)
+  f = gradient((0, 1), chunk_size=128)
+  assert compiled(f, *args).memory_analysis().temp_size_in_bytes < 28 * 2**20
+
+
+@pytest.mark.parametrize("name", ["tangent", "tangent of losses", "Hessian-vector product"])
+def test_memory_of_forward_mode_does_not_grow_with_the_logits(name, monkeypatch):
+  monkeypatch.setattr(chunks, "TILE_BYTES", 2**21)
+  h, v = 8, 4096
+  f = {
+    "tangent": tangent((0, 1)),
+    "tangent of losses": tangent((0, 1), reduction="none"),
+    "Hessian-vector product": hessian_product,
+  }[name]
+  small, large = (
+    compiled(f, *shapes(t, h, v)).memory_analysis().temp_size_in_bytes for t in (512, 2048)
+  )
+  assert small < 10 * 2**21
+  assert large - small < 0.1 * 4 * (2048 - 512) * v
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("vocab_axis", [-1, 0])
+def test_no_copy_of_the_weight(vocab_axis, reduction):
+  h, v = 64, 4096
+  f = lambda *args: jnp.sum(
+    linear(*args, vocab_axis=vocab_axis, chunk_size=16, reduction=reduction)
+  )
+  program = compiled(gradient((0, 1), f), *shapes(64, h, v, vocab_axis)).as_text()
+  pattern = rf"f32\[({h},{v}|{v},{h})\]\S* (copy|transpose)\("
+  assert not re.search(pattern, program)
+  careless = compiled(lambda x, weight, labels, bias: 2 * weight.T, *shapes(64, h, v)).as_text()
+  assert re.search(pattern, careless)
+
+
+# How it composes.
+
+T, H, V = 6, 4, 20
+X, WEIGHT, LABELS = random(0, (T, H)), random(1, (H, V)), np.array([0, 3, 19, 7, 7, 2])
+reductions = pytest.mark.parametrize("reduction", ["mean", "none"])
+
+
+def loss(x, weight, labels=LABELS, **options):
+  return jnp.sum(jnp.sin(linear(x, weight, labels, chunk_size=4, **options)))
+
+
+@reductions
+def test_vmap_over_every_argument(reduction):
+  bias = random(2, V)
+  arguments = {"x": X, "weight": WEIGHT, "labels": LABELS, "bias": bias, "softcap": np.float32(3)}
+  f = jax.jit(
+    jax.value_and_grad(lambda smooth, labels: loss(**smooth, labels=labels, reduction=reduction))
+  )
+
+  def g(arguments):
+    arguments = dict(arguments)
+    return f({k: v for k, v in arguments.items() if k != "labels"}, arguments["labels"])
+
+  for chosen in [*((key,) for key in arguments if reduction == "mean"), tuple(arguments)]:
+    axes = {key: 0 if key in chosen else None for key in arguments}
+    twice = {
+      k: np.stack([v, v[::-1] if v.ndim else 2 * v]) if k in chosen else v
+      for k, v in arguments.items()
+    }
+    batched = jax.vmap(g, (axes,))(twice)
+    for i in range(2):
+      single = g({k: v[i] if k in chosen else v for k, v in twice.items()})
+      for x, y in zip(jax.tree.leaves(batched), jax.tree.leaves(single), strict=True):
+        assert relative_error(x[i], y) < 3e-6, chosen
+
+
+@reductions
+def test_jacobians_linearize_and_checkpoint_agree(reduction):
+  f = lambda x, weight: linear(x, weight, LABELS, chunk_size=4, reduction=reduction)
+
+  @jax.jit
+  def program(x, weight):
+    _, push = jax.linearize(f, x, weight)
+    remat = jax.checkpoint(lambda x, weight: jnp.sin(f(x, weight)))
+    return {
+      "jacfwd": jax.jacfwd(f)(x, weight),
+      "jacrev": jax.jacrev(f)(x, weight),
+      "linearize": push(x, weight),
+      "jvp": jax.jvp(f, (x, weight), (x, weight))[1],
+      "checkpoint": jax.grad(lambda *args: jnp.sum(remat(*args)), (0, 1))(x, weight),
+      "grad": jax.grad(lambda *args: jnp.sum(jnp.sin(f(*args))), (0, 1))(x, weight),
+      "hessian": jax.hessian(lambda x: jnp.sum(f(x, weight)))(x),
+      "reverse over reverse": jax.jacrev(jax.grad(lambda x: jnp.sum(f(x, weight))))(x),
+      "dense hessian": jax.hessian(
+        lambda x: jnp.sum(dense(x, weight, LABELS, reduction=reduction))
+      )(x),
+    }
+
+  out = program(X, WEIGHT)
+  pairs = [("jacfwd", "jacrev"), ("linearize", "jvp"), ("checkpoint", "grad")]
+  pairs += [("hessian", "dense hessian"), ("reverse over reverse", "dense hessian")]
+  for a, b in pairs:
+    for x, y in zip(jax.tree.leaves(out[a]), jax.tree.leaves(out[b]), strict=True):
+      assert relative_error(x, y) < 1e-5, (a, b)
+
+
+def test_gradients_accumulated_over_micro_batches_of_donated_arguments():
+  """A training step: the gradients of a scan add up to those of the whole batch."""
+
+  def step(weight, x, labels):
+    def body(total, batch):
+      gradient = jax.grad(lambda w: linear(batch[0], w, batch[1], chunk_size=2))(weight)
+      return total + gradient / 2, None
+
+    total, _ = jax.lax.scan(
+      body, jnp.zeros_like(weight), (x.reshape(2, 3, H), labels.reshape(2, 3))
+    )
+    return weight - 0.1 * total
+
+  donating = jax.jit(step, donate_argnums=0)
+  weight = jnp.asarray(WEIGHT)
+  updated = donating(weight, X, LABELS)
+  assert weight.is_deleted()
+  expected = WEIGHT - 0.1 * jax.grad(dense, 1)(X, WEIGHT, LABELS)
+  assert relative_error(updated, expected) < 1e-6
+
+
+def test_coefficients_may_be_traced_and_the_loss_may_be_scaled():
+  """One compilation serves all values; a scaled loss has a scaled gradient."""
+
+  @jax.jit
+  def f(scale, **coefficients):
+    return jax.grad(lambda x: scale * linear(x, WEIGHT, LABELS, **coefficients))(X)
+
+  for values in ({"label_smoothing": 0.1, "z_loss": 0.2, "softcap": 2.0},) * 2:
+    base = f(1.0, **values)
+    assert relative_error(f(-2.5, **values), -2.5 * base) < 1e-6
+    values["softcap"] = 4.0
+    static = jax.grad(lambda x, values=values: linear(x, WEIGHT, LABELS, **values))(X)
+    assert relative_error(f(1.0, **values), static) < 1e-6
+  assert f._cache_size() == 1
+
+
+# Errors: call, type, message.
+
+NAME = "linear_softmax_cross_entropy"
+ERRORS = {
+  "integer x": (
+    lambda: linear(X.astype(int), WEIGHT, LABELS),
+    TypeError,
+    f"{NAME} expected x of a floating dtype, got dtype int32. Pass x.astype(jnp.float32).",
+  ),
+  "float labels": (
+    lambda: linear(X, WEIGHT, LABELS.astype(np.float32)),
+    TypeError,
+    f"{NAME} expected labels of an integer dtype, got dtype float32. For one probability per "
+    "class use softmax_cross_entropy.",
+  ),
+  "shape of the weight": (
+    lambda: linear(X, WEIGHT.T, LABELS),
+    ValueError,
+    f"{NAME} expected x of shape [..., 20] for weight of shape (20, 4) with vocab_axis=1, got "
+    "shape (6, 4). For a weight [V, H] pass vocab_axis=0.",
+  ),
+  "three axes": (
+    lambda: linear(X, WEIGHT[None], LABELS),
+    ValueError,
+    f"{NAME} expected weight [H, V] with vocab_axis=-1, or [V, H] with vocab_axis=0, got shape "
+    "(1, 4, 20) with vocab_axis=-1.",
+  ),
+  "vocab_axis": (
+    lambda: linear(X, WEIGHT, LABELS, vocab_axis=2),
+    ValueError,
+    f"{NAME} expected weight [H, V] with vocab_axis=-1, or [V, H] with vocab_axis=0, got shape "
+    "(4, 20) with vocab_axis=2.",
+  ),
+  "vocab_axis None": (
+    lambda: linear(X, WEIGHT, LABELS, vocab_axis=None),
+    TypeError,
+    f"{NAME} expected vocab_axis to be a static int, got NoneType.",
+  ),
+  "number of labels": (
+    lambda: linear(X, WEIGHT, LABELS[1:]),
+    ValueError,
+    f"{NAME} expected one label per token, of shape (6,) for x of shape (6, 4), got shape (5,).",
+  ),
+  "shape of the bias": (
+    lambda: linear(X, WEIGHT, LABELS, bias=jnp.ones(4)),
+    ValueError,
+    f"{NAME} expected one bias per class, of shape (20,), got shape (4,).",
+  ),
+  "integer bias": (
+    lambda: linear(X, WEIGHT, LABELS, bias=jnp.ones(20, int)),
+    TypeError,
+    f"{NAME} expected bias of a floating dtype, got dtype int32. Pass bias.astype(jnp.float32).",
+  ),
+  "softcap 0": (
+    lambda: linear(X, WEIGHT, LABELS, softcap=0),
+    ValueError,
+    f"{NAME} expected softcap to be positive and finite, got 0. Pass None for no softcap.",
+  ),
+  "softcap per row": (
+    lambda: linear(X, WEIGHT, LABELS, softcap=jnp.ones(6)),
+    ValueError,
+    f"{NAME} expected softcap to be a scalar, got shape (6,).",
+  ),
+  "chunk_size 0": (
+    lambda: linear(X, WEIGHT, LABELS, chunk_size=0),
+    ValueError,
+    f"{NAME} expected chunk_size to be at least 1, got 0.",
+  ),
+  "traced chunk_size": (
+    lambda: jax.jit(lambda n: linear(X, WEIGHT, LABELS, chunk_size=n))(2),
+    TypeError,
+    f"{NAME} expected chunk_size to be a static int or None, got a traced value.",
+  ),
+  "chunk_size 2.0": (
+    lambda: linear(X, WEIGHT, LABELS, chunk_size=2.0),
+    TypeError,
+    f"{NAME} expected chunk_size to be a static int or None, got float.",
+  ),
+  "class weights": (
+    lambda: linear(X, WEIGHT, LABELS, class_weights=jnp.ones(6)),
+    ValueError,
+    f"{NAME} expected one class weight per class, of shape (20,), got shape (6,).",
+  ),
+  "reduction": (
+    lambda: linear(X, WEIGHT, LABELS, reduction="average"),
+    ValueError,
+    f'{NAME} expected reduction to be "none", "sum" or "mean", got \'average\'.',
+  ),
+  "label_smoothing": (
+    lambda: linear(X, WEIGHT, LABELS, label_smoothing=2),
+    ValueError,
+    f"{NAME} expected label_smoothing in [0, 1], got 2.",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name):
+  call, error, message = ERRORS[name]
+  with pytest.raises(error) as caught:
+    call()
+  assert str(caught.value) == message
