@@ -42,8 +42,9 @@ class Normalizer(NamedTuple):
     return jnp.log1p(self.rest)
 
 
-# Where the others sum to less than this, S - 1 would have lost digits of them.
-_DOMINATED = 0.5
+# Where the others sum to less than this, S - 1 would have lost digits of them. (Where another entry
+# is as large as the largest, they sum to 1 or more.)
+_DOMINATED = 0.99
 
 # Up to this many entries XLA:CPU unrolls a row, and both sums at once are cheaper than one.
 _FEW = 16

@@ -53,42 +53,45 @@ def _softmax_fwd(
 def _normalized(z: jax.Array, axes: Axes) -> jax.Array:
   """The exponentials of ``z`` divided by their sum.
 
-  On a CPU every operation counts, and the shortest rows are left with the rounding error of
-  ``z - shift``: up to |z - shift| / 2 units in the last place.
+  On a CPU every operation counts, and the shortest rows of float32 are left with the rounding error
+  of ``z - shift``: up to |z - shift| / 2 units in the last place.
   """
-  # An integer, which makes the error of the difference cheap to know. The nearest one makes the
-  # largest e free of it, so that a probability of 1 is exactly 1.
-  shift = lax.round(largest(z, axes), lax.RoundingMethod.TO_NEAREST_EVEN)
+  # An integer makes the error of the difference cheap to know.
+  shift = jnp.ceil(largest(z, axes))
 
   def plain(z, shift):
     e = jnp.exp(z - shift)
     return e / jnp.sum(e, axis=axes, keepdims=True)
 
   def exact(z, shift):
+    e = jnp.exp(z - shift)
+    # With an integer shift all of this but z - shift is free of rounding, and
+    # exp(z - shift + error) = e (1 + error).
     z = jnp.maximum(z, vanishing(shift))
-    d = z - shift
-    e = jnp.exp(d)
-    # With an integer shift d + shift is free of rounding, and exp(d + error) = e (1 + error).
-    return (e + e * (z - (d + shift))) / jnp.sum(e, axis=axes, keepdims=True)
+    error = z - ((z - shift) + shift)
+    return (e + e * error) / jnp.sum(e, axis=axes, keepdims=True)
 
-  if few(z.shape, axes):
+  if few(z.shape, axes) and z.dtype == jnp.float32:
     return lax.platform_dependent(z, shift, cpu=plain, default=exact)
   return exact(z, shift)
 
 
 # Seed step 5: J_ij = a_i (delta_ij - a_j), so with the cotangent c
 #   x_bar_j = sum_i J_ij c_i = a_j (c_j - sum_i a_i c_i).
-# Where one class t holds nearly all of the probability that sum is nearly c_t, and x_bar is what
-# their difference leaves: nothing but rounding errors. They are the same number in the whole row.
-# J 1 = 0 allows to subtract any number from c, and to do so with the mean, sum_i a_i c_i, leaves a
-# cotangent without a large entry at t, of which the same formula is right to the last digits.
+# Where one class t holds nearly all of the probability that sum is nearly c_t, and x_bar_t is what
+# their difference leaves: rounding errors. But J 1 = 0 allows to subtract any number from c before.
+# The mean, sum_i a_i c_i, leaves a rounding error at t, once more leaves that of the error, and the
+# same formula is then right to the last digits. For that an a_t next to 1 must be 1, which the
+# rounding of the division may have missed.
 def _softmax_bwd(
   axes: Axes, residuals: _SoftmaxResiduals, y_bar: jax.Array
 ) -> tuple[jax.Array, None]:
   y, mask = residuals
   dtype = arguments.compute_dtype(y.dtype)
   a, c = y.astype(dtype), masked(y_bar, mask, 0).astype(dtype)
-  c = c - jnp.sum(a * c, axis=axes, keepdims=True)
+  a = jnp.minimum(a * (1 + jnp.finfo(dtype).eps), 1)
+  for _ in range(2):
+    c = c - jnp.sum(a * c, axis=axes, keepdims=True)
   x_bar = a * (c - jnp.sum(a * c, axis=axes, keepdims=True))
   return masked(x_bar, mask, 0).astype(y.dtype), None
 

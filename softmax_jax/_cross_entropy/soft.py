@@ -167,7 +167,7 @@ def _bwd(
 #   nll_dot = -sum_j p_j v_j - sum_j p_dot_j log a_j,
 #   uniform_dot = -sum_j u_j v_j - sum_j u_dot_j log a_j.
 # The rounding error of lse_dot is the same number in every v_j; as sum_k a_k v_k = 0, that sum is
-# the error, and is taken off.
+# the error, and is taken off, and so is the error of the error.
 def _tangent(
   static: _Static, residuals: _Residuals, args_dot: tuple[jax.Array | None, ...]
 ) -> PerRow:
@@ -188,8 +188,8 @@ def _tangent(
     a = exp_of_difference(z, s.shift) * inverse_sum(s)
     lse_dot = row_sum(a * z_dot)
     v = z_dot - lse_dot
-    error = row_sum(a * v)
-    lse_dot, v = lse_dot + error, v - error
+    for _ in range(2):
+      v = v - row_sum(a * v)
     nll_dot -= row_sum(p * v)
     if smoothed:
       uniform_dot -= row_sum(u * v)
