@@ -1,0 +1,133 @@
+r"""How far a result may be from its reference: errors in norm, and bounds from rounding alone.
+
+A result A in a dtype with unit roundoff u is compared with a float64 reference R. The error is
+measured in the Euclidean norm over *groups* of entries: all of them, and every slice along every
+axis, so that one wrong row among thousands is not averaged away. For a group g
+
+    error_g = |A_g - R_g| / s_g,    s_g = max(|R_g|, 0.1 * typical entry of R * sqrt(entries in g)),
+
+and the bound on it is the sum of four terms, none of which grows with the size of the array (the
+second grows like the root of its logarithm):
+
+* NOISE * (spread of A - R). What rounding does to this function cannot be derived without knowing
+  it, but it can be watched: its errors change at random when the inputs move by a few ulps, while
+  the error of a wrong formula stays. So A and R are computed again at a few such points, both at the
+  same point, so that the condition of the function cancels, and the root mean square of the
+  change of A - R over g is the rounding noise of g, times sqrt(2). At least 32 numbers (points x
+  probes x entries) go into each estimate, or g is not looked at on its own; the estimate is then
+  below half of the truth with a probability under 1e-6, which 6 standard deviations outweigh.
+* ROUNDING * u * sqrt(2 + log2 n) * s_g. Errors that do not change at random: the last rounding (u),
+  the exponential and its like (some ulps, 2u each), and sums. XLA sums n terms in a tree or in
+  lanes, so that each term passes about log2 n roundings, which add like a random walk.
+* The error of the reference, where that was found by finite differences.
+* The smallest normal number per entry (float16: the smallest one), for underflow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+NOISE = 6.0
+ROUNDING = 6.0
+# With a larger bound than this a comparison says nothing, and is reported as skipped.
+USELESS = 0.5
+
+_SAMPLES = 32
+_FLOOR = 0.1
+
+
+class Verdict(NamedTuple):
+  """The worst group of a comparison: its error and bound, and the worst entry in it."""
+
+  error: float
+  bound: float
+  index: tuple[int, ...]
+  passed: bool
+  useless: str = ""
+
+
+def unit_roundoff(dtypes: Sequence[Any]) -> float:
+  """The largest unit roundoff among floating dtypes."""
+  return max(float(jnp.finfo(dtype).eps) / 2 for dtype in dtypes)
+
+
+def judge(
+  errors: Sequence[np.ndarray],
+  expected: np.ndarray,
+  slack: np.ndarray,
+  *,
+  dtype: Any,
+  unit: float,
+  size: int,
+  bound: float | None = None,
+  useless: float = USELESS,
+) -> Verdict:
+  """Judges the errors of one array.
+
+  Args:
+    errors: A - R at the point itself and at the points near it, each ``[probes, *shape]``, float64.
+    expected: R at the point itself, ``[probes, *shape]``. Entries that are NaN are left out.
+    slack: what R itself may be wrong by, ``[probes, *shape]``.
+    dtype: of A, for its underflow.
+    unit: the unit roundoff of the problem.
+    size: the number of entries of its largest array.
+    bound: a relative bound in place of the derived one.
+    useless: the derived bound from which on a comparison says nothing.
+  """
+  error, near = errors[0], errors[1:]
+  if error.size and np.isnan(expected).all():
+    return Verdict(math.nan, math.nan, (), True, "the reference is not a number anywhere")
+  error = np.where(np.isnan(expected), 0, error)
+  wrong = ~np.isfinite(error)
+  if wrong.any():
+    index = tuple(int(i) for i in np.argwhere(wrong)[0][1:])
+    return Verdict(math.inf, bound or unit, index, False)
+  scale = np.where(np.isfinite(expected), expected, 0)
+  squared_noise = np.zeros_like(error)
+  for other in near:
+    change = np.where(np.isfinite(other), other - error, 0)
+    squared_noise += change**2 / len(near)
+  limits = jnp.finfo(dtype)
+  tiny = float(limits.smallest_subnormal if limits.bits == 16 and limits.nmant > 7 else limits.tiny)
+  typical = math.sqrt(np.mean(scale**2)) if scale.size else 0.0
+
+  worst, reason = None, ""
+  for axis in (None, *range(1, error.ndim)):
+    others = None if axis is None else tuple(a for a in range(error.ndim) if a != axis)
+    count = error.size if axis is None else error.size // max(error.shape[axis], 1)
+    if axis is not None and (count * len(near) < _SAMPLES or error.shape[axis] == 1):
+      continue
+    total = lambda x, others=others: np.atleast_1d(np.sum(x, axis=others))
+    size_g = np.sqrt(np.maximum(total(scale**2), (_FLOOR * typical) ** 2 * count))
+    if bound is None:
+      limit = (
+        NOISE * np.sqrt(total(squared_noise))
+        + ROUNDING * unit * math.sqrt(2 + math.log2(max(size, 1))) * size_g
+        + np.sqrt(total(slack**2))
+        + tiny * math.sqrt(max(count, 1))
+      )
+    else:
+      limit = bound * size_g
+    found = np.sqrt(total(error**2))
+    unit_g = np.where(size_g > 0, size_g, 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+      ratio = np.where(found > 0, found / limit, 0)
+    place = int(np.argmax(ratio))
+    if axis is None and bound is None and size_g[0] > 0 and limit[0] > useless * size_g[0]:
+      reason = f"rounding alone may be {limit[0] / size_g[0]:.0%} of the result"
+    if worst is None or ratio[place] > worst[0]:
+      worst = ratio[place], found[place] / unit_g[place], limit[place] / unit_g[place], axis, place
+  _, relative, allowed, axis, place = worst
+  size_of = np.abs(error).max(axis=0) if error.size else np.zeros((1,))
+  if axis is not None:
+    inside = np.zeros(size_of.shape, bool)
+    inside[(slice(None),) * (axis - 1) + (place,)] = True
+    size_of = np.where(inside, size_of, -1)
+  index = tuple(int(i) for i in np.unravel_index(int(np.argmax(size_of)), size_of.shape))
+  passed = bool(worst[0] <= 1)
+  return Verdict(float(relative), float(allowed), index, passed, reason if passed else "")

@@ -1,0 +1,208 @@
+"""The function to verify as a function of flat lists of arrays, and the points to verify it at."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Arrays = list[np.ndarray]
+
+
+def _is_array(leaf: Any) -> bool:
+  return isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex))
+
+
+def _is_float(dtype: Any) -> bool:
+  return jnp.issubdtype(dtype, jnp.floating)
+
+
+def widened(tree: Any) -> Any:
+  """``tree`` with its floating arrays in float64; for use where JAX has 64 bits enabled."""
+
+  def widen(leaf):
+    if isinstance(leaf, (jax.Array, np.ndarray, np.generic)) and _is_float(leaf.dtype):
+      return jnp.asarray(np.asarray(leaf, np.float64))
+    return leaf
+
+  return jax.tree.map(widen, tree)
+
+
+class Point:
+  """Arguments ``xs``, cotangents ``us`` of the outputs and tangents ``vs`` of the arguments."""
+
+  def __init__(self, key: tuple[int, ...], xs: Arrays, us: Arrays, vs: Arrays):
+    self.key, self.xs, self.us, self.vs = key, xs, us, vs
+
+  def only_output(self, index: int) -> Arrays:
+    """The cotangents with all but one of them 0."""
+    return [u if i == index else np.zeros_like(u) for i, u in enumerate(self.us)]
+
+  def only_argument(self, index: int) -> Arrays:
+    """The tangents with all but one of them 0."""
+    return [v if i == index else np.zeros_like(v) for i, v in enumerate(self.vs)]
+
+
+class Problem:
+  """``f(*args, **kwargs)`` as a function of its floating leaves ``xs`` and its other arrays ``ns``.
+
+  Floating leaves of the arguments are what f is differentiated by; other arrays are passed along
+  and everything else (strings, functions, None) stays as it is, as do the keyword arguments.
+  """
+
+  def __init__(
+    self,
+    f: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    seed: int = 0,
+  ):
+    self.f, self.kwargs, self.seed = f, dict(kwargs), seed
+    paths, self.tree = jax.tree_util.tree_flatten_with_path(tuple(args))
+    self.leaves = [
+      jnp.asarray(leaf) if _is_array(leaf) else leaf for _, leaf in paths
+    ]  # in the dtypes that JAX gives them
+    dtypes = [leaf.dtype if isinstance(leaf, jax.Array) else None for leaf in self.leaves]
+    if any(d is not None and jnp.issubdtype(d, jnp.complexfloating) for d in dtypes):
+      raise TypeError("check_derivatives expected real arguments, got a complex one.")
+    self.float_places = [i for i, d in enumerate(dtypes) if d is not None and _is_float(d)]
+    other = [i for i, d in enumerate(dtypes) if d is not None and not _is_float(d)]
+    self.other_places = other
+    names = [f"args{jax.tree_util.keystr(path)}" for path, _ in paths]
+    self.names = [names[i] for i in self.float_places]
+    self.other_names = [names[i] for i in other]
+    self.xs = [np.asarray(self.leaves[i]) for i in self.float_places]
+    self.ns = [self.leaves[i] for i in other]
+    self.dtypes = [x.dtype for x in self.xs]
+
+    outs, _ = jax.tree_util.tree_flatten_with_path(
+      jax.eval_shape(lambda xs, ns: self.call(f, self.kwargs, xs, ns), self.xs, self.ns)
+    )
+    self.num_outs = len(outs)
+    self.float_outs = [i for i, (_, y) in enumerate(outs) if _is_float(y.dtype)]
+    self.out_types = [outs[i][1] for i in self.float_outs]
+    self.out_names = [f"out{jax.tree_util.keystr(outs[i][0])}" for i in self.float_outs]
+    self.masks: list[np.ndarray] | None = None  # of the outputs: where they are finite
+    self.size = max((math.prod(a.shape) for a in (*self.xs, *self.out_types)), default=0)
+    self.unit_dtypes = [*self.dtypes, *(y.dtype for y in self.out_types)]
+
+  def at(self, args: Sequence[Any], seed: int) -> Problem:
+    """The same function at other arguments, with the same compiled programs if those fit."""
+    other = Problem(self.f, args, self.kwargs, seed)
+    mine, theirs = (
+      [
+        (leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array) else leaf for leaf in problem.leaves
+      ]
+      for problem in (self, other)
+    )
+    if self.tree == other.tree and mine == theirs:
+      for program in ("vjp", "jvp", "value"):
+        other.__dict__[program] = getattr(self, program)
+    return other
+
+  def arguments(self, xs: Sequence[Any], ns: Sequence[Any]) -> tuple[Any, ...]:
+    """The arguments of f with these leaves."""
+    leaves = list(self.leaves)
+    for place, x in zip(self.float_places, xs, strict=True):
+      leaves[place] = x
+    for place, n in zip(self.other_places, ns, strict=True):
+      leaves[place] = n
+    return jax.tree.unflatten(self.tree, leaves)
+
+  def call(self, f: Callable[..., Any], kwargs: Any, xs: Sequence[Any], ns: Sequence[Any]) -> Any:
+    """What f returns."""
+    return f(*self.arguments(xs, ns), **kwargs)
+
+  def outputs(self, xs: Sequence[Any], ns: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """The floating outputs and the others."""
+    return split(jax.tree.leaves(self.call(self.f, self.kwargs, xs, ns)))
+
+  # --- programs, compiled once for all points ------------------------------------------------------
+
+  def vjp_of(self, xs: Sequence[Any], ns: Sequence[Any], us: Sequence[Any]) -> Any:
+    """``(floating outputs, other outputs, cotangents of xs)``; a function for JAX to transform."""
+    ys, pull, others = jax.vjp(lambda *xs: self.outputs(xs, ns), *xs, has_aux=True)
+    return ys, others, list(pull(list(us)))
+
+  def jvp_of(self, xs: Sequence[Any], ns: Sequence[Any], vs: Sequence[Any]) -> Any:
+    """The tangents of the floating outputs."""
+    return jax.jvp(lambda *xs: self.outputs(xs, ns)[0], tuple(xs), tuple(vs))[1]
+
+  @functools.cached_property
+  def vjp(self) -> Callable[..., Any]:
+    """`vjp_of`, compiled."""
+    return compiled(self.vjp_of)
+
+  @functools.cached_property
+  def jvp(self) -> Callable[..., Any]:
+    """`jvp_of`, compiled."""
+    return compiled(self.jvp_of)
+
+  @functools.cached_property
+  def value(self) -> Callable[..., Any]:
+    """`outputs`, compiled."""
+    return compiled(self.outputs)
+
+  # --- points --------------------------------------------------------------------------------------
+
+  def point(self, probe: int = 0, near: int = 0, row: int = 0) -> Point:
+    """A point: a random number ``probe`` of cotangents and tangents at the arguments.
+
+    With ``near`` > 0 everything is moved at random by a few ulps. With ``row`` > 0 the arguments
+    are other ones, within 10 % of those given, so that signs and infinities stay. Cotangents are
+    normal numbers around 1 or -1 (in one of four probes around 0), so that a term with the sum of
+    the cotangents shows; they are 0 where the output is infinite or NaN. Tangents are normal
+    numbers of the size of the argument, or 1 if that is smaller.
+    """
+    rng = np.random.default_rng([self.seed, probe, row])
+    offset = 0.0 if probe % 4 == 3 else rng.choice([-1.0, 1.0])
+    us = [
+      np.asarray(rng.standard_normal(y.shape) + offset).astype(y.dtype) for y in self.out_types
+    ]
+    vs = [
+      np.asarray(_scale(x) * rng.standard_normal(x.shape)).astype(x.dtype) for x in self.xs
+    ]
+    xs = self.xs
+    if row:
+      xs = [_moved(x, 0.1, rng) for x in xs]
+    if near:
+      rng = np.random.default_rng([self.seed, probe, row, near])
+      xs, us, vs = ([_moved(a, _few_ulps(a.dtype), rng) for a in group] for group in (xs, us, vs))
+    if self.masks is not None:
+      us = [np.where(mask, u, np.zeros_like(u)) for u, mask in zip(us, self.masks, strict=True)]
+    return Point((probe, near, row), xs, us, vs)
+
+
+def split(outs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+  """The floating arrays of a list and the others."""
+  floats = [y for y in outs if _is_float(jnp.result_type(y))]
+  return floats, [y for y in outs if not _is_float(jnp.result_type(y))]
+
+
+def compiled(f: Callable[..., Any]) -> Callable[..., Any]:
+  """``f`` compiled, with NumPy arrays as results."""
+  program = jax.jit(f)
+  return lambda *args: jax.device_get(program(*args))
+
+
+def _few_ulps(dtype: Any) -> float:
+  # Enough to round differently; in sixteen bits one ulp is already much.
+  limits = jnp.finfo(dtype)
+  return float(limits.eps) * (1.5 if limits.bits == 16 else 64)
+
+
+def _moved(x: np.ndarray, by: float, rng: np.random.Generator) -> np.ndarray:
+  factor = 1 + by * rng.uniform(-1, 1, x.shape)
+  return np.asarray(x.astype(np.float64) * factor).astype(x.dtype)
+
+
+def _scale(x: np.ndarray) -> float:
+  finite = np.asarray(x, np.float64)
+  finite = finite[np.isfinite(finite)]
+  size = math.sqrt(np.mean(finite**2)) if finite.size else 0.0
+  return min(1.0, size) or 1.0

@@ -1,0 +1,148 @@
+"""What a verification found: rows, and the report that holds them."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+Status = Literal["passed", "failed", "skipped"]
+
+_COLUMNS = ("function", "check", "of", "dtype", "shape", "error", "bound", "worst at", "verdict")
+
+
+class DerivativeError(AssertionError):
+  """Raised by `Report.raise_if_failed`; its text is the table of what failed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """What one check found.
+
+  Attributes:
+    function: the name of the function.
+    check: the name of the check, and of the transformation where one check tries several.
+    status: "passed", "failed" or "skipped".
+    of: the array with the worst error, for instance "cotangent of args[0]".
+    dtype: its dtype.
+    shape: its shape.
+    error: its error relative to its norm, in the group of entries that is worst (or a count).
+    bound: what the error may be.
+    index: the entry with the largest error in that group, or None where there is none.
+    reason: why a check was skipped, or what went wrong beyond numbers.
+  """
+
+  function: str
+  check: str
+  status: Status
+  of: str = ""
+  dtype: str = ""
+  shape: tuple[int, ...] | None = None
+  error: float = math.nan
+  bound: float = math.nan
+  index: tuple[int, ...] | None = None
+  reason: str = ""
+
+  def _cells(self) -> tuple[str, ...]:
+    number = lambda x: "" if math.isnan(x) else f"{x:.1e}" if not float(x).is_integer() else f"{x:g}"
+    verdict = self.status if not self.reason else f"{self.status}: {self.reason}"
+    return (
+      self.function,
+      self.check,
+      self.of,
+      self.dtype,
+      "" if self.shape is None else str(list(self.shape)),
+      number(self.error),
+      number(self.bound),
+      "" if not self.index else str(list(self.index)),
+      verdict,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """The rows of a verification. It is true if none failed and at least one passed.
+
+  `str` gives it as a table, `to_dict` as plain data; in a notebook it renders as a table.
+  """
+
+  rows: tuple[Row, ...]
+
+  @property
+  def failed(self) -> tuple[Row, ...]:
+    """The rows that failed."""
+    return tuple(row for row in self.rows if row.status == "failed")
+
+  def __bool__(self) -> bool:
+    """Whether no check failed and at least one passed."""
+    return not self.failed and any(row.status == "passed" for row in self.rows)
+
+  def __add__(self, other: Report) -> Report:
+    """The rows of both."""
+    return Report(self.rows + other.rows)
+
+  def raise_if_failed(self) -> Report:
+    """Returns the report itself if it is true.
+
+    Raises:
+      DerivativeError: an `AssertionError` with the rows that failed, or with all of them if every
+        one was skipped.
+    """
+    if self:
+      return self
+    raise DerivativeError("\n" + self._text(self.failed or self.rows))
+
+  def summary(self) -> str:
+    """How many checks passed, failed and were skipped, in one line."""
+    count = {
+      status: sum(row.status == status for row in self.rows)
+      for status in ("passed", "failed", "skipped")
+    }
+    return ", ".join(f"{number} {status}" for status, number in count.items())
+
+  def __str__(self) -> str:
+    """The table."""
+    return self._text(self.rows)
+
+  def _text(self, rows: Iterable[Row]) -> str:
+    return "\n".join([*aligned([row._cells() for row in rows]), self.summary()])
+
+  def to_dict(self) -> dict[str, Any]:
+    """The report as dicts, lists, strings and numbers; what does not exist is None."""
+    rows = []
+    for row in self.rows:
+      plain = dataclasses.asdict(row)
+      for name in ("shape", "index"):
+        plain[name] = None if plain[name] is None else list(plain[name])
+      for name in ("error", "bound"):
+        plain[name] = None if math.isnan(plain[name]) else plain[name]
+      rows.append(plain)
+    return {"passed": bool(self), "rows": rows}
+
+  def _repr_html_(self) -> str:
+    color = {"passed": "inherit", "failed": "#c00", "skipped": "gray"}
+    line = lambda tag, cells: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+    body = "".join(
+      f'<tr style="color: {color[row.status]}">{line("td", row._cells())}</tr>' for row in self.rows
+    )
+    return (
+      f"<table><thead><tr>{line('th', _COLUMNS)}</tr></thead><tbody>{body}</tbody></table>"
+      f"<p>{self.summary()}</p>"
+    )
+
+
+def aligned(cells: list[tuple[str, ...]]) -> list[str]:
+  """Lines of text with the cells of each column under its name."""
+  table = [_COLUMNS, *cells]
+  widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+  number = [name in ("error", "bound") for name in _COLUMNS]
+  lines = []
+  for row in table:
+    padded = (
+      cell.rjust(width) if right else cell.ljust(width)
+      for cell, width, right in zip(row, widths, number, strict=True)
+    )
+    lines.append("  ".join(padded).rstrip())
+  return [lines[0], "-" * min(max(map(len, lines)), 120), *lines[1:]]

@@ -1,0 +1,235 @@
+"""The machinery under the checks: evaluates both sides of a comparison, judges, makes rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from softmax_jax.verify import bounds
+from softmax_jax.verify.oracle import Oracle, first_line
+from softmax_jax.verify.problem import Arrays, Problem
+from softmax_jax.verify.report import Row
+
+# With more numbers than this in a problem fewer probes do.
+_LARGE = 1_000_000
+
+
+class Skip(Exception):
+  """A check does not apply; its text is the reason."""
+
+
+class Comparison(NamedTuple):
+  """One array, what it should be, and what that may be wrong by."""
+
+  of: str
+  dtype: Any
+  actual: Any
+  expected: Any
+  slack: Any = 0.0
+
+
+class Verifier:
+  """A function at its arguments, its oracle, and what the caller asked for."""
+
+  def __init__(
+    self,
+    problem: Problem,
+    oracle: Oracle,
+    *,
+    name: str,
+    jacobian: Callable[..., Any] | None = None,
+    edge_points: Sequence[Sequence[Any]] = (),
+    limits: Mapping[str, float] | None = None,
+    max_residual_bytes: int | None = None,
+  ):
+    self.problem, self.oracle, self.name = problem, oracle, name
+    self.jacobian, self.edge_points = jacobian, edge_points
+    self.limits, self.max_residual_bytes = dict(limits or {}), max_residual_bytes
+    self.rows_apart = 1  # how many other arguments (`row` of a point) batches are made of
+    self.forward = self._reason_against(
+      lambda: jax.eval_shape(problem.jvp_of, problem.xs, problem.ns, problem.xs)
+    )
+    self._mask_outputs()
+
+  def at(self, args: Sequence[Any], seed: int) -> Verifier:
+    """The same at other arguments, with programs that are compiled already where they fit."""
+    other = object.__new__(Verifier)
+    other.__dict__.update(self.__dict__)
+    other.problem = self.problem.at(args, seed)
+    other.oracle = self.oracle.at(other.problem)
+    other._mask_outputs()
+    return other
+
+  def _mask_outputs(self) -> None:
+    ys, _ = self.oracle.value(self.problem.xs)
+    self.problem.masks = [np.isfinite(y) for y in ys]
+
+  @staticmethod
+  def _reason_against(attempt: Callable[[], Any]) -> str:
+    try:
+      attempt()
+    except Exception as error:
+      return not_offered(error)
+    return ""
+
+  # --- conditions ----------------------------------------------------------------------------------
+
+  def need_derivatives(self) -> None:
+    """Skips where there is nothing to differentiate."""
+    if not self.problem.xs:
+      raise Skip("no argument has a floating dtype")
+    if not self.problem.out_types:
+      raise Skip("no output has a floating dtype")
+
+  def need_oracle(self) -> None:
+    """Skips where f would be compared with itself."""
+    self.need_derivatives()
+    if self.oracle.narrow:
+      raise Skip(f"{self.oracle.narrow}; see finite_differences, or pass reference=")
+    if self.oracle.own_dtype:
+      raise Skip("f is in float64 already; see finite_differences, or pass reference=")
+
+  def need_forward(self) -> None:
+    """Skips where f has no forward mode."""
+    self.need_derivatives()
+    if self.forward:
+      raise Skip(self.forward)
+
+  # --- comparisons ---------------------------------------------------------------------------------
+
+  def cotangents(self, actual: Sequence[Any], expected: Arrays, note: str = "") -> list[Comparison]:
+    """Comparisons of cotangents of the arguments."""
+    return [
+      Comparison(f"cotangent of {name}{note}", x.dtype, a, e)
+      for name, x, a, e in zip(self.problem.names, self.problem.xs, actual, expected, strict=True)
+    ]
+
+  def of_outputs(
+    self, what: str, actual: Sequence[Any], expected: Arrays, slack: Arrays | None = None
+  ) -> list[Comparison]:
+    """Comparisons of outputs or their tangents."""
+    slack = [np.zeros_like(e) for e in expected] if slack is None else slack
+    return [
+      Comparison(f"{what}{name}", y.dtype, a, e, s)
+      for name, y, a, e, s in zip(
+        self.problem.out_names, self.problem.out_types, actual, expected, slack, strict=True
+      )
+    ]
+
+  def measure(
+    self,
+    check: str,
+    evaluate: Callable[[int, int], list[Comparison]],
+    *,
+    probes: int = 4,
+    near: int = 4,
+    transformation: str = "",
+    useless: float = bounds.USELESS,
+    unit: float | None = None,
+  ) -> list[Row]:
+    """Evaluates a check at several probes and near them, and judges it: a row for the worst array.
+
+    Arrays of which nothing can be said because their noise is too large get a row of their own.
+    """
+    if self.problem.size > _LARGE:
+      probes, near = min(probes, 2), min(near, 2)
+    runs = [[evaluate(p, k) for p in range(probes)] for k in range(near + 1)]
+    # Comparisons are told apart by their place in the list.
+    judged = []
+    for place, first in enumerate(runs[0][0]):
+      stack = lambda k, field, place=place: np.stack(
+        [np.asarray(getattr(run[place], field), np.float64) for run in runs[k]]
+      )
+      expected = stack(0, "expected")
+      slack = np.broadcast_to(
+        np.stack([np.broadcast_to(r[place].slack, expected.shape[1:]) for r in runs[0]]),
+        expected.shape,
+      )
+      errors = [
+        _difference(stack(k, "actual"), stack(k, "expected")) for k in range(near + 1)
+      ]
+      verdict = bounds.judge(
+        errors,
+        expected,
+        slack,
+        dtype=first.dtype,
+        unit=bounds.unit_roundoff(self.problem.unit_dtypes) if unit is None else unit,
+        size=self.problem.size,
+        bound=self.limits.get(check),
+        useless=useless,
+      )
+      judged.append((first, expected.shape[1:], verdict))
+    label = f"{check}: {transformation}" if transformation else check
+    return self._rows(label, judged)
+
+  def _rows(self, label: str, judged: list[Any]) -> list[Row]:
+    rows = []
+    telling = [j for j in judged if not j[2].useless]
+    for of, shape, verdict in (j for j in judged if j[2].useless):
+      rows.append(
+        Row(
+          self.name, label, "skipped", of.of, str(np.dtype(of.dtype)), shape,
+          verdict.error, verdict.bound, verdict.index, verdict.useless,
+        )
+      )  # fmt: skip
+    if telling:
+      of, shape, worst = max(telling, key=lambda j: _ratio(j[2]))
+      rows.insert(
+        0,
+        Row(
+          self.name, label, "passed" if worst.passed else "failed", of.of, str(np.dtype(of.dtype)),
+          shape, worst.error, worst.bound, worst.index,
+        ),
+      )  # fmt: skip
+    return rows
+
+  def count(
+    self, check: str, number: float, allowed: float, *, of: str = "", reason: str = ""
+  ) -> list[Row]:
+    """A row about a number and what it may be."""
+    status = "passed" if number <= allowed else "failed"
+    return [
+      Row(self.name, check, status, of=of, error=float(number), bound=float(allowed), reason=reason)
+    ]
+
+  def run(self, check: str, function: Callable[[Verifier], list[Row]]) -> list[Row]:
+    """The rows of a check; what it does not apply to, and what it raises, become rows too."""
+    try:
+      return function(self)
+    except Skip as skip:
+      return [Row(self.name, check, "skipped", reason=str(skip))]
+    except Exception as error:
+      reason = not_offered(error)
+      if reason:
+        return [Row(self.name, check, "skipped", reason=reason)]
+      return [Row(self.name, check, "failed", reason=first_line(error))]
+
+
+def not_offered(error: Exception) -> str:
+  """Why JAX cannot transform a function that way, or "" if ``error`` says something else."""
+  text = str(error)
+  if isinstance(error, TypeError) and ("forward-mode" in text or "in forward mode" in text):
+    return "f has no forward mode (see softmax_jax.enable_forward_mode)"
+  if isinstance(error, ValueError) and "Reverse-mode differentiation does not work" in text:
+    return "f has no reverse mode"
+  if isinstance(error, NotImplementedError):
+    return f"JAX cannot do this: {first_line(error)}"
+  return ""
+
+
+def _difference(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
+  with np.errstate(invalid="ignore"):
+    same = (actual == expected) | (np.isnan(expected))
+    return np.where(same, 0.0, actual - expected)
+
+
+def _ratio(verdict: bounds.Verdict) -> float:
+  if math.isnan(verdict.error):
+    return -1.0
+  if verdict.bound == 0:
+    return math.inf if verdict.error > 0 else 0.0
+  return verdict.error / verdict.bound
