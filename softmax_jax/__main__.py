@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import softmax_jax
-from softmax_jax import train
+from softmax_jax import benchmark, train
 
-_COMMANDS = {"train": train}
+_COMMANDS = {"benchmark": benchmark, "train": train}
 
 # What the modules of the extra `cli` are called on import.
 _CLI_EXTRA = {"matplotlib", "optax", "rich", "sklearn"}

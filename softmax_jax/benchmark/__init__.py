@@ -1,0 +1,274 @@
+"""Compare time, memory and accuracy with jax.nn, optax, torch and tokamax on this machine.
+
+Suites, of which the first two run by default:
+
+  softmax   softmax, log_softmax and logsumexp, forward and with the VJP, beside jax.nn and torch;
+  losses    cross-entropy with integer and with soft labels, the loss of every row, and the mean
+            loss with its gradient, beside optax and torch;
+  linear    linear_softmax_cross_entropy, the loss, and the loss with both gradients, beside optax
+            on x @ weight, torch, tokamax and the bare matrix products, which are the limit;
+  accuracy  the worst errors against float64 over 2 to 128,256 classes and logit scales of 0.01 to
+            10,000, and of the losses where the label has probability 1 - 1e-6 and 1 - 1e-10.
+
+Every program is compiled and warmed up; then each round times every one of them once in a random
+order, and a ratio is the median over the rounds of the ratio within a round. On a CPU every call is
+waited for; an accelerator is given calls for 5 ms and is waited for once. Its bandwidth counts
+inputs and outputs once, beside that of a program that copies the logits. The temp bytes are what
+XLA allocates beside arguments and outputs. Errors are counted in ulp of single values, of gradients
+in u, half the distance from 1 to the next number, of rows in norm.
+
+A peer that is not installed is left out. Numbers of a busy machine are worth little.
+
+Exit code: 0, or 2 for a bad option or a missing package.
+"""
+
+import argparse
+import contextlib
+import datetime
+import importlib
+import json
+import os
+import pathlib
+import platform
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from softmax_jax.benchmark import accuracy, programs, report, suites, timing
+from softmax_jax.train import _picture, _whole_number
+
+_DTYPES = ("float32", "float64", "bfloat16", "float16")
+_SUITES = (*suites.NAMES, "accuracy")
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+def _shape(text: str) -> tuple[int, ...]:
+  with contextlib.suppress(ValueError):
+    shape = tuple(int(part) for part in text.split("x"))
+    if len(shape) in (2, 3) and min(shape) >= 1:
+      return shape
+  raise argparse.ArgumentTypeError(
+    f"expected ROWSxCLASSES or, for the linear suite, TOKENSxFEATURESxCLASSES, got {text!r}"
+  )
+
+
+def _seconds(text: str) -> float:
+  with contextlib.suppress(ValueError):
+    if 0 <= float(text) <= 86400:
+      return float(text)
+  raise argparse.ArgumentTypeError(f"expected a number from 0 to 86400, got {text!r}")
+
+
+def _text_file(text: str) -> pathlib.Path:
+  path = pathlib.Path(text)
+  try:
+    path.open("r+b").close()
+  except OSError as error:
+    raise argparse.ArgumentTypeError(f"cannot update {text!r}: {error.strerror}") from None
+  return path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Declares the options of `softmax-jax benchmark`."""
+  add = parser.add_argument
+  add(
+    "--suite",
+    nargs="+",
+    choices=_SUITES,
+    default=["softmax", "losses"],
+    metavar="NAME",
+    help=f"what to run, of {', '.join(_SUITES)} (default: softmax losses)",
+  )
+  add(
+    "--shapes",
+    nargs="+",
+    type=_shape,
+    metavar="BxK",
+    help="rows and classes, as 512x32768; for linear TxHxV (default: five on a CPU up to "
+    "64x131072, with 16 times the rows elsewhere; linear 4096x512x32768)",
+  )
+  add("--dtype", choices=_DTYPES, default="float32", help="of the inputs (default: float32)")
+  add(
+    "--peers",
+    nargs="*",
+    choices=programs.PEERS,
+    metavar="NAME",
+    help=f"beside whom, of {', '.join(programs.PEERS)} (default: all that are installed but "
+    "torch.compile)",
+  )
+  add(
+    "--rounds",
+    type=_whole_number(1, 100_000),
+    default=50,
+    metavar="N",
+    help="rounds of a line at most (default: 50)",
+  )
+  add(
+    "--seconds",
+    type=_seconds,
+    default=5.0,
+    metavar="X",
+    help="for the rounds of a line, beyond the first three (default: 5)",
+  )
+  add("--seed", type=_whole_number(0, 2**32 - 1), default=0, metavar="N", help="(default: 0)")
+  shown = parser.add_mutually_exclusive_group()
+  shown.add_argument("--json", action="store_true", help="print one JSON object, not tables")
+  shown.add_argument("--markdown", action="store_true", help="print Markdown tables")
+  add("--plot", type=_picture, metavar="FILE.png", help="draw the ratios (also .pdf, .svg)")
+  add(
+    "--update",
+    type=_text_file,
+    metavar="FILE.md",
+    help="replace in this file what stands between <!-- benchmark: SUITE, PLATFORM --> and "
+    "<!-- end -->, where PLATFORM is cpu, gpu or tpu",
+  )
+
+
+def run(args: argparse.Namespace) -> int:
+  """Measures and reports."""
+  # Every extra now: better to hear of a missing one before the work than after it.
+  for extra in ("rich", *(["matplotlib"] if args.plot else [])):
+    importlib.import_module(extra)
+  # JAX would take most of a GPU's memory for itself, where another library wants some.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  with jax.enable_x64(args.dtype == "float64"):
+    result = _measure(args, _peers(args.peers))
+
+  if args.plot:
+    report.draw(result, args.plot)
+    result["plot"] = str(args.plot)
+  if args.update:
+    report.update(result, args.update)
+  if args.json:
+    # JSON has no infinity, which an error is where a result is inf or NaN: it becomes null.
+    plain = json.loads(json.dumps(result), parse_constant=lambda _: None)
+    print(json.dumps(plain, indent=2))
+  elif args.markdown:
+    print("\n\n".join(report.markdown(result, suite) for suite in result["suites"]))
+  else:
+    report.print_tables(result)
+  return 0
+
+
+def _peers(wanted: list[str] | None) -> list[str]:
+  """The peers to compare with; those that were named must be there."""
+  found = [peer for peer in programs.PEERS if programs.version(peer) is not None]
+  if not programs.torch_reaches_the_device():
+    found = [peer for peer in found if not peer.startswith("torch")]
+  if wanted is None:
+    return [peer for peer in found if peer != "torch.compile"]
+  for peer in wanted:
+    if peer not in found:
+      raise argparse.ArgumentError(
+        None, f"argument --peers: {peer} is not installed, or not for the device that JAX uses"
+      )
+  return wanted
+
+
+def _lines(args: argparse.Namespace) -> dict[str, list[suites.Line]]:
+  lines = {}
+  for suite in dict.fromkeys(args.suite):
+    if suite == "accuracy":
+      continue
+    lines[suite] = suites.lines(suite, args.shapes or suites.default_shapes(suite))
+    if not lines[suite]:
+      wanted = "TOKENSxFEATURESxCLASSES" if suite == "linear" else "ROWSxCLASSES"
+      raise argparse.ArgumentError(None, f"argument --shapes: the {suite} suite needs one {wanted}")
+  return lines
+
+
+def _measure(args: argparse.Namespace, peers: list[str]) -> dict[str, Any]:
+  lines = _lines(args)
+  dtype = jnp.dtype(args.dtype)
+  result = _about(args, peers)
+  if args.update:
+    text = args.update.read_text(encoding="utf-8")
+    marker = report.missing_marker(result, dict.fromkeys(args.suite), text)
+    if marker:
+      raise argparse.ArgumentError(
+        None, f"argument --update: {args.update} has no {marker} followed by <!-- end -->"
+      )
+
+  count = sum(map(len, lines.values()))
+  count += len(accuracy.steps(dtype)) if "accuracy" in args.suite else 0
+  with _progress(count) as show:
+    for suite in dict.fromkeys(args.suite):
+      if suite == "accuracy":
+        rows = accuracy.measure(peers, dtype, seed=args.seed, show=show)
+        result["suites"][suite] = {"lines": rows}
+        continue
+      measured = []
+      for line in lines[suite]:
+        show(f"{line.function} {'x'.join(map(str, line.shape))}")
+        limits = {"rounds": args.rounds, "seconds": args.seconds}
+        measured.append(suites.measure(line, peers, dtype, seed=args.seed, **limits))
+      result["suites"][suite] = {"lines": measured, "total": suites.total(measured)}
+  return result
+
+
+def _about(args: argparse.Namespace, peers: list[str]) -> dict[str, Any]:
+  """When, where and with what; the suites come in later."""
+  device = jax.devices()[0]
+  names = {peer.partition(".")[0] for peer in peers} - {"products"}
+  versions = {"softmax_jax": programs.version(programs.OURS), "jax": jax.__version__}
+  versions |= {name: programs.version(name) for name in sorted(names - {"jax"})}
+  return {
+    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "platform": device.platform,
+    "device": device.device_kind,
+    "processor": _processor(),
+    "cpus": programs.threads(),
+    "python": platform.python_version(),
+    "versions": versions,
+    "peers": peers,
+    "dtype": args.dtype,
+    "rounds": args.rounds,
+    "seconds": args.seconds,
+    "seed": args.seed,
+    "call_seconds": _call_seconds(),
+    "suites": {},
+  }
+
+
+def _call_seconds() -> float:
+  """What a call costs that computes next to nothing; times near it say nothing about a function."""
+  program = programs.copy_program(np.zeros(8, np.float32))
+  run = program.repeated(queue=jax.default_backend() != "cpu")
+  times = timing.interleave({"call": run}, rounds=5, seconds=0.1)
+  return float(np.median(times["call"]))
+
+
+def _processor() -> str:
+  with contextlib.suppress(OSError):
+    for line in pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+      name, _, value = line.partition(":")
+      if name.strip() == "model name":
+        return value.strip()
+  return platform.processor() or platform.machine()
+
+
+@contextlib.contextmanager
+def _progress(count: int) -> Iterator[Callable[[str], None]]:
+  """A progress bar on stderr, or nothing where that is no terminal: `show` begins a step."""
+  from rich import progress
+  from rich.console import Console
+
+  console = Console(stderr=True)
+  columns = (
+    progress.BarColumn(),
+    progress.MofNCompleteColumn(),
+    progress.TextColumn("{task.description}"),
+    progress.TimeRemainingColumn(),
+  )
+  with progress.Progress(*columns, console=console, disable=not console.file.isatty()) as bar:
+    task = bar.add_task("", total=count, completed=-1)
+
+    def show(description: str) -> None:
+      bar.update(task, advance=1, description=description)
+
+    yield show

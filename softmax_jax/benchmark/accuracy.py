@@ -1,0 +1,164 @@
+"""The accuracy suite: worst errors over class counts and scales, and where losses are hardest."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from softmax_jax.benchmark import oracle, programs
+from softmax_jax.benchmark.programs import FORWARD, GRADIENT, INTEGER, LOSS, OURS, VJP
+
+CLASSES = (2, 10, 100, 1000, 32768, 128256)
+SCALES = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)
+_CONFIDENT = (1e-6, 1e-10)
+_MANY = 2**17  # Classes, whose exponentials a float16 cannot sum.
+
+
+class _Inputs(NamedTuple):
+  """Logits [B, K] with labels and cotangents, and the rows that each part of the suite looks at."""
+
+  logits: np.ndarray
+  labels: np.ndarray
+  cotangents: np.ndarray
+  rows: dict[str, slice]
+
+
+def _inputs(classes: int, dtype: np.dtype, seed: int) -> _Inputs:
+  """Rows of every scale, then rows whose label has probability 1 - 1e-6 and 1 - 1e-10."""
+  rng = np.random.default_rng((seed, classes))
+  each = min(max(2**16 // classes, 2), 64)
+  # A loss at the largest scale is beyond the largest float16.
+  scales = SCALES[:-1] if dtype == np.float16 else SCALES
+  random = np.concatenate([rng.normal(scale=scale, size=(each, classes)) for scale in scales])
+  labels = rng.integers(0, classes, len(random))
+  labels[::2] = random[::2].argmax(axis=-1)
+  rows = {"all": slice(len(random)), "large": slice(SCALES.index(10.0) * each, len(random))}
+  parts, label_parts = [random], [labels]
+  start = len(random)
+  for missing in _CONFIDENT:
+    logits = rng.normal(size=(8, classes))
+    label = rng.integers(0, classes, len(logits))
+    others = np.exp(logits)
+    others[np.arange(len(logits)), label] = 0
+    logits[np.arange(len(logits)), label] = np.log(others.sum(axis=-1) * (1 - missing) / missing)
+    parts.append(logits)
+    label_parts.append(label)
+    rows[f"confident {missing}"] = slice(start, start + len(logits))
+    start += len(logits)
+  cotangents = rng.normal(size=(start, classes))
+  return _Inputs(
+    np.concatenate(parts).astype(dtype),
+    np.concatenate(label_parts).astype(np.int32),
+    cotangents.astype(dtype),
+    rows,
+  )
+
+
+class _Row(NamedTuple):
+  """A row of the table: of `function` in `mode` the part `rows` of the inputs of every size."""
+
+  title: str
+  function: str
+  mode: str
+  rows: str
+  at_label: bool = False  # Of a gradient only the entry at the label, by itself.
+
+
+_ROWS = (
+  _Row("loss, label at 1 - 1e-6", INTEGER, LOSS, "confident 1e-06"),
+  _Row("loss, label at 1 - 1e-10", INTEGER, LOSS, "confident 1e-10"),
+  _Row("gradient at that label", INTEGER, GRADIENT, "confident 1e-10", at_label=True),
+  _Row("loss", INTEGER, LOSS, "all"),
+  _Row("loss gradient, in norm", INTEGER, GRADIENT, "all"),
+  _Row("softmax VJP, in norm, scale 10 up", "softmax", VJP, "large"),
+  _Row("log_softmax", "log_softmax", FORWARD, "all"),
+  _Row("softmax", "softmax", FORWARD, "all"),
+  _Row("logsumexp", "logsumexp", FORWARD, "all"),
+)
+
+
+def steps(dtype: np.dtype) -> list[tuple[str, int]]:
+  """The steps of the suite, each a dtype and a number of classes; the last are in sixteen bits."""
+  ordinary = [(np.dtype(dtype).name, classes) for classes in CLASSES]
+  if np.dtype(dtype).itemsize == 2:
+    return ordinary
+  return [*ordinary, *(("bfloat16", classes) for classes in CLASSES), ("float16", _MANY)]
+
+
+def _expected(row: _Row, inputs: _Inputs, dtype: np.dtype) -> oracle.Expected:
+  part = inputs.rows[row.rows]
+  z, labels = oracle.wide(inputs.logits[part], dtype), inputs.labels[part]
+  if row.mode == VJP:
+    return oracle.gradients(row.function, z, oracle.wide(inputs.cotangents[part], dtype))
+  if row.mode == GRADIENT:
+    expected = oracle.gradients(row.function, z, labels)
+    if row.at_label:
+      entries = expected.values[np.arange(len(labels)), labels]
+      return oracle.Expected(entries, np.abs(entries), "ulp")
+    return expected
+  return oracle.values(row.function, z, *([labels] if row.mode == LOSS else []))
+
+
+def _actual(row: _Row, inputs: _Inputs, output: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  part = inputs.rows[row.rows]
+  output = oracle.wide(output, dtype)
+  if row.mode == GRADIENT:
+    output = output * len(inputs.logits)  # The loss is the mean over all rows.
+  output = output[part]
+  if row.at_label:
+    return output[np.arange(len(output)), inputs.labels[part]]
+  return output
+
+
+def measure(
+  peers: Sequence[str],
+  dtype: np.dtype,
+  *,
+  seed: int,
+  only: Sequence[tuple[str, int]] | None = None,
+  show: Callable[[str], None] = lambda _: None,
+) -> list[dict[str, Any]]:
+  """The rows of the accuracy table, ready for JSON; an infinite error stands for inf or NaN.
+
+  Each has the worst error by contender over all class counts, in ulp of single entries or in u of
+  rows in norm, and beside it the worst relative error. Where `dtype` is wider than sixteen bits, of
+  sixteen-bit logits there is the loss. `only` are the steps to take, by default all.
+  """
+  results: dict[tuple[str, str], dict[str, Any]] = {}
+  for name, classes in steps(dtype) if only is None else only:
+    show(f"{name}, {classes} classes")
+    at = jnp.dtype(name)
+    inputs = _inputs(classes, at, seed)
+    rows = _ROWS
+    if at != dtype:
+      title = "loss, 2^17 classes" if classes == _MANY else "loss"
+      rows = (_Row(title, INTEGER, LOSS, "all"),)
+    for function, mode in dict.fromkeys((row.function, row.mode) for row in rows):
+      second = {VJP: [inputs.cotangents], FORWARD: []}.get(mode, [inputs.labels])
+      outputs = {}
+      for peer in (OURS, *(p for p in programs.peers_of(function) if p in peers)):
+        program = programs.build(peer, function, mode, [inputs.logits, *second])
+        outputs[peer] = program.fetch(program.call())[-1]
+      for row in rows:
+        if (row.function, row.mode) == (function, mode):
+          expected = _expected(row, inputs, at)
+          result = results.setdefault(
+            (row.title, at.name),
+            {
+              "row": row.title,
+              "function": row.function,
+              "mode": row.mode,
+              "dtype": at.name,
+              "unit": expected.unit,
+              "classes": [],
+              "errors": {},
+              "relative_errors": {},
+            },
+          )
+          result["classes"].append(classes)
+          for peer, output in outputs.items():
+            found = oracle.errors(_actual(row, inputs, output, at), expected, at)
+            for key, error in zip(("errors", "relative_errors"), found, strict=True):
+              result[key][peer] = max(result[key].get(peer, 0.0), error)
+  return list(results.values())

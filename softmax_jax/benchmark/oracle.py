@@ -1,0 +1,141 @@
+"""What the compared functions should return, in float64 or wider, and how far a result is from it.
+
+Everything is over the last axis of z ``[B, K]``, a = softmax(z). With m the place of a largest
+logit of a row, s = z - z_m and r the sum of exp(s_j) over j other than m,
+
+    log a_j = s_j - log1p(r),
+
+and whatever would cancel where a_m is close to 1 is formed from r: the gradient -(1 - a_m) of a
+loss is -r / (1 + r), and a cotangent c enters softmax's VJP as d = c - c_m,
+
+    a_j (c_j - sum_k a_k c_k) = a_j (d_j - sum_k a_k d_k),  in which d_m = 0.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+
+class Expected(NamedTuple):
+  """The true values, the size beside which an error of each counts, and how errors are counted.
+
+  unit: "ulp", for each element by itself, or "u", for each row in norm.
+  """
+
+  values: np.ndarray
+  sizes: np.ndarray
+  unit: str
+
+
+def wide(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  """`array` in a type that has digits to spare beside `dtype`."""
+  array = np.asarray(array)
+  if array.dtype != np.longdouble:
+    array = array.astype(np.float64)  # NumPy has no other way from a bfloat16.
+  return array.astype(np.longdouble if np.dtype(dtype) == np.float64 else np.float64)
+
+
+class _Rows:
+  """s, r, log a and a of every row, as above; `at_max` is True at m."""
+
+  def __init__(self, z: np.ndarray):
+    self.z = z
+    self.argmax = z.argmax(axis=-1, keepdims=True)
+    self.at_max = np.arange(z.shape[-1]) == self.argmax
+    self.max = np.take_along_axis(z, self.argmax, -1)
+    s = z - self.max
+    self.r = np.sum(np.where(self.at_max, 0, np.exp(s)), axis=-1, keepdims=True)
+    self.log_a = s - np.log1p(self.r)
+    self.a = np.exp(self.log_a)
+
+
+def _pick(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
+  return np.take_along_axis(rows, labels[:, None].astype(np.int64), -1)[:, 0]
+
+
+def values(function: str, z: np.ndarray, labels: np.ndarray | None = None) -> Expected:
+  """What `function` returns at wide logits z: ``[B, K]`` or, where it reduces, ``[B]``."""
+  rows = _Rows(z)
+  if function == "logsumexp":
+    y = (rows.max + np.log1p(rows.r))[:, 0]
+    # The largest logit can cancel against log1p(r); its own rounding is then all that is left.
+    return Expected(y, np.maximum(np.abs(y), np.abs(rows.max[:, 0])), "ulp")
+  y = {
+    "softmax": lambda: rows.a,
+    "log_softmax": lambda: rows.log_a,
+    "softmax_cross_entropy": lambda: -np.sum(labels * rows.log_a, axis=-1),
+    "softmax_cross_entropy_with_integer_labels": lambda: -_pick(rows.log_a, labels),
+  }[function]()
+  return Expected(y, np.abs(y), "ulp")
+
+
+def gradients(function: str, z: np.ndarray, second: np.ndarray) -> Expected:
+  """The VJP of `function` with cotangent `second`; of a loss the gradient at labels `second`."""
+  rows = _Rows(z)
+  a = rows.a
+  if function == "softmax":
+    d = second - np.take_along_axis(second, rows.argmax, -1)
+    bar = a * (d - np.sum(a * d, axis=-1, keepdims=True))
+  elif function == "log_softmax":
+    bar = second - a * np.sum(second, axis=-1, keepdims=True)
+  elif function == "logsumexp":
+    bar = a * second[:, None]
+  elif function == "softmax_cross_entropy":
+    bar = a * np.sum(second, axis=-1, keepdims=True) - second
+  else:
+    is_label = np.arange(z.shape[-1]) == second[:, None]
+    at_label = np.where(rows.at_max, -rows.r / (1 + rows.r), a - 1)
+    bar = np.where(is_label, at_label, a)
+  return Expected(bar, np.abs(bar), "u")
+
+
+def linear(x: np.ndarray, weight: np.ndarray, labels: np.ndarray) -> tuple[Expected, ...]:
+  """The mean loss of the logits x @ weight and its gradients by x and by weight, wide arguments."""
+  name = "softmax_cross_entropy_with_integer_labels"
+  z = x @ weight
+  loss = np.mean(values(name, z, labels).values)[None]
+  z_bar = gradients(name, z, labels).values / len(labels)
+  x_bar, weight_bar = z_bar @ weight.T, x.T @ z_bar
+  return (
+    Expected(loss, np.abs(loss), "ulp"),
+    Expected(x_bar, np.abs(x_bar), "u"),
+    Expected(weight_bar.reshape(1, -1), np.abs(weight_bar.reshape(1, -1)), "u"),
+  )
+
+
+def _ulp(size: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  """The distance of neighboring numbers of `dtype` at `size`."""
+  info = jnp.finfo(dtype)
+  _, exponent = np.frexp(size)  # size = m 2^exponent, m in [1/2, 1)
+  return np.ldexp(np.ones_like(size), np.maximum(exponent - 1, info.minexp) - info.nmant)
+
+
+def errors(actual: np.ndarray, expected: Expected, dtype: np.dtype) -> tuple[float, float]:
+  """The worst error in the expected unit, and the worst relative error.
+
+  u is one rounding error of `dtype`, half the distance from 1 to the next number. What is smaller
+  than 1e8 times the smallest normal number (1e-30 in float32), where XLA's exp is coarse, may be
+  off or flush to zero: it does not count. An infinity or a NaN makes both errors infinite.
+  """
+  info = jnp.finfo(dtype)
+  difference = np.abs(wide(actual, dtype).reshape(expected.values.shape) - expected.values)
+  size = expected.sizes
+  # float16 has no such range to give away.
+  smallest = float(info.tiny) * (1e8 if info.minexp < -100 else 1)
+  if expected.unit == "u":
+    # Scaled, so that the squares of small numbers do not underflow.
+    scale = np.max(size, axis=-1, keepdims=True)
+    scale = np.where(scale == 0, 1, scale)
+    norm = lambda v: np.sqrt(np.sum((v / scale) ** 2, axis=-1)) * scale[:, 0]
+    difference, size = norm(difference), norm(size)
+  counts = size >= smallest
+  if not np.all(np.isfinite(difference)):
+    return np.inf, np.inf
+  if not np.any(counts):
+    return 0.0, 0.0
+  difference, size = difference[counts], size[counts]
+  relative = difference / size
+  if expected.unit == "u":
+    return float(np.max(relative) / (float(info.eps) / 2)), float(np.max(relative))
+  return float(np.max(difference / _ulp(size, dtype))), float(np.max(relative))

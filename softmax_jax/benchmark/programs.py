@@ -1,0 +1,263 @@
+"""The compared functions of each library, made into programs that can be timed.
+
+A peer is named as in `PEERS`. `softmax_jax` is compared with each on the same inputs.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import softmax_jax
+
+OURS = "softmax_jax"
+# In the order of the tables. "products" are the bare matrix products of the linear loss.
+PEERS = ("jax.nn", "optax", "torch", "torch.compile", "tokamax", "products")
+
+FORWARD, VJP = "forward", "forward + vjp"
+LOSS, GRADIENT = "loss", "loss + gradient"
+
+INTEGER, SOFT = "softmax_cross_entropy_with_integer_labels", "softmax_cross_entropy"
+LINEAR = "linear_softmax_cross_entropy"
+
+
+def version(peer: str) -> str | None:
+  """The version of a peer's package, or None where it is not installed."""
+  if peer in ("jax.nn", "products", OURS):
+    return softmax_jax.__version__ if peer == OURS else jax.__version__
+  package = peer.partition(".")[0]
+  if importlib.util.find_spec(package) is None:
+    return None
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return "unknown"
+
+
+class Program(NamedTuple):
+  """A compiled function bound to its arguments.
+
+  call: starts it and returns its outputs; wait: returns once they are there; fetch: gives them as
+  NumPy arrays; temp_bytes: what it allocates beside arguments and outputs, if that is known.
+  """
+
+  call: Callable[[], Any]
+  wait: Callable[[Any], Any]
+  fetch: Callable[[Any], list[np.ndarray]]
+  temp_bytes: int | None
+
+  def repeated(self, *, queue: bool) -> Callable[[int], None]:
+    """The function of n that runs the program n times.
+
+    With `queue` the calls are all started before the wait for the last, as a device works through
+    them in order; otherwise each is waited for. Outputs are dropped at once: the next call
+    allocates its own, in every library.
+    """
+
+    def run(n: int) -> None:
+      for _ in range(n - 1):
+        if queue:
+          self.call()
+        else:
+          self.wait(self.call())
+      self.wait(self.call())
+
+    return run
+
+
+# --- JAX -----------------------------------------------------------------------------------------
+
+
+def _jax_functions(peer: str) -> dict[str, Callable]:
+  """By our names, functions of (logits, labels) or (x, weight, labels) over the last axis."""
+  if peer == OURS:
+    return {
+      "softmax": softmax_jax.softmax,
+      "log_softmax": softmax_jax.log_softmax,
+      "logsumexp": functools.partial(softmax_jax.logsumexp, axis=-1),
+      INTEGER: softmax_jax.softmax_cross_entropy_with_integer_labels,
+      SOFT: softmax_jax.softmax_cross_entropy,
+      LINEAR: softmax_jax.linear_softmax_cross_entropy,
+    }
+  if peer == "jax.nn":
+    return {
+      "softmax": jax.nn.softmax,
+      "log_softmax": jax.nn.log_softmax,
+      "logsumexp": functools.partial(jax.nn.logsumexp, axis=-1),
+    }
+  if peer == "optax":
+    from optax import losses
+
+    integer = losses.softmax_cross_entropy_with_integer_labels
+    return {
+      INTEGER: integer,
+      SOFT: losses.softmax_cross_entropy,
+      LINEAR: lambda x, weight, labels: jnp.mean(integer(x @ weight, labels)),
+    }
+  if peer == "tokamax":
+    import tokamax
+
+    # Its other implementations are kernels for accelerators, among which it chooses itself.
+    implementation = "chunked_xla" if jax.default_backend() == "cpu" else None
+
+    def linear(x, weight, labels):
+      return tokamax.linear_softmax_cross_entropy_loss(
+        x, labels, weight, reduction="mean", implementation=implementation
+      )
+
+    return {LINEAR: linear}
+  return {LINEAR: lambda x, weight, labels: x @ weight}
+
+
+def _jax_mode(peer: str, function: str, mode: str) -> Callable:
+  f = _jax_functions(peer)[function]
+  if mode == VJP:
+
+    def program(x, y_bar):
+      y, pull = jax.vjp(f, x)
+      return y, *pull(y_bar)
+  elif mode != GRADIENT:
+    program = f
+  elif peer == "products":
+
+    def program(x, weight, labels):
+      logits = x @ weight
+      return logits @ weight.T, x.T @ logits
+  elif function == LINEAR:
+
+    def program(x, weight, labels):
+      loss, bars = jax.value_and_grad(f, (0, 1))(x, weight, labels)
+      return loss, *bars
+  else:
+
+    def program(logits, labels):
+      return jax.value_and_grad(lambda z: jnp.mean(f(z, labels)))(logits)
+
+  return program
+
+
+def _jax_program(peer: str, function: str, mode: str, arguments: Sequence[np.ndarray]) -> Program:
+  arguments = jax.device_put(tuple(arguments))
+  compiled = jax.jit(_jax_mode(peer, function, mode)).lower(*arguments).compile()
+  memory = compiled.memory_analysis()  # Not every backend has one.
+  return Program(
+    functools.partial(compiled, *arguments),
+    jax.block_until_ready,
+    lambda outputs: [np.asarray(output) for output in jax.tree.leaves(outputs)],
+    None if memory is None else memory.temp_size_in_bytes,
+  )
+
+
+def copy_program(logits: np.ndarray) -> Program:
+  """Reads the logits and writes as much: what the machine's memory can do."""
+  array = jax.device_put(logits)
+  compiled = jax.jit(lambda x: -x).lower(array).compile()
+  return Program(functools.partial(compiled, array), jax.block_until_ready, lambda y: [y], 0)
+
+
+# --- torch ---------------------------------------------------------------------------------------
+
+
+def threads() -> int:
+  """As many as XLA has on a CPU: the processors this process may use."""
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
+def torch_reaches_the_device() -> bool:
+  """Whether torch computes where JAX does."""
+  if version("torch") is None:
+    return False
+  import torch
+
+  backend = jax.default_backend()
+  return backend == "cpu" or (backend == "gpu" and torch.cuda.is_available())
+
+
+def _torch_program(peer: str, function: str, mode: str, arguments: Sequence[np.ndarray]) -> Program:
+  import torch
+  from torch.nn import functional
+
+  device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+  if device == "cpu":
+    torch.set_num_threads(threads())
+  else:
+    torch.set_float32_matmul_precision("high")  # The rounding of products that is JAX's default.
+
+  def tensor(array):
+    if array.dtype == jnp.bfloat16:
+      return torch.from_numpy(array.astype(np.float32)).to(device, torch.bfloat16)
+    if array.dtype == np.int32:
+      array = array.astype(np.int64)  # torch takes no other class indices.
+    return torch.from_numpy(array).to(device)
+
+  cross_entropy = functional.cross_entropy
+  f = {
+    "softmax": lambda x: torch.softmax(x, -1),
+    "log_softmax": lambda x: torch.log_softmax(x, -1),
+    "logsumexp": lambda x: torch.logsumexp(x, -1),
+    INTEGER: lambda z, labels: cross_entropy(z, labels, reduction="none"),
+    SOFT: lambda z, labels: cross_entropy(z, labels, reduction="none"),
+    LINEAR: lambda x, weight, labels: cross_entropy(x @ weight, labels),
+  }[function]
+  if mode == GRADIENT and function != LINEAR:
+    each = f
+    f = lambda z, labels: each(z, labels).mean()
+  if peer == "torch.compile":
+    torch.compiler.reset()  # After a few shapes of one function it would go back to eager.
+    f = torch.compile(f, dynamic=False)
+
+  tensors = [tensor(array) for array in arguments]
+  if mode == VJP:
+    x, y_bar = tensors
+    x.requires_grad_()
+
+    def call():
+      y = f(x)
+      return y.detach(), *torch.autograd.grad(y, x, y_bar)
+  elif mode == GRADIENT:
+    leaves = tensors[:2] if function == LINEAR else tensors[:1]
+    for leaf in leaves:
+      leaf.requires_grad_()
+
+    def call():
+      loss = f(*tensors)
+      return loss.detach(), *torch.autograd.grad(loss, leaves)
+  else:
+
+    def call():
+      with torch.no_grad():
+        return (f(*tensors),)
+
+  wait = (lambda _: torch.cuda.synchronize()) if device == "cuda" else lambda _: None
+  return Program(call, wait, lambda outputs: [y.double().cpu().numpy() for y in outputs], None)
+
+
+def build(peer: str, function: str, mode: str, arguments: Sequence[np.ndarray]) -> Program:
+  """The program of `peer` for `function` in `mode`, compiled.
+
+  Args:
+    peer: one of `PEERS`, or `OURS`.
+    function: our name of it.
+    mode: `FORWARD`, `VJP` (arguments x and y_bar), `LOSS` or `GRADIENT` (logits and labels, or x,
+      weight and labels; `GRADIENT` is of the mean loss).
+    arguments: NumPy arrays.
+  """
+  make = _torch_program if peer.startswith("torch") else _jax_program
+  return make(peer, function, mode, arguments)
+
+
+def peers_of(function: str) -> tuple[str, ...]:
+  """The peers that have `function`."""
+  if function == LINEAR:
+    return ("optax", "torch", "torch.compile", "tokamax", "products")
+  library = "optax" if "cross_entropy" in function else "jax.nn"
+  return (library, "torch", "torch.compile")

@@ -1,0 +1,316 @@
+"""How the report of a benchmark is shown: tables for a terminal, Markdown, a picture."""
+
+import itertools
+import math
+import pathlib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from softmax_jax.benchmark.programs import GRADIENT, INTEGER, LINEAR, OURS, PEERS, SOFT, VJP
+
+_SHORT = {INTEGER: "integer", SOFT: "soft", LINEAR: "linear"}
+_MODES = {VJP: " + vjp", GRADIENT: " + grad"}
+# Where values are this far off, a number of ulp says less than the share that is wrong.
+_WRONG = 0.05
+
+
+def _label(line: dict[str, Any]) -> str:
+  return _SHORT.get(line["function"], line["function"]) + _MODES.get(line["mode"], "")
+
+
+def _shape(shape: Iterable[int]) -> str:
+  return "x".join(map(str, shape))
+
+
+def _digits(value: float | None) -> str:
+  """Three digits and no exponent; "-" for what is not known."""
+  if value is None:
+    return "-"
+  if not math.isfinite(value):
+    return "inf"
+  if value == 0:
+    return "0"
+  places = max(0, 2 - math.floor(math.log10(abs(value))))
+  return f"{value:.{min(places, 5)}f}"
+
+
+def _error(value: float | None, relative: float | None = None) -> str:
+  if value is None:
+    return "-"
+  if not math.isfinite(value):
+    return "inf or nan"
+  if relative is not None and relative >= _WRONG:
+    return f"{100 * relative:.0f} % wrong"
+  return f"{value:.1e}".replace("e+0", "e").replace("e+", "e") if value >= 1000 else f"{value:.2g}"
+
+
+def _megabytes(value: int | None) -> str:
+  return "-" if value is None else f"{value / 1e6:.{0 if value >= 1e8 else 2}f}"
+
+
+def _peers(lines: Sequence[dict[str, Any]]) -> list[str]:
+  return [peer for peer in PEERS if any(peer in line["seconds"] for line in lines)]
+
+
+def machine(report: dict[str, Any]) -> str:
+  """One line that says when, where and with what the numbers were taken."""
+  versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+  device = report["processor"] if report["platform"] == "cpu" else report["device"]
+  cpus = f", {report['cpus']} CPUs" if report["platform"] == "cpu" else ""
+  return f"{report['date'][:10]}, {device}{cpus}, {report['dtype']}; {versions}"
+
+
+# --- a terminal ----------------------------------------------------------------------------------
+
+
+def print_tables(report: dict[str, Any]) -> None:
+  """Prints every suite: its times and ratios, then bandwidth, memory and errors."""
+  from rich import box
+  from rich.console import Console
+  from rich.table import Table
+
+  console = Console(highlight=False)
+  if not console.is_terminal:
+    console.width = max(console.width, 120)  # In a pipe nothing says how much fits.
+  say = lambda text: console.print(text, markup=False, soft_wrap=True)
+
+  def show(title, columns, rows, sections=()):
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for i, column in enumerate(columns):
+      name = i < 2  # The other columns are numbers under words that may take two lines.
+      table.add_column(column, justify="left" if name else "right", no_wrap=name, overflow="fold")
+    for i, row in enumerate(rows):
+      table.add_row(*row, end_section=i in sections)
+    console.print(table)
+
+  say(machine(report))
+  for suite, result in report["suites"].items():
+    console.print()
+    if suite == "accuracy":
+      show(
+        "accuracy: worst error over class counts and scales, in the unit of the row",
+        *_accuracy(result["lines"]),
+      )
+      continue
+    lines = result["lines"]
+    peers = _peers(lines)
+    ends = [i for i, (a, b) in enumerate(itertools.pairwise(lines)) if _label(a) != _label(b)]
+    ends = ends if len(ends) < len(lines) - 1 else []
+    columns = ("", "shape", "ours", *peers, *(f"ours /\n{peer}" for peer in peers))
+    rows = (
+      (
+        _label(line),
+        _shape(line["shape"]),
+        *(_milliseconds(line["seconds"].get(name)) for name in (OURS, *peers)),
+        *(_ratio(line["ratios"].get(peer)) for peer in peers),
+      )
+      for line in lines
+    )
+    show(f"{suite}: milliseconds, median of interleaved rounds, and ratios", columns, rows, ends)
+    for peer, summary in result["total"].items():
+      worst = summary["worst_line"]
+      say(
+        f"ours / {peer}: geometric mean {summary['geometric_mean']:.2f}, at most "
+        f"{summary['worst_ratio']:.2f} ({_label(worst)}, {_shape(worst['shape'])})"
+      )
+    console.print()
+    measured = [peer for peer in peers if any(peer in line["errors"] for line in lines)]
+    compiled = [p for p in peers if any(line["temp_bytes"].get(p) is not None for line in lines)]
+    columns = ("", "shape", "GB/s", "of copy")
+    columns += tuple(f"temp\n{name}" for name in ("ours", *compiled))
+    columns += tuple(f"error\n{name}" for name in ("ours", *measured))
+    rows = (
+      (
+        _label(line),
+        _shape(line["shape"]),
+        _digits(_scaled(line["bytes_per_second"], 1e-9)),
+        "-" if line["of_copy"] is None else f"{line['of_copy']:.0%}",
+        *(_megabytes(line["temp_bytes"].get(name)) for name in (OURS, *compiled)),
+        *(_error(line["errors"].get(name)) for name in (OURS, *measured)),
+      )
+      for line in lines
+    )
+    title = "bandwidth of ours; compiled temp MB; worst error, ulp, of gradients u per row in norm"
+    show(f"{suite}: {title}", columns, rows, ends)
+    for line in lines:
+      for peer, reason in line["unable"].items():
+        say(f"{peer} cannot do {_label(line)} {_shape(line['shape'])}: {reason}")
+  if "plot" in report:
+    say(f"Picture: {report['plot']}")
+
+
+def _scaled(value: float | None, factor: float) -> float | None:
+  return None if value is None else value * factor
+
+
+def _milliseconds(seconds: float | None) -> str:
+  return _digits(_scaled(seconds, 1e3))
+
+
+def _accuracy(
+  rows: Sequence[dict[str, Any]],
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+  """Columns and cells of the accuracy table; jax.nn and optax, which never meet, share a column."""
+  groups = [("jax.nn", "optax"), ("torch",), ("torch.compile",), (OURS,)]
+  groups = [g for g in groups if any(name in row["errors"] for row in rows for name in g)]
+
+  def cell(row, group):
+    for name in group:
+      if name in row["errors"]:
+        relative = row["relative_errors"][name] if row["unit"] == "ulp" else None
+        return _error(_or_infinite(row["errors"][name]), relative)
+    return "-"
+
+  keys = ("dtype", "unit")
+  columns = ("", *keys, *(" / ".join(group) for group in groups))
+  return columns, [
+    (row["row"], *(row[key] for key in keys), *(cell(row, group) for group in groups))
+    for row in rows
+  ]
+
+
+def _or_infinite(value: float | None) -> float:
+  return math.inf if value is None else value
+
+
+# --- Markdown ------------------------------------------------------------------------------------
+
+
+def markdown(report: dict[str, Any], suite: str) -> str:
+  """The table of one suite with a line above it that says where and when it was taken.
+
+  Timed suites have a row per function and mode, a column per shape, and in a cell the milliseconds
+  of ours and the ratio to each peer.
+  """
+  result = report["suites"][suite]
+  lines = result["lines"]
+  if suite == "accuracy":
+    columns, rows = _accuracy(lines)
+    about = "Worst error over 2 to 128,256 classes and scales 0.01 to 10,000"
+  else:
+    peers = _peers(lines)
+    shapes = list(dict.fromkeys(_shape(line["shape"]) for line in lines))
+    cells = {(_label(line), _shape(line["shape"])): line for line in lines}
+
+    def cell(label, shape):
+      line = cells.get((label, shape))
+      if line is None:
+        return "-"
+      ratios = " / ".join(_ratio(line["ratios"].get(peer)) for peer in peers)
+      return f"{_milliseconds(line['seconds'][OURS])} ms" + (f"; {ratios}" if ratios else "")
+
+    columns = ("", *shapes)
+    rows = [
+      (label, *(cell(label, shape) for shape in shapes))
+      for label in dict.fromkeys(_label(line) for line in lines)
+    ]
+    means = ", ".join(
+      f"{peer} {summary['geometric_mean']:.2f} (at most {summary['worst_ratio']:.2f})"
+      for peer, summary in result["total"].items()
+    )
+    about = "Milliseconds of ours" + (f"; ratios of ours to {' / '.join(peers)}" if peers else "")
+    about += f". Geometric means of the ratios: {means}" if means else ""
+  table = [columns, tuple("---" for _ in columns), *rows]
+  return "\n".join(
+    [
+      f"{about}. {machine(report)}.",
+      "",
+      *(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in table),
+    ]
+  )
+
+
+def _ratio(value: float | None) -> str:
+  return "-" if value is None else f"{value:.2f}"
+
+
+def _marked(report: dict[str, Any], suite: str) -> tuple[str, re.Pattern]:
+  begin = f"<!-- benchmark: {suite}, {report['platform']} -->"
+  return begin, re.compile(f"{re.escape(begin)}.*?<!-- end -->", re.DOTALL)
+
+
+def missing_marker(report: dict[str, Any], suites: Iterable[str], text: str) -> str | None:
+  """The first marker that `text` should have for one of the suites and does not have."""
+  for suite in suites:
+    begin, pattern = _marked(report, suite)
+    if not pattern.search(text):
+      return begin
+  return None
+
+
+def update(report: dict[str, Any], path: pathlib.Path) -> None:
+  """Replaces in a Markdown file what stands between the markers of each suite of the report."""
+  text = path.read_text(encoding="utf-8")
+  for suite in report["suites"]:
+    begin, pattern = _marked(report, suite)
+    new = f"{begin}\n{markdown(report, suite)}\n<!-- end -->"
+    text = pattern.sub(lambda _, new=new: new, text)
+  path.write_text(text, encoding="utf-8")
+
+
+# --- a picture -----------------------------------------------------------------------------------
+
+
+def draw(report: dict[str, Any], path: pathlib.Path) -> None:
+  """Draws a panel per suite: ratios to the peers on a logarithmic axis, or the worst errors."""
+  import matplotlib
+  from matplotlib.figure import Figure  # Without pyplot: the caller's backend stays as it is.
+
+  suites = report["suites"]
+  heights = [len(result["lines"]) for result in suites.values()]
+  with matplotlib.rc_context({"font.size": 9, "axes.titlelocation": "left"}):
+    figure = Figure(figsize=(8, 1.2 * len(heights) + 0.19 * sum(heights)), layout="constrained")
+    panels = figure.subplots(len(heights), squeeze=False, height_ratios=[5 + n for n in heights])
+    for (axes,), (suite, result) in zip(panels, suites.items(), strict=True):
+      lines = result["lines"]
+      (_draw_errors if suite == "accuracy" else _draw_ratios)(axes, suite, lines)
+      axes.set_ylim(len(lines) - 0.4, -0.6)
+      axes.spines[["top", "right"]].set_visible(False)
+      axes.grid(axis="y", color="#e0e0e0", lw=0.6)
+      axes.set_axisbelow(True)
+      if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    figure.suptitle(machine(report), fontsize=8, x=0.01, ha="left", wrap=True)
+    figure.savefig(path, dpi=150)
+
+
+_STYLE = {
+  "jax.nn": ("#08519c", "o"),
+  "optax": ("#08519c", "o"),
+  "torch": ("#d94801", "s"),
+  "torch.compile": ("#fd8d3c", "^"),
+  "tokamax": ("#31a354", "D"),
+  "products": ("#636363", "x"),
+  OURS: ("black", "*"),
+}
+
+
+def _draw_ratios(axes, suite, lines):
+  for peer in _peers(lines):
+    points = [(line["ratios"][peer], i) for i, line in enumerate(lines) if peer in line["ratios"]]
+    color, marker = _STYLE[peer]
+    axes.plot(*zip(*points, strict=True), marker, color=color, ms=4.5, label=peer)
+  axes.axvline(1, color="#636363", lw=0.8)
+  axes.set_xscale("log", base=2)
+  axes.xaxis.set_major_formatter("{x:g}")
+  axes.set_yticks(
+    range(len(lines)), [f"{_label(line)}  {_shape(line['shape'])}" for line in lines], fontsize=7.5
+  )
+  axes.set(title=suite, xlabel="time of ours / time of the peer (left of 1: ours is faster)")
+
+
+def _draw_errors(axes, suite, rows):
+  finite = [e for row in rows for e in row["errors"].values() if e is not None and e < math.inf]
+  edge = 10 * max([1.0, *finite])
+  for name in (OURS, *PEERS):
+    points = [(row["errors"][name], i) for i, row in enumerate(rows) if name in row["errors"]]
+    if points:
+      color, marker = _STYLE[name]
+      points = [(max(min(_or_infinite(error), edge), 0.1), i) for error, i in points]
+      size = 8 if name == OURS else 4.5
+      axes.plot(*zip(*points, strict=True), marker, color=color, ms=size, label=name)
+  axes.set_xscale("log")
+  labels = [f"{row['row']}, {row['dtype']} ({row['unit']})" for row in rows]
+  axes.set_yticks(range(len(rows)), labels, fontsize=7.5)
+  axes.set(title=suite, xlabel="worst error in the unit of the row (right edge: inf or NaN)")

@@ -1,0 +1,216 @@
+"""The timed suites: their lines, the inputs of a line, and what is measured of it."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from softmax_jax.benchmark import oracle, programs, timing
+from softmax_jax.benchmark.programs import FORWARD, GRADIENT, INTEGER, LINEAR, LOSS, OURS, SOFT, VJP
+
+COPY = "copy"
+
+_LINES = {
+  "softmax": [
+    (f, mode) for f in ("softmax", "log_softmax", "logsumexp") for mode in (FORWARD, VJP)
+  ],
+  "losses": [(f, mode) for f in (INTEGER, SOFT) for mode in (LOSS, GRADIENT)],
+  "linear": [(LINEAR, LOSS), (LINEAR, GRADIENT)],
+}
+NAMES = tuple(_LINES)
+
+# Errors are taken on as many rows as have this many logits: the oracle is slow.
+_ORACLE_LOGITS = 2**20
+_ORACLE_TOKENS = 32
+
+
+class Line(NamedTuple):
+  """One row of a table: a function in a mode, on logits [B, K] or, linear, of shape (T, H, V)."""
+
+  suite: str
+  function: str
+  mode: str
+  shape: tuple[int, ...]
+
+
+def default_shapes(suite: str) -> list[tuple[int, ...]]:
+  """The shapes of a suite for the device at hand.
+
+  A GPU takes less time for those of a CPU than the start of a program does.
+  """
+  on_cpu = jax.default_backend() == "cpu"
+  if suite == "linear":
+    return [(4096, 512, 32768) if on_cpu else (8192, 4096, 131072)]
+  shapes = [(65536, 10), (8192, 128), (2048, 1024), (512, 32768), (64, 131072)]
+  return shapes if on_cpu else [(16 * rows, classes) for rows, classes in shapes]
+
+
+def lines(suite: str, shapes: Sequence[tuple[int, ...]]) -> list[Line]:
+  """The lines of a suite, function by function; shapes of another rank are left out."""
+  rank = 3 if suite == "linear" else 2
+  return [
+    Line(suite, function, mode, shape)
+    for function, mode in _LINES[suite]
+    for shape in shapes
+    if len(shape) == rank
+  ]
+
+
+def arguments(line: Line, dtype: np.dtype, seed: int) -> list[np.ndarray]:
+  """Random inputs. From row to row the logits' scale goes 0.1, 1, 10, 100; so confident ones occur."""
+  rng = np.random.default_rng(seed)
+  normal = lambda *shape: rng.standard_normal(shape, np.float32)
+  if line.suite == "linear":
+    tokens, features, classes = line.shape
+    x, weight = normal(tokens, features), normal(features, classes) * features**-0.5
+    labels = rng.integers(0, classes, tokens, np.int32)
+    return [x.astype(dtype), weight.astype(dtype), labels]
+  rows, classes = line.shape
+  logits = normal(rows, classes)
+  logits *= np.float32(10.0) ** (np.arange(rows) % 4 - 1)[:, None].astype(np.float32)
+  logits = logits.astype(dtype)
+  if line.function == INTEGER:
+    labels = rng.integers(0, classes, rows, np.int32)
+    # Half of the labels are what the logits say, as they are late in a training.
+    likely = np.arange(rows) // 4 % 2 == 0
+    labels[likely] = logits[likely].argmax(axis=-1)
+    return [logits, labels]
+  if line.function == SOFT:
+    labels = rng.random((rows, classes), np.float32)
+    labels /= labels.sum(axis=-1, keepdims=True)
+    return [logits, labels.astype(dtype)]
+  if line.mode == VJP:
+    reduces = line.function == "logsumexp"
+    return [logits, normal(*line.shape[: 1 if reduces else 2]).astype(dtype)]
+  return [logits]
+
+
+def worst_errors(
+  line: Line,
+  inputs: Sequence[np.ndarray],
+  contenders: dict[str, programs.Program],
+  dtype: np.dtype,
+) -> dict[str, float]:
+  """By contender the worst error on some rows: in ulp of values, in u of gradients in norm."""
+  if line.suite == "linear":
+    return _linear_errors(line, inputs, contenders, dtype)
+  rows = max(1, min(len(inputs[0]), _ORACLE_LOGITS // line.shape[1]))
+  some = [array[:rows] for array in inputs]
+  some = [array if array.dtype == np.int32 else oracle.wide(array, dtype) for array in some]
+  if line.mode in (VJP, GRADIENT):
+    expected = oracle.gradients(line.function, *some)
+  else:
+    expected = oracle.values(line.function, *some)
+  # The gradient is that of the mean over all rows.
+  factor = len(inputs[0]) if line.mode == GRADIENT else 1
+  worst = {}
+  for name, program in contenders.items():
+    actual = program.fetch(program.call())[-1][:rows]
+    worst[name], _ = oracle.errors(oracle.wide(actual, dtype) * factor, expected, dtype)
+  return worst
+
+
+def _linear_errors(line, inputs, contenders, dtype):
+  """The whole problem is out of the oracle's reach: a few tokens of it, by programs of their own."""
+  x, weight, labels = inputs
+  some = [x[:_ORACLE_TOKENS], weight, labels[:_ORACLE_TOKENS]]
+  expected = oracle.linear(*(oracle.wide(v, dtype) for v in some[:2]), some[2])
+  expected = expected[1:] if line.mode == GRADIENT else expected[:1]
+  worst = {}
+  for name in contenders:
+    if name == "products":
+      continue
+    program = programs.build(name, line.function, line.mode, some)
+    actual = program.fetch(program.call())[-len(expected) :]
+    found = [oracle.errors(*pair, dtype)[0] for pair in zip(actual, expected, strict=True)]
+    worst[name] = max(found)
+  return worst
+
+
+def measure(
+  line: Line,
+  peers: Sequence[str],
+  dtype: np.dtype,
+  *,
+  rounds: int,
+  seconds: float,
+  seed: int,
+  clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
+  """One line of the report: times, ratios, bandwidth, temp bytes and errors, ready for JSON."""
+  inputs = arguments(line, dtype, seed)
+  contenders = {OURS: programs.build(OURS, line.function, line.mode, inputs)}
+  unable = {}
+  for peer in programs.peers_of(line.function):
+    if peer in peers:
+      try:
+        program = programs.build(peer, line.function, line.mode, inputs)
+        program.wait(program.call())
+      except Exception as error:  # What a peer cannot do is part of the comparison.
+        unable[peer] = (str(error) or type(error).__name__).splitlines()[0]
+      else:
+        contenders[peer] = program
+  worst = worst_errors(line, inputs, contenders, dtype)
+
+  timed = dict(contenders)
+  if line.suite != "linear":  # which is bound by arithmetic
+    timed[COPY] = programs.copy_program(inputs[0])
+  queue = jax.default_backend() != "cpu"
+  runs = {name: program.repeated(queue=queue) for name, program in timed.items()}
+  times = timing.interleave(runs, rounds=rounds, seconds=seconds, seed=seed, clock=clock)
+
+  outputs = jax.tree.leaves(contenders[OURS].call())
+  moved = sum(array.nbytes for array in (*inputs, *outputs))
+  return summarize(line, times, moved, inputs[0].nbytes) | {
+    "temp_bytes": {name: program.temp_bytes for name, program in contenders.items()},
+    "error_unit": "u" if line.mode in (VJP, GRADIENT) else "ulp",
+    "errors": worst,
+    "unable": unable,
+  }
+
+
+def summarize(
+  line: Line, times: dict[str, np.ndarray], moved_bytes: int, logits_bytes: int
+) -> dict[str, Any]:
+  """What follows from the times per call of every contender, and of the copy where there is one.
+
+  The bandwidth counts inputs and outputs once each, however often a program reads them.
+  """
+  medians = {name: float(np.median(values)) for name, values in times.items()}
+  copy = medians.pop(COPY, None)
+  result = {
+    **line._asdict(),
+    "shape": list(line.shape),
+    "rounds": len(times[OURS]),
+    "seconds": medians,
+    "ratios": {
+      name: timing.median_ratio(times[OURS], times[name]) for name in medians if name != OURS
+    },
+    "bytes_moved": moved_bytes,
+    "bytes_per_second": None,
+    "copy_bytes_per_second": None,
+    "of_copy": None,
+  }
+  if copy is not None:
+    rates = moved_bytes / medians[OURS], 2 * logits_bytes / copy
+    result["bytes_per_second"], result["copy_bytes_per_second"] = rates
+    result["of_copy"] = rates[0] / rates[1]
+  return result
+
+
+def total(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  """By peer, over the lines of a suite: the geometric mean of the ratios and the worst of them."""
+  summary = {}
+  for peer in programs.PEERS:
+    ratios = {i: line["ratios"][peer] for i, line in enumerate(results) if peer in line["ratios"]}
+    if ratios:
+      worst = max(ratios, key=ratios.__getitem__)
+      keys = ("function", "mode", "shape")
+      summary[peer] = {
+        "geometric_mean": timing.geometric_mean(list(ratios.values())),
+        "worst_ratio": ratios[worst],
+        "worst_line": {key: results[worst][key] for key in keys},
+      }
+  return summary
