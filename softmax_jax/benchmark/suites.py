@@ -59,7 +59,7 @@ def lines(suite: str, shapes: Sequence[tuple[int, ...]]) -> list[Line]:
 
 
 def arguments(line: Line, dtype: np.dtype, seed: int) -> list[np.ndarray]:
-  """Random inputs. From row to row the logits' scale goes 0.1, 1, 10, 100; so confident ones occur."""
+  """Random inputs; the scale of the logits goes 0.1, 1, 10, 100 from row to row."""
   rng = np.random.default_rng(seed)
   normal = lambda *shape: rng.standard_normal(shape, np.float32)
   if line.suite == "linear":
@@ -113,7 +113,7 @@ def worst_errors(
 
 
 def _linear_errors(line, inputs, contenders, dtype):
-  """The whole problem is out of the oracle's reach: a few tokens of it, by programs of their own."""
+  """Of a few tokens, by programs of their own: the oracle would take long for all."""
   x, weight, labels = inputs
   some = [x[:_ORACLE_TOKENS], weight, labels[:_ORACLE_TOKENS]]
   expected = oracle.linear(*(oracle.wide(v, dtype) for v in some[:2]), some[2])

@@ -1,8 +1,8 @@
 """Times of several programs that do the same work, taken so that they can be compared.
 
 A machine's speed drifts: other processes, temperature, memory. So every round times every program
-once, in a random order, and a ratio is formed within a round, where both times saw the same machine.
-The median over the rounds leaves out the rounds that were disturbed.
+once, in a random order, and a ratio is formed within a round, where both times saw the same
+machine. The median over the rounds leaves out the rounds that were disturbed.
 """
 
 import gc
