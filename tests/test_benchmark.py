@@ -64,13 +64,15 @@ def test_times_per_call_and_repeats():
   times = timing.interleave(run, rounds=4, seconds=1e9, sample_seconds=1e-2, clock=machine.clock)
   assert times["fast"] == pytest.approx([1e-5] * 4)
   assert times["slow"] == pytest.approx([0.5] * 4)
-  rounds = machine.calls[-8:]
-  for i in range(0, 8, 2):  # Each round has every program once, for as long as a sample takes.
-    repeats = dict(rounds[i : i + 2])
+  rounds = machine.calls[-12:]
+  for i in range(0, 12, 3):  # Each round has every program once, for as long as a sample takes,
+    repeats = dict(rounds[i : i + 3])
     assert set(repeats) == {"fast", "slow"}
     assert repeats["slow"] == 1
     assert 1000 <= repeats["fast"] <= 3000
-  assert len({name for name, _ in rounds[::2]}) == 2  # The order is not always the same.
+    (warm_up,) = {n for _, n in rounds[i : i + 3]} - set(repeats.values())
+    assert warm_up == repeats["fast"] // 4  # and before a short program some calls to warm it up.
+  assert len({name for name, _ in rounds[::3]}) == 2  # The order is not always the same.
 
 
 def test_the_budget_ends_the_rounds_but_not_before_the_third():
@@ -182,7 +184,8 @@ def test_errors_are_counted_in_ulps_and_in_u():
 
   rows = np.array([[3.0, 4.0], [1e-40, 0.0]])
   expected = oracle.Expected(rows, np.abs(rows), "u")
-  error, relative = oracle.errors(rows + [[0.0, 5 * 2.0**-24], [0.0, 0.0]], expected, float32)
+  actual = rows + np.array([[0.0, 5 * 2.0**-24], [0.0, 0.0]])
+  error, relative = oracle.errors(actual, expected, float32)
   assert (error, relative) == pytest.approx((1.0, 2.0**-24))
 
 

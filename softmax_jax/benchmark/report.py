@@ -85,6 +85,7 @@ def print_tables(report: dict[str, Any]) -> None:
     console.print(table)
 
   say(machine(report))
+  say(f"a call that computes nothing takes {_milliseconds(report['call_seconds'])} ms")
   for suite, result in report["suites"].items():
     console.print()
     if suite == "accuracy":
