@@ -19,7 +19,7 @@ def _blocks(language: str) -> list[str]:
 
 
 def test_the_python_code_runs_and_prints_what_its_comments_say(capsys):
-  (code,) = _blocks("python")
+  code, *others = _blocks("python")
   exec(compile(code, str(README), "exec"), {})
   losses, gradients, *_ = capsys.readouterr().out.split("\n")
   promised = re.search(r"# \[(\S+) (\S+)\]", code).groups()
@@ -27,6 +27,8 @@ def test_the_python_code_runs_and_prints_what_its_comments_say(capsys):
   for word, number in zip(promised, printed, strict=True):
     assert float(word) == pytest.approx(float(number), rel=1e-4)
   assert gradients.startswith("[[")
+  for code in others:
+    exec(compile(code, str(README), "exec"), {})
 
 
 def test_there_are_exactly_two_commands():

@@ -71,9 +71,12 @@ def linear_softmax_cross_entropy(
       that count, by their number without class weights; 0 where that is 0), "sum", or "none" for
       one loss per token.
     chunk_size: the number of tokens whose logits are held at a time, a static int; the last chunk
-      may be smaller. None stands for as many as fit, with their logits, into 128 MiB. Beside its
-      arguments and results, the loss with its gradients takes about twice the bytes of the logits
-      of a chunk and once those of the weight in float32, whatever T.
+      may be smaller. None stands for as many as have logits of 128 MiB, or for H / 4 if that is
+      more, or for somewhat fewer (half as many at least) that divide T. Beside its arguments and
+      results, the loss with its gradients takes the bytes of the logits of a chunk in float32
+      (twice those with a softcap), and 12 MiB or an eighth of those of the weight, whatever T;
+      where the gradients are of sixteen bits, also those of their sums in float32. A
+      Hessian-vector product takes about six times the logits of a chunk.
 
   Returns:
     The loss, one number or ``[*B]``, in float32 (float64 where an argument has it). The products
