@@ -3,11 +3,14 @@
 No time is asserted: clocks are fakes, and of a real run only the shape of the report is looked at.
 """
 
+import argparse
 import contextlib
 import importlib.util
 import io
 import json
 import math
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +18,12 @@ import mpmath
 import numpy as np
 import pytest
 
+from softmax_jax import benchmark
 from softmax_jax.__main__ import main
 from softmax_jax.benchmark import accuracy, oracle, programs, report, suites, timing
 from softmax_jax.benchmark.programs import GRADIENT, INTEGER, LINEAR, OURS, SOFT, VJP
 
+README = Path(__file__).parents[1] / "README.md"
 JAX_PEERS = ("jax.nn", "optax", "products")
 
 
@@ -125,6 +130,17 @@ def test_a_program_is_waited_for(queue):
   program = programs.Program(lambda: next(outputs), waited.append, None, None)
   program.repeated(queue=queue)(4)
   assert waited == ([3] if queue else [0, 1, 2, 3])
+
+
+def test_inputs_repeat_beyond_what_is_drawn(monkeypatch):
+  monkeypatch.setattr(suites, "_RANDOM", 24)
+  line = suites.Line("losses", SOFT, GRADIENT, (16, 6))
+  logits, labels = suites.arguments(line, np.dtype(np.float32), 0)
+  np.testing.assert_array_equal(logits[:4], logits[4:8])
+  assert len(np.unique(logits)) == 24
+  np.testing.assert_allclose(labels.sum(axis=-1), 1, rtol=1e-6)
+  scales = np.abs(logits).mean(axis=-1)[:4]
+  assert np.all(scales[1:] > 3 * scales[:-1])  # 0.1, 1, 10, 100
 
 
 # --- the oracle ----------------------------------------------------------------------------------
@@ -234,7 +250,9 @@ def test_the_accuracy_suite_tells_digits_from_none():
   assert vjp["unit"] == "u"
   assert vjp["errors"]["jax.nn"] > 1e4 > 100 > vjp["errors"][OURS]
   assert by_name["loss", "bfloat16"]["errors"][OURS] < 1
-  assert all(row["classes"] == [10] for row in rows)
+  for row in rows:
+    assert row["classes"] == [10]
+    assert row["errors_by_classes"] == {name: [error] for name, error in row["errors"].items()}
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -414,6 +432,22 @@ def test_errors_take_one_line(argv, message, capsys):
   assert (code, out) == (2, "")
   assert err.startswith("softmax-jax benchmark: error: ") and err.count("\n") == 1
   assert message in err
+
+
+@pytest.mark.skipif(not README.exists(), reason="the README is not beside the tests")
+def test_the_commands_of_the_readme_find_their_places(monkeypatch):
+  monkeypatch.chdir(README.parent)
+  text = README.read_text(encoding="utf-8")
+  commands = re.findall(r"`softmax-jax benchmark( --suite [^`]*)`", text)
+  found = []
+  for command in commands:
+    parser = argparse.ArgumentParser()
+    benchmark.add_arguments(parser)
+    args = parser.parse_args(command.split())
+    assert args.update.samefile(README)
+    assert report.missing_marker({"platform": "cpu"}, args.suite, text) is None
+    found += args.suite
+  assert sorted(found) == sorted([*suites.NAMES, "accuracy"])
 
 
 def test_a_missing_marker_is_an_error_before_the_work(capsys, tmp_path):

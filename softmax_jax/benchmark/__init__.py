@@ -17,7 +17,7 @@ inputs and outputs once, beside that of a program that copies the logits. The te
 XLA allocates beside arguments and outputs. Errors are counted in ulp of single values, of gradients
 in u, half the distance from 1 to the next number, of rows in norm.
 
-A peer that is not installed is left out. Numbers of a busy machine are worth little.
+A peer that is not installed is left out. Times of a busy machine are worth little.
 
 Exit code: 0, or 2 for a bad option or a missing package.
 """
@@ -26,19 +26,18 @@ import argparse
 import contextlib
 import datetime
 import importlib
-import json
+import itertools
 import os
 import pathlib
 import platform
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from softmax_jax._command_line import picture, print_json, progress_bar, whole_number
 from softmax_jax.benchmark import accuracy, programs, report, suites, timing
-from softmax_jax.train import _picture, _whole_number
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _SUITES = (*suites.NAMES, "accuracy")
@@ -103,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   add(
     "--rounds",
-    type=_whole_number(1, 100_000),
+    type=whole_number(1, 100_000),
     default=50,
     metavar="N",
     help="rounds of a line at most (default: 50)",
@@ -115,11 +114,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     metavar="X",
     help="for the rounds of a line, beyond the first three (default: 5)",
   )
-  add("--seed", type=_whole_number(0, 2**32 - 1), default=0, metavar="N", help="(default: 0)")
+  add("--seed", type=whole_number(0, 2**32 - 1), default=0, metavar="N", help="(default: 0)")
   shown = parser.add_mutually_exclusive_group()
   shown.add_argument("--json", action="store_true", help="print one JSON object, not tables")
   shown.add_argument("--markdown", action="store_true", help="print Markdown tables")
-  add("--plot", type=_picture, metavar="FILE.png", help="draw the ratios (also .pdf, .svg)")
+  add("--plot", type=picture, metavar="FILE.png", help="draw the ratios (also .pdf, .svg)")
   add(
     "--update",
     type=_text_file,
@@ -145,9 +144,7 @@ def run(args: argparse.Namespace) -> int:
   if args.update:
     report.update(result, args.update)
   if args.json:
-    # JSON has no infinity, which an error is where a result is inf or NaN: it becomes null.
-    plain = json.loads(json.dumps(result), parse_constant=lambda _: None)
-    print(json.dumps(plain, indent=2))
+    print_json(result)
   elif args.markdown:
     print("\n\n".join(report.markdown(result, suite) for suite in result["suites"]))
   else:
@@ -196,7 +193,9 @@ def _measure(args: argparse.Namespace, peers: list[str]) -> dict[str, Any]:
 
   count = sum(map(len, lines.values()))
   count += len(accuracy.steps(dtype)) if "accuracy" in args.suite else 0
-  with _progress(count) as show:
+  begun = itertools.count()
+  with progress_bar(count) as bar:
+    show = lambda description: bar(next(begun), description)
     for suite in dict.fromkeys(args.suite):
       if suite == "accuracy":
         rows = accuracy.measure(peers, dtype, seed=args.seed, show=show)
@@ -230,6 +229,8 @@ def _about(args: argparse.Namespace, peers: list[str]) -> dict[str, Any]:
     "rounds": args.rounds,
     "seconds": args.seconds,
     "seed": args.seed,
+    # Of the last minute, before any work is done here.
+    "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     "call_seconds": _call_seconds(),
     "suites": {},
   }
@@ -250,25 +251,3 @@ def _processor() -> str:
       if name.strip() == "model name":
         return value.strip()
   return platform.processor() or platform.machine()
-
-
-@contextlib.contextmanager
-def _progress(count: int) -> Iterator[Callable[[str], None]]:
-  """A progress bar on stderr, or nothing where that is no terminal: `show` begins a step."""
-  from rich import progress
-  from rich.console import Console
-
-  console = Console(stderr=True)
-  columns = (
-    progress.BarColumn(),
-    progress.MofNCompleteColumn(),
-    progress.TextColumn("{task.description}"),
-    progress.TimeRemainingColumn(),
-  )
-  with progress.Progress(*columns, console=console, disable=not console.file.isatty()) as bar:
-    task = bar.add_task("", total=count, completed=-1)
-
-    def show(description: str) -> None:
-      bar.update(task, advance=1, description=description)
-
-    yield show

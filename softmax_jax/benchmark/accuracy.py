@@ -122,8 +122,9 @@ def measure(
   """The rows of the accuracy table, ready for JSON; an infinite error stands for inf or NaN.
 
   Each has the worst error by contender over all class counts, in ulp of single entries or in u of
-  rows in norm, and beside it the worst relative error. Where `dtype` is wider than sixteen bits, of
-  sixteen-bit logits there is the loss. `only` are the steps to take, by default all.
+  rows in norm, the same for each class count, and the worst relative error. Where `dtype` is wider
+  than sixteen bits, there is the loss of sixteen-bit logits too. `only` are the steps to take, by
+  default all.
   """
   results: dict[tuple[str, str], dict[str, Any]] = {}
   for name, classes in steps(dtype) if only is None else only:
@@ -154,6 +155,7 @@ def measure(
               "classes": [],
               "errors": {},
               "relative_errors": {},
+              "errors_by_classes": {},
             },
           )
           result["classes"].append(classes)
@@ -161,4 +163,5 @@ def measure(
             found = oracle.errors(_actual(row, inputs, output, at), expected, at)
             for key, error in zip(("errors", "relative_errors"), found, strict=True):
               result[key][peer] = max(result[key].get(peer, 0.0), error)
+            result["errors_by_classes"].setdefault(peer, []).append(found[0])
   return list(results.values())

@@ -86,6 +86,9 @@ def print_tables(report: dict[str, Any]) -> None:
 
   say(machine(report))
   say(f"a call that computes nothing takes {_milliseconds(report['call_seconds'])} ms")
+  load = report["load"]
+  if load is not None and load > report["cpus"] / 2:
+    say(f"this machine was busy, with a load of {load:.1f}: its times are worth little")
   for suite, result in report["suites"].items():
     console.print()
     if suite == "accuracy":
@@ -287,14 +290,23 @@ _STYLE = {
 }
 
 
+def _offset(names: Sequence[str], name: str) -> float:
+  """A little up or down, so that equal numbers do not hide each other."""
+  return 0.13 * (names.index(name) - (len(names) - 1) / 2)
+
+
 def _draw_ratios(axes, suite, lines):
-  for peer in _peers(lines):
-    points = [(line["ratios"][peer], i) for i, line in enumerate(lines) if peer in line["ratios"]]
+  peers = _peers(lines)
+  for peer in peers:
+    y = _offset(peers, peer)
+    points = [
+      (line["ratios"][peer], i + y) for i, line in enumerate(lines) if peer in line["ratios"]
+    ]
     color, marker = _STYLE[peer]
     axes.plot(*zip(*points, strict=True), marker, color=color, ms=4.5, label=peer)
   axes.axvline(1, color="#636363", lw=0.8)
   axes.set_xscale("log", base=2)
-  axes.xaxis.set_major_formatter("{x:g}")
+  axes.xaxis.set_major_formatter("{x:.3g}")
   axes.set_yticks(
     range(len(lines)), [f"{_label(line)}  {_shape(line['shape'])}" for line in lines], fontsize=7.5
   )
@@ -304,13 +316,17 @@ def _draw_ratios(axes, suite, lines):
 def _draw_errors(axes, suite, rows):
   finite = [e for row in rows for e in row["errors"].values() if e is not None and e < math.inf]
   edge = 10 * max([1.0, *finite])
-  for name in (OURS, *PEERS):
-    points = [(row["errors"][name], i) for i, row in enumerate(rows) if name in row["errors"]]
-    if points:
-      color, marker = _STYLE[name]
-      points = [(max(min(_or_infinite(error), edge), 0.1), i) for error, i in points]
-      size = 8 if name == OURS else 4.5
-      axes.plot(*zip(*points, strict=True), marker, color=color, ms=size, label=name)
+  names = [name for name in (OURS, *PEERS) if any(name in row["errors"] for row in rows)]
+  for name in names:
+    y = _offset(names, name)
+    points = [
+      (max(min(_or_infinite(row["errors"][name]), edge), 0.1), i + y)
+      for i, row in enumerate(rows)
+      if name in row["errors"]
+    ]
+    color, marker = _STYLE[name]
+    size = 8 if name == OURS else 4.5
+    axes.plot(*zip(*points, strict=True), marker, color=color, ms=size, label=name)
   axes.set_xscale("log")
   labels = [f"{row['row']}, {row['dtype']} ({row['unit']})" for row in rows]
   axes.set_yticks(range(len(rows)), labels, fontsize=7.5)

@@ -1,5 +1,6 @@
 """The timed suites: their lines, the inputs of a line, and what is measured of it."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ _LINES = {
 }
 NAMES = tuple(_LINES)
 
+# So many random numbers are drawn, and then repeated: to draw a GPU's gigabytes takes minutes.
+_RANDOM = 2**22
 # Errors are taken on as many rows as have this many logits: the oracle is slow.
 _ORACLE_LOGITS = 2**20
 _ORACLE_TOKENS = 32
@@ -61,29 +64,31 @@ def lines(suite: str, shapes: Sequence[tuple[int, ...]]) -> list[Line]:
 def arguments(line: Line, dtype: np.dtype, seed: int) -> list[np.ndarray]:
   """Random inputs; the scale of the logits goes 0.1, 1, 10, 100 from row to row."""
   rng = np.random.default_rng(seed)
-  normal = lambda *shape: rng.standard_normal(shape, np.float32)
   if line.suite == "linear":
     tokens, features, classes = line.shape
-    x, weight = normal(tokens, features), normal(features, classes) * features**-0.5
-    labels = rng.integers(0, classes, tokens, np.int32)
-    return [x.astype(dtype), weight.astype(dtype), labels]
+    x = rng.standard_normal((tokens, features), np.float32)
+    weight = rng.standard_normal((features, classes), np.float32) * np.float32(features**-0.5)
+    return [x.astype(dtype), weight.astype(dtype), rng.integers(0, classes, tokens, np.int32)]
+
+  def draw(generate, *shape):
+    return np.resize(generate(min(math.prod(shape), _RANDOM), np.float32), shape)
+
   rows, classes = line.shape
-  logits = normal(rows, classes)
+  logits = draw(rng.standard_normal, rows, classes)
   logits *= np.float32(10.0) ** (np.arange(rows) % 4 - 1)[:, None].astype(np.float32)
   logits = logits.astype(dtype)
   if line.function == INTEGER:
     labels = rng.integers(0, classes, rows, np.int32)
     # Half of the labels are what the logits say, as they are late in a training.
     likely = np.arange(rows) // 4 % 2 == 0
-    labels[likely] = logits[likely].argmax(axis=-1)
-    return [logits, labels]
+    return [logits, np.where(likely, logits.argmax(axis=-1), labels).astype(np.int32)]
   if line.function == SOFT:
-    labels = rng.random((rows, classes), np.float32)
+    labels = draw(rng.random, rows, classes)
     labels /= labels.sum(axis=-1, keepdims=True)
     return [logits, labels.astype(dtype)]
   if line.mode == VJP:
     reduces = line.function == "logsumexp"
-    return [logits, normal(*line.shape[: 1 if reduces else 2]).astype(dtype)]
+    return [logits, draw(rng.standard_normal, *line.shape[: 1 if reduces else 2]).astype(dtype)]
   return [logits]
 
 
