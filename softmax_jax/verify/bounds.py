@@ -119,7 +119,10 @@ def judge(
       ratio = np.where(found > 0, found / limit, 0)
     place = int(np.argmax(ratio))
     if axis is None and bound is None and size_g[0] > 0 and limit[0] > useless * size_g[0]:
-      reason = f"rounding alone may be {limit[0] / size_g[0]:.0%} of the result"
+      share = limit[0] / size_g[0]
+      reason = f"rounding alone may be {share:.0%} of the result"
+      if share > 2:
+        reason = "the result is smaller than its rounding errors"
     if worst is None or ratio[place] > worst[0]:
       worst = ratio[place], found[place] / unit_g[place], limit[place] / unit_g[place], axis, place
   _, relative, allowed, axis, place = worst

@@ -27,7 +27,8 @@ import numpy as np
 
 from softmax_jax.verify.problem import Arrays, Point, Problem, compiled, split, widened
 
-_STEPS = [2.0**-3 * 4.0**-i for i in range(8)]
+_STEPS = 2.0**-3 * 4.0 ** -np.arange(8)
+_SHIFTS = np.concatenate([_STEPS, -_STEPS])
 
 
 @contextlib.contextmanager
@@ -72,6 +73,7 @@ class Oracle:
     else:
       self._check_shapes(ys, others)
     self._value = compiled(self._outputs)
+    self._values = compiled(self._values_of)
     self._vjp = compiled(self._vjp_of)
     self._jvp = compiled(self._jvp_of)
     self._has_jvp = self.given
@@ -118,33 +120,42 @@ class Oracle:
         return dots, [np.zeros_like(dot) for dot in dots]
       except Exception:  # A reference without forward mode is differentiated by differences.
         self._has_jvp = False
-    return self.differences(lambda moved: self.value(moved)[0], xs, vs)
+    return self.differences(xs, vs)
+
+  def jvp_at(self, point: Point) -> tuple[Arrays, Arrays]:
+    """The tangents at a point along its own tangent, remembered."""
+    key = ("jvp", *point.key)
+    if key not in self._known:
+      self._known[key] = self.jvp(point.xs, point.vs)
+    return self._known[key]
 
   def hvp(
     self, xs: Sequence[np.ndarray], us: Sequence[np.ndarray], vs: Sequence[np.ndarray]
   ) -> tuple[Arrays, Arrays]:
     """The derivative of `vjp_at` by xs along vs, and what it may be wrong by."""
-    return self.differences(lambda moved: self.vjp_at(moved, us), xs, vs)
+    moved = self._moved(xs, vs)
+    stacks = zip(*(self.vjp_at([x[i] for x in moved], us) for i in range(len(_SHIFTS))), strict=True)
+    return _derivatives([np.stack(bars) for bars in stacks])
 
   def differences(
-    self, g: Callable[[Arrays], Arrays], xs: Sequence[np.ndarray], vs: Sequence[np.ndarray]
+    self, xs: Sequence[np.ndarray], vs: Sequence[np.ndarray]
   ) -> tuple[Arrays, Arrays]:
-    """The derivative of g at xs along vs by Ridders' method, and its estimated error."""
-    xs64, vs64 = self._wide(xs), self._wide(vs)
+    """The derivative of the outputs at xs along vs by differences, and its estimated error."""
+    with exact():
+      return _derivatives(self._values(self._moved(xs, vs), self.problem.ns))
 
-    def at(h):
-      return g([x + h * v for x, v in zip(xs64, vs64, strict=True)])
-
-    with np.errstate(invalid="ignore", over="ignore"):
-      columns = [
-        [(up - down) / (2 * h) for up, down in zip(at(h), at(-h), strict=True)] for h in _STEPS
+  def _moved(self, xs: Sequence[np.ndarray], vs: Sequence[np.ndarray]) -> Arrays:
+    with np.errstate(invalid="ignore"):
+      return [
+        x + _SHIFTS.reshape(-1, *(1,) * x.ndim) * v
+        for x, v in zip(self._wide(xs), self._wide(vs), strict=True)
       ]
-      return tuple(
-        map(list, zip(*(_extrapolated(list(d)) for d in zip(*columns, strict=True)), strict=True))
-      ) or ([], [])
 
   def _wide(self, arrays: Sequence[np.ndarray]) -> Arrays:
     return [np.asarray(a, np.float64) for a in arrays]
+
+  def _values_of(self, stacked, ns):
+    return jax.lax.map(lambda xs: self._outputs(xs, ns)[0], stacked)
 
   def _vjp_of(self, xs, ns, us):
     ys, pull = jax.vjp(lambda *xs: self._outputs(xs, ns)[0], *xs)
@@ -162,6 +173,16 @@ class Oracle:
         f"check_derivatives expected {whose} to return floating arrays of the shapes "
         f"{expected} that f returns, got {got}."
       )
+
+
+def _derivatives(values: Sequence[Any]) -> tuple[Arrays, Arrays]:
+  """Derivatives and their errors from values at `_SHIFTS`, which the first axis stands for."""
+  found = []
+  with np.errstate(invalid="ignore", over="ignore"):
+    for y in values:
+      up, down = np.split(np.asarray(y, np.float64), 2)
+      found.append(_extrapolated([(u - d) / (2 * h) for u, d, h in zip(up, down, _STEPS)]))
+  return [d for d, _ in found], [error for _, error in found]
 
 
 def _extrapolated(differences: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -91,8 +91,8 @@ class Problem:
     self.size = max((math.prod(a.shape) for a in (*self.xs, *self.out_types)), default=0)
     self.unit_dtypes = [*self.dtypes, *(y.dtype for y in self.out_types)]
 
-  def at(self, args: Sequence[Any], seed: int) -> Problem:
-    """The same function at other arguments, with the same compiled programs if those fit."""
+  def at(self, args: Sequence[Any], seed: int) -> tuple[Problem, bool]:
+    """The same function at other arguments, and whether its compiled programs are the same."""
     other = Problem(self.f, args, self.kwargs, seed)
     mine, theirs = (
       [
@@ -100,10 +100,11 @@ class Problem:
       ]
       for problem in (self, other)
     )
-    if self.tree == other.tree and mine == theirs:
+    shared = self.tree == other.tree and mine == theirs
+    if shared:
       for program in ("vjp", "jvp", "value"):
         other.__dict__[program] = getattr(self, program)
-    return other
+    return other, shared
 
   def arguments(self, xs: Sequence[Any], ns: Sequence[Any]) -> tuple[Any, ...]:
     """The arguments of f with these leaves."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from softmax_jax.verify import bounds
 from softmax_jax.verify.oracle import Oracle, first_line
-from softmax_jax.verify.problem import Arrays, Problem
+from softmax_jax.verify.problem import Arrays, Problem, compiled
 from softmax_jax.verify.report import Row
 
 # With more numbers than this in a problem fewer probes do.
@@ -49,17 +49,27 @@ class Verifier:
     self.problem, self.oracle, self.name = problem, oracle, name
     self.jacobian, self.edge_points = jacobian, edge_points
     self.limits, self.max_residual_bytes = dict(limits or {}), max_residual_bytes
-    self.rows_apart = 1  # how many other arguments (`row` of a point) batches are made of
-    self.forward = self._reason_against(
-      lambda: jax.eval_shape(problem.jvp_of, problem.xs, problem.ns, problem.xs)
-    )
+    self._programs: dict[str, Callable[..., Any]] = {}
     self._mask_outputs()
+
+  @functools.cached_property
+  def forward(self) -> str:
+    """Why f has no forward mode, or ""."""
+    # Some reasons only show when JAX compiles.
+    try:
+      self.problem.jvp(self.problem.xs, self.problem.ns, self.problem.xs)
+    except Exception as error:
+      return not_offered(error)
+    return ""
 
   def at(self, args: Sequence[Any], seed: int) -> Verifier:
     """The same at other arguments, with programs that are compiled already where they fit."""
     other = object.__new__(Verifier)
     other.__dict__.update(self.__dict__)
-    other.problem = self.problem.at(args, seed)
+    other.problem, shared = self.problem.at(args, seed)
+    if not shared:
+      other._programs = {}
+      other.__dict__.pop("forward", None)
     other.oracle = self.oracle.at(other.problem)
     other._mask_outputs()
     return other
@@ -68,13 +78,9 @@ class Verifier:
     ys, _ = self.oracle.value(self.problem.xs)
     self.problem.masks = [np.isfinite(y) for y in ys]
 
-  @staticmethod
-  def _reason_against(attempt: Callable[[], Any]) -> str:
-    try:
-      attempt()
-    except Exception as error:
-      return not_offered(error)
-    return ""
+  def program(self, name: str, f: Callable[..., Any]) -> Callable[..., Any]:
+    """``f`` compiled, once under this name."""
+    return self._programs.setdefault(name, compiled(f))
 
   # --- conditions ----------------------------------------------------------------------------------
 
