@@ -18,7 +18,9 @@ import pytest
 
 import softmax_jax
 from softmax_jax import train
-from softmax_jax.__main__ import main
+from softmax_jax.__main__ import _COMMANDS, main
+from softmax_jax.train import common
+from softmax_jax.train import digits as task
 
 TRAIN_SIZE, TEST_SIZE = 1347, 450
 
@@ -44,12 +46,12 @@ def strict_json(text):
 def train_few_steps(digits, *argv):
   parser = argparse.ArgumentParser()
   train.add_arguments(parser)
-  return train._train(parser.parse_args(argv), digits, lambda *_: None)
+  return task._train(train._with_defaults(parser.parse_args(argv)), digits, lambda *_: None)
 
 
 @pytest.fixture(scope="module")
 def digits():
-  return train._load_digits(0)
+  return task._load_digits(0)
 
 
 @pytest.fixture(scope="module")
@@ -174,8 +176,8 @@ def test_diverging_training_fails(capsys, tmp_path):
 
 def test_wrong_jacobian_fails(capsys, monkeypatch, training):
   without_outer_product = lambda x: jax.nn.softmax(x)[..., None] * jnp.eye(10)
-  monkeypatch.setattr(train.derivatives, "softmax_jacobian", without_outer_product)
-  monkeypatch.setattr(train, "_train", lambda *_: training)
+  monkeypatch.setattr(task.derivatives, "softmax_jacobian", without_outer_product)
+  monkeypatch.setattr(task, "_train", lambda *_: training)
   code, out, err = run(capsys, "train")
   assert code == 1
   assert "Passed" not in out
@@ -221,7 +223,7 @@ def test_seed_decides_everything(digits, training):
 
   other = train_few_steps(digits, "--steps", "10", "--seed", "1")
   assert np.all(training.train_curve[:10, 1] != other.train_curve[:, 1])
-  assert np.any(train._load_digits(1).test_indices != digits.test_indices)
+  assert np.any(task._load_digits(1).test_indices != digits.test_indices)
 
 
 def test_curves_cover_all_steps(training):
@@ -234,7 +236,7 @@ def test_curves_cover_all_steps(training):
 
 def test_step_is_traced_once_and_donates(digits, monkeypatch):
   shapes, first_weights = [], []
-  loss, initial_weights = train.softmax_cross_entropy_with_integer_labels, train._initial_weights
+  loss, initial_weights = task.softmax_cross_entropy_with_integer_labels, task._initial_weights
 
   def watched_loss(logits, labels):
     shapes.append(logits.shape)
@@ -244,8 +246,8 @@ def test_step_is_traced_once_and_donates(digits, monkeypatch):
     first_weights.extend(initial_weights(key))
     return list(first_weights)
 
-  monkeypatch.setattr(train, "softmax_cross_entropy_with_integer_labels", watched_loss)
-  monkeypatch.setattr(train, "_initial_weights", watched_weights)
+  monkeypatch.setattr(task, "softmax_cross_entropy_with_integer_labels", watched_loss)
+  monkeypatch.setattr(task, "_initial_weights", watched_weights)
   # Two batches of 500 fit in an epoch. The 347 digits left over must not become a third.
   options = ("--steps", "5", "--batch-size", "500", "--seed", "7", "--learning-rate", "1e-30")
   training = train_few_steps(digits, *options)
@@ -260,7 +262,7 @@ def test_step_is_traced_once_and_donates(digits, monkeypatch):
 
 
 def test_batches_visit_every_digit_once_an_epoch():
-  batches = train._batches(seed=0, size=10, batch_size=5)
+  batches = common.batches(seed=0, size=10, batch_size=5)
   first, second, third, fourth = (next(batches) for _ in range(4))
   np.testing.assert_array_equal(np.sort(np.concatenate([first, second])), np.arange(10))
   np.testing.assert_array_equal(np.sort(np.concatenate([third, fourth])), np.arange(10))
@@ -269,9 +271,9 @@ def test_batches_visit_every_digit_once_an_epoch():
 
 def test_gradient_norms_are_those_of_backpropagation_by_hand(digits):
   """The last step of the derivation, a - t, and the chain rule from there, in float64."""
-  weights = train._initial_weights(jax.random.key(1))
-  logits = np.asarray(train._logits(weights, digits.test_images))
-  report = train._gradient_norms(weights, digits, logits)
+  weights = task._initial_weights(jax.random.key(1))
+  logits = np.asarray(task._logits(weights, digits.test_images))
+  report = task._gradient_norms(weights, digits, logits)
 
   (matrix1, bias1), (matrix2, bias2) = jax.tree.map(np.float64, weights)
   x = np.float64(digits.test_images)
@@ -300,7 +302,7 @@ def logits_for_jacobians():
 
 
 def test_jacobians_agree_at_every_scale():
-  jacobians = train._compare_jacobians(logits_for_jacobians())
+  jacobians = task._compare_jacobians(logits_for_jacobians())
   for row in jacobians["pairs"]:
     assert row["over_terms"] <= jacobians["bound"], row
     assert row["over_jacobian"] >= row["over_terms"], row
@@ -325,8 +327,8 @@ def with_derivative_of(wrong):
   ids=["closed form scaled", "rule scaled", "rule reversed"],
 )
 def test_a_wrong_jacobian_is_found(monkeypatch, name, fault, found):
-  monkeypatch.setattr(train.derivatives if name == "softmax_jacobian" else train, name, fault)
-  jacobians = train._compare_jacobians(logits_for_jacobians())
+  monkeypatch.setattr(task.derivatives if name == "softmax_jacobian" else task, name, fault)
+  jacobians = task._compare_jacobians(logits_for_jacobians())
   for row in jacobians["pairs"]:
     wrong = sum(way in found for way in row["pair"])
     assert (row["over_terms"] <= jacobians["bound"]) == (wrong != 1), row
@@ -336,7 +338,7 @@ def test_nan_never_agrees():
   pair = {"pair": ["jacfwd", "jacrev"], "over_terms": float("nan")}
   jacobians = {"bound": 1e-6, "pairs": [pair]}
   report = {"test_accuracy": float("nan"), "test_loss": 0.1, "jacobians": jacobians}
-  assert train._failures(report) == [
+  assert task._failures(report) == [
     "the test accuracy is nan, below the required 0.95",
     "the Jacobians by jacfwd and jacrev differ by nan; float32 rounding explains 1.0e-06",
   ]
@@ -346,12 +348,12 @@ def test_progress_bar_on_a_terminal(monkeypatch, capsys):
   monkeypatch.setattr(sys, "stderr", io.StringIO())
   monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
   monkeypatch.setenv("TERM", "xterm")
-  with train._progress(20) as show:
-    show(10, 0.5, 0.25)
-    show(20, 0.125, 0.75)
+  with common.progress_bar(20) as show:
+    show(10, "test loss 0.5000")
+    show(20, "test loss 0.1250")
   shown = re.sub(r"\x1b\[[?;\d]*[A-Za-z]", "", sys.stderr.getvalue())
   assert "0/20 compiling" in shown
-  assert "20/20 test loss 0.1250, accuracy 0.7500" in shown
+  assert "20/20 test loss 0.1250" in shown
   assert capsys.readouterr().out == ""
 
 
@@ -361,11 +363,11 @@ def test_picture_shows_the_numbers(digits, training, tmp_path, monkeypatch):
 
   figures, save = [], Figure.savefig
   monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: figures.append(self))
-  logits = np.array(train._logits(training.weights, digits.test_images))
+  logits = np.array(task._logits(training.weights, digits.test_images))
   logits[17] = np.linspace(0, 1, 10)  # Less certain than any digit.
   with matplotlib.rc_context({"font.size": 5}):
     before = dict.copy(matplotlib.rcParams)
-    train._draw(tmp_path / "picture.pdf", digits, training, logits)
+    task._draw(tmp_path / "picture.pdf", digits, training, logits)
     assert dict.copy(matplotlib.rcParams) == before  # The backend is one of these.
 
   loss, accuracy, counts, heat, _ = figures[0].axes
@@ -446,7 +448,7 @@ def test_picture_shows_the_numbers(digits, training, tmp_path, monkeypatch):
 )
 def test_bad_values(capsys, monkeypatch, tmp_path, options, message):
   monkeypatch.chdir(tmp_path)
-  monkeypatch.setattr(train, "_train", lambda *_: pytest.fail("trained before the check"))
+  monkeypatch.setattr(task, "_train", lambda *_: pytest.fail("trained before the check"))
   (tmp_path / "folder.png").mkdir()
   result = run(capsys, "train", *options.split())
   assert result == (2, "", f"softmax-jax train: error: {message}\n")
@@ -470,7 +472,8 @@ def test_unknown_command(capsys):
   assert (code, out) == (2, "")
   # How argparse quotes the choices depends on Python's version.
   assert err.replace("'", "") == (
-    "softmax-jax: error: argument COMMAND: invalid choice: rain (choose from train)\n"
+    "softmax-jax: error: argument COMMAND: invalid choice: rain "
+    f"(choose from {', '.join(_COMMANDS)})\n"
   )
 
 
@@ -485,7 +488,7 @@ def test_checking_the_picture_leaves_no_file(tmp_path):
 @pytest.mark.parametrize("extra", ["matplotlib", "optax", "rich", "sklearn"])
 def test_missing_extra(capsys, monkeypatch, tmp_path, extra):
   monkeypatch.setitem(sys.modules, extra, None)  # This makes the import fail.
-  monkeypatch.setattr(train, "_load_digits", lambda *_: pytest.fail("started before the check"))
+  monkeypatch.setattr(task, "_load_digits", lambda *_: pytest.fail("started before the check"))
   result = run(capsys, "train", "--plot", str(tmp_path / "a.png"))
   assert result == (
     2,
@@ -508,7 +511,7 @@ def test_interrupt(capsys, monkeypatch):
   def interrupted(*_):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(train, "_train", interrupted)
+  monkeypatch.setattr(task, "_train", interrupted)
   assert run(capsys, "train") == (130, "", "\nsoftmax-jax: interrupted\n")
 
 

@@ -1,31 +1,12 @@
-"""Train a classifier of handwritten digits and check the softmax inside it.
-
-A small network learns the 1,797 handwritten digits of UCI that scikit-learn ships, in a
-jit-compiled loop whose loss is softmax_cross_entropy_with_integer_labels. A quarter of the digits
-is held out. Then the command prints:
-
-  * the accuracy on the held-out digits, and the speed;
-  * the norm of the loss gradient of each held-out digit, by vmap(grad): the digits with the
-    largest are those whose label the network contradicts most;
-  * how far apart the softmax Jacobian at the network's own logits is, computed four ways: closed
-    form, jacfwd and jacrev of softmax_jax.softmax, and JAX's autodiff of jax.nn.softmax.
-
-Exit code: 0 if the accuracy is at least 0.95 and the Jacobians agree to within float32 rounding,
-1 if not, 2 for a bad option or a missing package.
-"""
+"""`softmax-jax train --task digits`: handwritten digits, and the softmax Jacobian at the model."""
 
 import argparse
-import contextlib
 import functools
-import importlib
 import itertools
-import json
 import math
-import os
 import pathlib
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -33,84 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from softmax_jax import derivatives, softmax, softmax_cross_entropy_with_integer_labels
+from softmax_jax.train import common
+
+DEFAULTS = {"steps": 1000, "batch_size": 128, "learning_rate": 3e-3}
+EXTRAS = ("optax", "rich", "sklearn")
 
 _REQUIRED_ACCURACY = 0.95
 _CLASSES = 10
 _HIDDEN = 128
-_PICTURES = (".pdf", ".png", ".svg")
 
 
-# --- the command line ----------------------------------------------------------------------------
-
-
-def _whole_number(low: int, high: int) -> Callable[[str], int]:
-  def parse(text: str) -> int:
-    with contextlib.suppress(ValueError):
-      if low <= int(text) <= high:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"expected a whole number from {low} to {high}, got {text!r}")
-
-  return parse
-
-
-def _learning_rate(text: str) -> float:
-  with contextlib.suppress(ValueError):
-    if 0 < float(text) <= 1000:
-      return float(text)
-  raise argparse.ArgumentTypeError(f"expected a number above 0, at most 1000, got {text!r}")
-
-
-def _picture(text: str) -> pathlib.Path:
-  path = pathlib.Path(text)
-  if path.suffix.lower() not in _PICTURES:
-    raise argparse.ArgumentTypeError(f"expected a name in .pdf, .png or .svg, got {text!r}")
-  # Only opening the file tells for certain whether it can be written.
-  existed = os.path.lexists(path)
-  try:
-    path.open("ab").close()
-  except OSError as error:
-    raise argparse.ArgumentTypeError(f"cannot write {text!r}: {error.strerror}") from None
-  if not existed:
-    path.unlink()
-  return path
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Declares the options of `softmax-jax train`."""
-  count = _whole_number(1, 1_000_000)
-  add = parser.add_argument
-  add("--steps", type=count, default=1000, metavar="N", help="training steps (default: 1000)")
-  add("--batch-size", type=count, default=128, metavar="N", help="digits per step (default: 128)")
-  add(
-    "--learning-rate",
-    type=_learning_rate,
-    default=3e-3,
-    metavar="X",
-    help="AdamW's learning rate at the start; a cosine takes it to 0 (default: 0.003)",
-  )
-  add(
-    "--seed",
-    type=_whole_number(0, 2**32 - 1),
-    default=0,
-    metavar="N",
-    help="decides what is held out, the initial weights and the batches (default: 0)",
-  )
-  add("--json", action="store_true", help="print one JSON object in place of the tables")
-  add(
-    "--plot",
-    type=_picture,
-    metavar="FILE.png",
-    help="draw the training curves, the confusion matrix and a Jacobian (also .pdf, .svg)",
-  )
-
-
-def run(args: argparse.Namespace) -> int:
-  """Trains, checks and reports; the exit code says whether every check held."""
-  start = time.perf_counter()
-  # Every extra now: better to hear of a missing one before the training than after it.
-  for extra in ("optax", "rich", "sklearn", *(["matplotlib"] if args.plot else [])):
-    importlib.import_module(extra)
-
+def run(args: argparse.Namespace) -> dict[str, Any]:
+  """Trains and checks; the report, whose failures are the checks that did not hold."""
   digits = _load_digits(args.seed)
   if args.batch_size > len(digits.train_labels):
     raise argparse.ArgumentError(
@@ -118,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
       f"argument --batch-size: expected at most {len(digits.train_labels)}, the size of the "
       f"training set, got {args.batch_size}",
     )
-  with _progress(args.steps) as show:
+  with common.progress_bar(args.steps) as show:
     training = _train(args, digits, show)
   logits = np.asarray(jax.jit(_logits)(training.weights, digits.test_images))
   correct = int(np.sum(logits.argmax(axis=-1) == digits.test_labels))
@@ -143,17 +58,7 @@ def run(args: argparse.Namespace) -> int:
   if args.plot:
     _draw(args.plot, digits, training, logits)
     report["plot"] = str(args.plot)
-  report["total_seconds"] = time.perf_counter() - start
-
-  if args.json:
-    # JSON has no NaN, of which a training that diverged has plenty: it becomes null.
-    plain = json.loads(json.dumps(report), parse_constant=lambda _: None)
-    print(json.dumps(plain, indent=2))
-  else:
-    _print_tables(report)
-  for failure in report["failures"]:
-    print(f"softmax-jax train: failed: {failure}", file=sys.stderr)
-  return 1 if report["failures"] else 0
+  return report
 
 
 def _failures(report: dict[str, Any]) -> list[str]:
@@ -203,15 +108,6 @@ def _load_digits(seed: int) -> _Digits:
   return _Digits(images[train], labels[train], images[test], labels[test], test)
 
 
-def _batches(seed: int, size: int, batch_size: int) -> Iterator[np.ndarray]:
-  """Index batches without end: a fresh shuffle each epoch, its incomplete last batch left out."""
-  rng = np.random.default_rng(seed)
-  while True:
-    order = rng.permutation(size).astype(np.int32)
-    for start in range(0, size - batch_size + 1, batch_size):
-      yield order[start : start + batch_size]
-
-
 # --- the network and its training ----------------------------------------------------------------
 
 _Weights = list[tuple[jax.Array, jax.Array]]
@@ -253,9 +149,9 @@ class _Training(NamedTuple):
 
 
 def _train(
-  args: argparse.Namespace, digits: _Digits, show: Callable[[int, float, float], None]
+  args: argparse.Namespace, digits: _Digits, show: Callable[[int, str], None]
 ) -> _Training:
-  """Trains for `args.steps` steps, telling `show` (step, loss, accuracy) every few of them."""
+  """Trains for `args.steps` steps, telling `show` how far it is every few of them."""
   import optax
 
   schedule = optax.cosine_decay_schedule(args.learning_rate, args.steps)
@@ -278,7 +174,7 @@ def _train(
   test = jax.device_put((digits.test_images, digits.test_labels))
   weights = _initial_weights(jax.random.key(args.seed))
   state = (weights, optimizer.init(weights))
-  batches = _batches(args.seed, len(digits.train_labels), args.batch_size)
+  batches = common.batches(args.seed, len(digits.train_labels), args.batch_size)
 
   train_curve, test_curve, seconds = [], [], []
   # The test digits are looked at after step 1 (which compiles, so that the other steps show the
@@ -296,7 +192,8 @@ def _train(
     for place, point in enumerate(jax.device_get(measured), start + 1):
       train_curve.append((place, *map(float, point)))
     test_curve.append((stop, *map(float, measure(state[0], *test))))
-    show(*test_curve[-1])
+    _, loss, accuracy = test_curve[-1]
+    show(stop, f"test loss {loss:.4f}, accuracy {accuracy:.4f}")
 
   train_loss, train_accuracy = map(float, measure(state[0], *train))
   # A single step has no speed but that of the compiler.
@@ -312,29 +209,6 @@ def _train(
     "examples_per_second": speed * args.batch_size,
   }
   return _Training(state[0], np.array(train_curve), np.array(test_curve), summary)
-
-
-@contextlib.contextmanager
-def _progress(steps: int) -> Iterator[Callable[[int, float, float], None]]:
-  """A progress bar on stderr, or nothing where that is no terminal."""
-  from rich import progress
-  from rich.console import Console
-
-  console = Console(stderr=True)
-  columns = (
-    progress.BarColumn(),
-    progress.MofNCompleteColumn(),
-    progress.TextColumn("{task.description}"),
-    progress.TimeRemainingColumn(),
-  )
-  with progress.Progress(*columns, console=console, disable=not console.file.isatty()) as bar:
-    task = bar.add_task("compiling", total=steps)
-
-    def show(step: int, loss: float, accuracy: float) -> None:
-      description = f"test loss {loss:.4f}, accuracy {accuracy:.4f}"
-      bar.update(task, completed=step, description=description)
-
-    yield show
 
 
 # --- what is looked at after the training --------------------------------------------------------
@@ -412,24 +286,10 @@ def _compare_jacobians(logits: np.ndarray) -> dict[str, Any]:
   return {"bound": bound, "pairs": pairs}
 
 
-def _print_tables(report: dict[str, Any]) -> None:
-  from rich.console import Console
-  from rich.table import Table
-
-  console = Console(highlight=False)
-
-  def show(title, columns, rows, caption=None):
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
-    table.show_header = any(columns)
-    for i, column in enumerate(columns):
-      table.add_column(column, justify="right" if i else "left")
-    for row in rows:
-      table.add_row(*row)
-    console.print(table)
-    console.print()
-
+def print_tables(report: dict[str, Any]) -> None:
+  """Prints the report."""
   digits, norms = report["test_digits"], report["gradient_norms"]
-  show(
+  common.print_table(
     "Training",
     ("", ""),
     (
@@ -444,7 +304,7 @@ def _print_tables(report: dict[str, Any]) -> None:
       ("times that JAX traced the step", str(report["step_traces"])),
     ),
   )
-  show(
+  common.print_table(
     "Test digits with the largest gradients",
     ("digit", "label", "prediction", "confidence", "gradient norm"),
     (
@@ -458,7 +318,7 @@ def _print_tables(report: dict[str, Any]) -> None:
     f"Gradient norms of the {digits} test digits: smallest {norms['min']:.1e}, median "
     f"{norms['median']:.1e}, largest {norms['max']:.1e}.",
   )
-  show(
+  common.print_table(
     "Softmax Jacobians at the test logits: largest |J1 - J2|",
     ("compared", "over |diag(a)| + |a a^T|", "over |J|"),
     (
@@ -469,12 +329,11 @@ def _print_tables(report: dict[str, Any]) -> None:
     "J = diag(a) - a a^T. They cancel where the network is sure, and J is small beside them.",
   )
   if "plot" in report:
-    console.print(f"Picture: {report['plot']}", markup=False, soft_wrap=True)
+    common.print_line(f"Picture: {report['plot']}")
   if not report["failures"]:
-    console.print(
+    common.print_line(
       f"Passed: the accuracy is at least {_REQUIRED_ACCURACY} and the Jacobians agree to within "
-      "float32 rounding.",
-      soft_wrap=True,
+      "float32 rounding."
     )
 
 
