@@ -262,6 +262,30 @@ def test_gradients_accumulated_over_micro_batches_of_donated_arguments():
   assert relative_error(updated, expected) < 1e-6
 
 
+@reductions
+def test_data_parallel_in_shard_map(reduction):
+  """Tokens over four devices, the weight on each: the gradients are those of one device."""
+  mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+  x, labels, bias = random(3, (8, H)), np.arange(8), random(4, V)
+  options = dict(label_smoothing=0.1, z_loss=0.1, softcap=3.0, reduction=reduction)
+
+  def local(x, weight, bias, labels):
+    losses = linear(x, weight, labels, bias=bias, ignore_index=-1, chunk_size=1, **options)
+    return jax.lax.pmean(jnp.mean(losses), "d")
+
+  specs = (jax.P("d"), jax.P(), jax.P(), jax.P("d"))
+  parallel = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=jax.P())
+  single = lambda x, weight, bias, labels: jnp.mean(linear(x, weight, labels, bias=bias, **options))
+  args = tuple(map(jnp.asarray, (x, WEIGHT, bias)))
+  for differentiate in (
+    lambda f: jax.value_and_grad(f, (0, 1, 2))(*args, labels),
+    lambda f: jax.jvp(lambda *args: f(*args, labels), args, args),
+  ):
+    actual, expected = (jax.jit(lambda f=f: differentiate(f))() for f in (parallel, single))  # noqa: B023
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+      assert relative_error(a, b) < 2e-6
+
+
 def test_coefficients_may_be_traced_and_the_loss_may_be_scaled():
   """One compilation serves all values; a scaled loss has a scaled gradient."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -161,7 +162,7 @@ def linear_softmax_cross_entropy(
   )
 
   if reduction == "none":
-    per_row = rules.losses(Inputs(*varying_alike(*inputs)), index, static)
+    per_row = rules.losses(*_alike(inputs, index), static)
     if weights is not None:
       per_row = per_row._replace(nll=options.times(row_weights, per_row.nll))
     return options.combine(chosen, per_row, counted)[0].reshape(rows)
@@ -171,5 +172,11 @@ def linear_softmax_cross_entropy(
     shares = PerRow((1 - alpha) * row_weights, None, jnp.broadcast_to(alpha, index.shape))
   if chosen.z_loss is not None:
     shares = shares._replace(lse=jnp.broadcast_to(chosen.z_loss, index.shape))
-  total = rules.sum_of_losses(inputs, shares, index, static)
+  total = rules.sum_of_losses(*_alike(inputs, shares, index), static)
   return options._mean(total, jnp.sum(counted)) if reduction == "mean" else total
+
+
+def _alike(*args: Any) -> tuple[Any, ...]:
+  """``args``, whose arrays all vary over the same axes of a `jax.shard_map`."""
+  leaves, structure = jax.tree.flatten(args)
+  return structure.unflatten(varying_alike(*leaves))

@@ -190,7 +190,7 @@ def _chunk_gradients(
 
   rows = sums.x
   if wanted.x:
-    sums = sums._replace(x=jnp.zeros(inputs.x.shape, projection.dtype))
+    sums = sums._replace(x=jnp.zeros_like(inputs.x, projection.dtype))
   size = block_size(*inputs.x.shape, num_classes, y.dtype.itemsize)
   sums = over_blocks(block, sums, num_classes, size)
   if wanted.x:
@@ -201,7 +201,7 @@ def _chunk_gradients(
 def _zeros(wanted: Inputs, inputs: Inputs, static: Static) -> Inputs:
   """Zeros to add gradients to, None where not wanted."""
   sums = [
-    jnp.zeros(x.shape, static.projection.dtype) if w else None
+    jnp.zeros_like(x, static.projection.dtype) if w else None
     for w, x in zip(wanted, inputs, strict=True)
   ]
   return Inputs(*sums)
