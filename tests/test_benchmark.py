@@ -198,6 +198,9 @@ def test_errors_are_counted_in_ulps_and_in_u():
   assert relative == pytest.approx(2.0**-22 / 1.0, rel=0.01)
   assert oracle.errors(np.array([1.0, np.nan, 4.0, 0.0]), expected, float32) == (np.inf, np.inf)
 
+  tiny = oracle.Expected(values[3:], values[3:], "ulp")
+  assert np.isnan(oracle.errors(np.zeros(1), tiny, float32)).all()
+
   rows = np.array([[3.0, 4.0], [1e-40, 0.0]])
   expected = oracle.Expected(rows, np.abs(rows), "u")
   actual = rows + np.array([[0.0, 5 * 2.0**-24], [0.0, 0.0]])

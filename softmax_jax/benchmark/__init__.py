@@ -154,9 +154,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _peers(wanted: list[str] | None) -> list[str]:
   """The peers to compare with; those that were named must be there."""
-  found = [peer for peer in programs.PEERS if programs.version(peer) is not None]
-  if not programs.torch_reaches_the_device():
-    found = [peer for peer in found if not peer.startswith("torch")]
+  found = [
+    peer
+    for peer in (programs.PEERS if wanted is None else wanted)
+    if programs.version(peer) is not None
+    and (not peer.startswith("torch") or programs.torch_reaches_the_device())
+  ]
   if wanted is None:
     return [peer for peer in found if peer != "torch.compile"]
   for peer in wanted:
@@ -164,7 +167,7 @@ def _peers(wanted: list[str] | None) -> list[str]:
       raise argparse.ArgumentError(
         None, f"argument --peers: {peer} is not installed, or not for the device that JAX uses"
       )
-  return wanted
+  return [peer for peer in programs.PEERS if peer in found]
 
 
 def _lines(args: argparse.Namespace) -> dict[str, list[suites.Line]]:
@@ -203,7 +206,7 @@ def _measure(args: argparse.Namespace, peers: list[str]) -> dict[str, Any]:
         continue
       measured = []
       for line in lines[suite]:
-        show(f"{line.function} {'x'.join(map(str, line.shape))}")
+        show(f"{line.function}, {line.mode}, {'x'.join(map(str, line.shape))}")
         limits = {"rounds": args.rounds, "seconds": args.seconds}
         measured.append(suites.measure(line, peers, dtype, seed=args.seed, **limits))
       result["suites"][suite] = {"lines": measured, "total": suites.total(measured)}

@@ -92,7 +92,7 @@ def _expected(row: _Row, inputs: _Inputs, dtype: np.dtype) -> oracle.Expected:
   if row.mode == VJP:
     return oracle.gradients(row.function, z, oracle.wide(inputs.cotangents[part], dtype))
   if row.mode == GRADIENT:
-    expected = oracle.gradients(row.function, z, labels)
+    expected = oracle.gradients(row.function, z, labels, rows_of_mean=len(inputs.logits))
     if row.at_label:
       entries = expected.values[np.arange(len(labels)), labels]
       return oracle.Expected(entries, np.abs(entries), "ulp")
@@ -100,11 +100,8 @@ def _expected(row: _Row, inputs: _Inputs, dtype: np.dtype) -> oracle.Expected:
   return oracle.values(row.function, z, *([labels] if row.mode == LOSS else []))
 
 
-def _actual(row: _Row, inputs: _Inputs, output: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def _actual(row: _Row, inputs: _Inputs, output: np.ndarray) -> np.ndarray:
   part = inputs.rows[row.rows]
-  output = oracle.wide(output, dtype)
-  if row.mode == GRADIENT:
-    output = output * len(inputs.logits)  # The loss is the mean over all rows.
   output = output[part]
   if row.at_label:
     return output[np.arange(len(output)), inputs.labels[part]]
@@ -160,7 +157,7 @@ def measure(
           )
           result["classes"].append(classes)
           for peer, output in outputs.items():
-            found = oracle.errors(_actual(row, inputs, output, at), expected, at)
+            found = oracle.errors(_actual(row, inputs, output), expected, at)
             for key, error in zip(("errors", "relative_errors"), found, strict=True):
               result[key][peer] = max(result[key].get(peer, 0.0), error)
             result["errors_by_classes"].setdefault(peer, []).append(found[0])

@@ -70,8 +70,13 @@ def values(function: str, z: np.ndarray, labels: np.ndarray | None = None) -> Ex
   return Expected(y, np.abs(y), "ulp")
 
 
-def gradients(function: str, z: np.ndarray, second: np.ndarray) -> Expected:
-  """The VJP of `function` with cotangent `second`; of a loss the gradient at labels `second`."""
+def gradients(
+  function: str, z: np.ndarray, second: np.ndarray, *, rows_of_mean: int = 1
+) -> Expected:
+  """The VJP of `function` with cotangent `second`; of a loss the gradient at labels `second`.
+
+  `rows_of_mean` is the number of rows over which the loss is averaged.
+  """
   rows = _Rows(z)
   a = rows.a
   if function == "softmax":
@@ -87,6 +92,7 @@ def gradients(function: str, z: np.ndarray, second: np.ndarray) -> Expected:
     is_label = np.arange(z.shape[-1]) == second[:, None]
     at_label = np.where(rows.at_max, -rows.r / (1 + rows.r), a - 1)
     bar = np.where(is_label, at_label, a)
+  bar = bar / rows_of_mean
   return Expected(bar, np.abs(bar), "u")
 
 
@@ -95,7 +101,7 @@ def linear(x: np.ndarray, weight: np.ndarray, labels: np.ndarray) -> tuple[Expec
   name = "softmax_cross_entropy_with_integer_labels"
   z = x @ weight
   loss = np.mean(values(name, z, labels).values)[None]
-  z_bar = gradients(name, z, labels).values / len(labels)
+  z_bar = gradients(name, z, labels, rows_of_mean=len(labels)).values
   x_bar, weight_bar = z_bar @ weight.T, x.T @ z_bar
   return (
     Expected(loss, np.abs(loss), "ulp"),
@@ -116,7 +122,8 @@ def errors(actual: np.ndarray, expected: Expected, dtype: np.dtype) -> tuple[flo
 
   u is one rounding error of `dtype`, half the distance from 1 to the next number. What is smaller
   than 1e8 times the smallest normal number (1e-30 in float32), where XLA's exp is coarse, may be
-  off or flush to zero: it does not count. An infinity or a NaN makes both errors infinite.
+  off or flush to zero: it does not count. An infinity or a NaN makes both errors infinite, and they
+  are NaN where nothing counts.
   """
   info = jnp.finfo(dtype)
   difference = np.abs(wide(actual, dtype).reshape(expected.values.shape) - expected.values)
@@ -133,7 +140,7 @@ def errors(actual: np.ndarray, expected: Expected, dtype: np.dtype) -> tuple[flo
   if not np.all(np.isfinite(difference)):
     return np.inf, np.inf
   if not np.any(counts):
-    return 0.0, 0.0
+    return np.nan, np.nan
   difference, size = difference[counts], size[counts]
   relative = difference / size
   if expected.unit == "u":

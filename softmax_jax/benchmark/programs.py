@@ -173,9 +173,7 @@ def threads() -> int:
 
 
 def torch_reaches_the_device() -> bool:
-  """Whether torch computes where JAX does."""
-  if version("torch") is None:
-    return False
+  """Whether torch, which must be installed, computes where JAX does."""
   import torch
 
   backend = jax.default_backend()

@@ -36,9 +36,9 @@ def _digits(value: float | None) -> str:
 
 
 def _error(value: float | None, relative: float | None = None) -> str:
-  if value is None:
+  if value is None or math.isnan(value):
     return "-"
-  if not math.isfinite(value):
+  if value == math.inf:
     return "inf or nan"
   if relative is not None and relative >= _WRONG:
     return f"{100 * relative:.0f} % wrong"
@@ -163,7 +163,7 @@ def _accuracy(
     for name in group:
       if name in row["errors"]:
         relative = row["relative_errors"][name] if row["unit"] == "ulp" else None
-        return _error(_or_infinite(row["errors"][name]), relative)
+        return _error(row["errors"][name], relative)
     return "-"
 
   keys = ("dtype", "unit")
@@ -172,10 +172,6 @@ def _accuracy(
     (row["row"], *(row[key] for key in keys), *(cell(row, group) for group in groups))
     for row in rows
   ]
-
-
-def _or_infinite(value: float | None) -> float:
-  return math.inf if value is None else value
 
 
 # --- Markdown ------------------------------------------------------------------------------------
@@ -320,7 +316,7 @@ def _draw_errors(axes, suite, rows):
   for name in names:
     y = _offset(names, name)
     points = [
-      (max(min(_or_infinite(row["errors"][name]), edge), 0.1), i + y)
+      (max(min(row["errors"][name], edge), 0.1), i + y)
       for i, row in enumerate(rows)
       if name in row["errors"]
     ]
