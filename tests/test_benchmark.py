@@ -420,6 +420,7 @@ def test_runs_with_no_peer_installed(capsys, monkeypatch):
     (["--shapes", "12"], "expected ROWSxCLASSES"),
     (["--shapes", "0x5"], "expected ROWSxCLASSES"),
     (["--shapes", "4x5x6"], "the softmax suite needs one ROWSxCLASSES"),
+    (["--shapes", "1x9999999999999999"], "expected ROWSxCLASSES"),
     (["--suite", "linear", "--shapes", "4x5"], "the linear suite needs one TOKENSxFEATURESx"),
     (["--suite", "speed"], "invalid choice: 'speed'"),
     (["--peers", "numpy"], "invalid choice: 'numpy'"),
@@ -435,6 +436,29 @@ def test_errors_take_one_line(argv, message, capsys):
   assert (code, out) == (2, "")
   assert err.startswith("softmax-jax benchmark: error: ") and err.count("\n") == 1
   assert message in err
+
+
+@pytest.mark.parametrize(
+  ("error", "message"),
+  [
+    (MemoryError(), "argument --shapes: 8x6 does not fit into memory"),
+    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "8x6 does not fit"),
+    (jax.errors.JaxRuntimeError("INTERNAL: a bug"), None),
+  ],
+)
+def test_too_large_a_shape_is_an_error(error, message, capsys, monkeypatch):
+  def fail(*args, **options):
+    raise error
+
+  monkeypatch.setattr(suites, "measure", fail)
+  argv = ("--suite", "losses", "--shapes", "8x6", "--peers")
+  if message is None:  # Nothing that the command line could mend.
+    with pytest.raises(jax.errors.JaxRuntimeError):
+      run(capsys, *argv)
+  else:
+    code, out, err = run(capsys, *argv)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
 
 
 @pytest.mark.skipif(not README.exists(), reason="the README is not beside the tests")

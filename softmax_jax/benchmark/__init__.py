@@ -27,6 +27,7 @@ import contextlib
 import datetime
 import importlib
 import itertools
+import math
 import os
 import pathlib
 import platform
@@ -49,7 +50,7 @@ _SUITES = (*suites.NAMES, "accuracy")
 def _shape(text: str) -> tuple[int, ...]:
   with contextlib.suppress(ValueError):
     shape = tuple(int(part) for part in text.split("x"))
-    if len(shape) in (2, 3) and min(shape) >= 1:
+    if len(shape) in (2, 3) and min(shape) >= 1 and math.prod(shape) < 2**48:
       return shape
   raise argparse.ArgumentTypeError(
     f"expected ROWSxCLASSES or, for the linear suite, TOKENSxFEATURESxCLASSES, got {text!r}"
@@ -88,8 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     nargs="+",
     type=_shape,
     metavar="BxK",
-    help="rows and classes, as 512x32768; for linear TxHxV (default: five on a CPU up to "
-    "64x131072, with 16 times the rows elsewhere; linear 4096x512x32768)",
+    help="rows and classes, as 512x32768; for linear TxHxV (default on a CPU: five up to "
+    "64x131072, linear 4096x512x32768; elsewhere 16 times the rows, linear 8192x4096x131072)",
   )
   add("--dtype", choices=_DTYPES, default="float32", help="of the inputs (default: float32)")
   add(
@@ -208,7 +209,15 @@ def _measure(args: argparse.Namespace, peers: list[str]) -> dict[str, Any]:
       for line in lines[suite]:
         show(f"{line.function}, {line.mode}, {'x'.join(map(str, line.shape))}")
         limits = {"rounds": args.rounds, "seconds": args.seconds}
-        measured.append(suites.measure(line, peers, dtype, seed=args.seed, **limits))
+        try:
+          measured.append(suites.measure(line, peers, dtype, seed=args.seed, **limits))
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+          if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            shape = "x".join(map(str, line.shape))
+            raise argparse.ArgumentError(
+              None, f"argument --shapes: {shape} does not fit into memory"
+            ) from error
+          raise
       result["suites"][suite] = {"lines": measured, "total": suites.total(measured)}
   return result
 
