@@ -42,6 +42,11 @@ class Normalizer(NamedTuple):
     return jnp.log1p(self.rest)
 
 
+def compiled(rule: Callable, static_argnums: int) -> Callable:
+  """``rule`` as one program, not many small ones, where no `jax.jit` surrounds the call."""
+  return jax.jit(rule, static_argnums=static_argnums, inline=True)
+
+
 # Where the others sum to less than this, S - 1 would have lost digits of them. (Where another entry
 # is as large as the largest, they sum to 1 or more.)
 _DOMINATED = 0.99

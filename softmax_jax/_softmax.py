@@ -20,6 +20,7 @@ from softmax_jax._normalizer import (
   Normalizer,
   any_entry,
   broadcast,
+  compiled,
   entries,
   exp_of_difference,
   few,
@@ -105,7 +106,7 @@ def _softmax_tangent(
 
 _softmax_rule = jax.custom_vjp(_softmax_primal, nondiff_argnums=(2,))
 _softmax_rule.defvjp(_softmax_fwd, _softmax_bwd)
-_softmax = enable_forward_mode(_softmax_rule, tangent=_softmax_tangent)
+_softmax = compiled(enable_forward_mode(_softmax_rule, tangent=_softmax_tangent), static_argnums=2)
 
 
 def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> jax.Array:
@@ -115,7 +116,9 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> ja
     \frac{\partial a_i}{\partial x_j} = a_i (\delta_{ij} - a_j)
 
   A drop-in replacement for `jax.nn.softmax`, differentiable in both modes with the hand-derived
-  Jacobian above. The output is all that is saved for the backward pass.
+  Jacobian above. The output is all that is saved for the backward pass. Entries are right to a few
+  units in the last place, derivatives to a few of the norm of their row; float32 rows of up to 16
+  entries have errors of up to 66 units on a CPU, like those of `jax.nn` anywhere.
 
   Args:
     x: array of any shape and a floating dtype, differentiable; integers are converted as
@@ -189,7 +192,7 @@ def _log_softmax_bwd(
 
 _log_softmax_rule = jax.custom_vjp(_log_softmax_primal, nondiff_argnums=(2,))
 _log_softmax_rule.defvjp(_log_softmax_fwd, _log_softmax_bwd)
-_log_softmax = enable_forward_mode(_log_softmax_rule)
+_log_softmax = compiled(enable_forward_mode(_log_softmax_rule), static_argnums=2)
 
 
 def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> jax.Array:
@@ -267,7 +270,7 @@ def _logsumexp_bwd(
 
 _logsumexp_rule = jax.custom_vjp(_logsumexp_primal, nondiff_argnums=(2,))
 _logsumexp_rule.defvjp(_logsumexp_fwd, _logsumexp_bwd)
-_logsumexp = enable_forward_mode(_logsumexp_rule)
+_logsumexp = compiled(enable_forward_mode(_logsumexp_rule), static_argnums=2)
 
 
 class _Signed(NamedTuple):
@@ -333,7 +336,7 @@ def _scaled_logsumexp_bwd(
 
 _scaled_logsumexp_rule = jax.custom_vjp(_scaled_logsumexp_primal, nondiff_argnums=(3,))
 _scaled_logsumexp_rule.defvjp(_scaled_logsumexp_fwd, _scaled_logsumexp_bwd)
-_scaled_logsumexp = enable_forward_mode(_scaled_logsumexp_rule)
+_scaled_logsumexp = compiled(enable_forward_mode(_scaled_logsumexp_rule), static_argnums=3)
 
 
 @overload

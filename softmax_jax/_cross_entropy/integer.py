@@ -27,6 +27,7 @@ from softmax_jax._normalizer import (
   Axes,
   Normalizer,
   broadcast,
+  compiled,
   entries,
   exp_of_difference,
   masked,
@@ -172,7 +173,7 @@ def _tangent(static: _Static, residuals: _Residuals, args_dot: tuple[Any, ...]) 
 
 _rule = jax.custom_vjp(_primal, nondiff_argnums=(4,))
 _rule.defvjp(_fwd, _bwd)
-_integer_cross_entropy = enable_forward_mode(_rule, tangent=_tangent)
+_integer_cross_entropy = compiled(enable_forward_mode(_rule, tangent=_tangent), static_argnums=4)
 
 
 @overload

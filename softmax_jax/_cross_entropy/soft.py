@@ -29,6 +29,7 @@ from softmax_jax._normalizer import (
   Normalizer,
   any_entry,
   broadcast,
+  compiled,
   entries,
   exp_of_difference,
   few,
@@ -209,7 +210,7 @@ def _tangent(
 
 _rule = jax.custom_vjp(_primal, nondiff_argnums=(4,))
 _rule.defvjp(_fwd, _bwd)
-_soft_cross_entropy = enable_forward_mode(_rule, tangent=_tangent)
+_soft_cross_entropy = compiled(enable_forward_mode(_rule, tangent=_tangent), static_argnums=4)
 
 
 @overload

@@ -61,8 +61,8 @@ def lines(suite: str, shapes: Sequence[tuple[int, ...]]) -> list[Line]:
   ]
 
 
-def arguments(line: Line, dtype: np.dtype, seed: int) -> list[np.ndarray]:
-  """Random inputs; the scale of the logits goes 0.1, 1, 10, 100 from row to row."""
+def arguments(line: Line, dtype: np.dtype, seed: int, scale: float = 1.0) -> list[np.ndarray]:
+  """Random inputs, with logits of standard deviation `scale` (of `linear`, of 1)."""
   rng = np.random.default_rng(seed)
   if line.suite == "linear":
     tokens, features, classes = line.shape
@@ -74,9 +74,7 @@ def arguments(line: Line, dtype: np.dtype, seed: int) -> list[np.ndarray]:
     return np.resize(generate(min(math.prod(shape), _RANDOM), np.float32), shape)
 
   rows, classes = line.shape
-  logits = draw(rng.standard_normal, rows, classes)
-  logits *= np.float32(10.0) ** (np.arange(rows) % 4 - 1)[:, None].astype(np.float32)
-  logits = logits.astype(dtype)
+  logits = (draw(rng.standard_normal, rows, classes) * np.float32(scale)).astype(dtype)
   if line.function == INTEGER:
     labels = rng.integers(0, classes, rows, np.int32)
     # Half of the labels are what the logits say, as they are late in a training.
@@ -141,10 +139,11 @@ def measure(
   rounds: int,
   seconds: float,
   seed: int,
+  scale: float = 1.0,
   clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
   """One line of the report: times, ratios, bandwidth, temp bytes and errors, ready for JSON."""
-  inputs = arguments(line, dtype, seed)
+  inputs = arguments(line, dtype, seed, scale)
   contenders = {OURS: programs.build(OURS, line.function, line.mode, inputs)}
   unable = {}
   for peer in programs.peers_of(line.function):
