@@ -1,9 +1,18 @@
-"""Verification of the derivatives of any function, and a report of it."""
+"""Verification of derivatives: find the wrong gradient in anybody's function.
+
+`check_derivatives` compares a function and its derivatives with float64, in every mode and under
+every transformation that applies, and returns a `Report`. Nothing in it knows of softmax. The
+checks are in `CHECKS`, by name; what an error is and where the bounds come from is told in
+`softmax_jax.verify.bounds`, and what they are compared with in `softmax_jax.verify.oracle`.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
+
+import jax
 
 from softmax_jax.verify.checks import CHECKS
 from softmax_jax.verify.oracle import Oracle
@@ -11,7 +20,7 @@ from softmax_jax.verify.problem import Problem
 from softmax_jax.verify.report import DerivativeError, Report, Row
 from softmax_jax.verify.verifier import Verifier
 
-__all__ = ["CHECKS", "DerivativeError", "Report", "Row", "check_derivatives"]
+__all__ = ["CHECKS", "DerivativeError", "Report", "Row", "check_derivatives", "describe_checks"]
 
 
 def check_derivatives(
@@ -28,8 +37,70 @@ def check_derivatives(
   name: str | None = None,
   seed: int = 0,
 ) -> Report:
-  """TODO."""
+  r"""Checks the value and the derivatives of ``f(*args, **kwargs)`` in every way that applies.
+
+  Derivatives are compared with float64: with autodiff of ``reference`` if there is one. Otherwise
+  the derivatives of ``f`` itself in float64 are the reference, after the check
+  ``finite_differences`` has compared them with
+
+  .. math:: \langle J^T u, v \rangle = \langle u, J v \rangle, \qquad
+    J v = \frac{d}{dh} f(x + h v) \Big|_{h = 0}
+
+  where the right side comes from values of ``f`` alone. Errors are relative and in norm, over the
+  whole array and over every slice of it; bounds come from the dtype, the size of the problem and
+  the rounding noise that ``f`` shows, and do not grow with the array. Products with random vectors
+  stand for the Jacobian wherever that has more than 4096 entries.
+
+  Args:
+    f: any function of arrays that JAX can differentiate, in whatever way it is differentiated.
+    *args: its arguments: arrays, Python numbers and pytrees of them. What has a floating dtype is
+      differentiated by; integers and booleans are passed along, and anything else is left as it is.
+    reference: a function with the arguments and outputs of ``f`` that is known to be right, in
+      plain JAX. It is evaluated in float64 and differentiated by JAX.
+    jacobian: the closed form of ``jax.jacobian(f)``: a function with the arguments of ``f`` that
+      returns the derivatives of the first floating output by the first floating argument.
+    kwargs: keyword arguments for ``f``, ``reference`` and ``jacobian``. They are held fixed.
+    edge_points: other tuples of arguments, at which there must be no NaN in the value and the
+      derivatives, beside agreement with the reference: rows with -inf, say, or huge numbers. A rule
+      that is wrong only at special arguments can only be found out at arguments of that kind.
+    checks: the names of the checks to run, of those in `CHECKS`; None stands for all.
+    skip: the names of checks to leave out.
+    bounds: relative bounds by the name of the check, in place of the derived ones.
+    max_residual_bytes: what the backward pass may hold beside arguments and outputs, for the check
+      ``residuals``.
+    name: what the report calls ``f``.
+    seed: decides the random cotangents and tangents.
+
+  Returns:
+    A `Report` with a row per check, or several where a check has parts, each passed, failed or
+    skipped with its reason. It is true if none failed and at least one passed.
+
+  Raises:
+    TypeError: if ``f`` is not callable or an argument is complex.
+    ValueError: if a check has no such name, or ``reference`` returns other shapes than ``f``.
+    Whatever ``f`` raises at its arguments, or ``reference`` in float64. What they raise when they
+    are differentiated or transformed is a row that failed.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from softmax_jax.verify import check_derivatives
+    >>> @jax.custom_vjp
+    ... def square(x):
+    ...   return x**2
+    >>> square.defvjp(lambda x: (x**2, x), lambda x, y_bar: (2 * x,))  # y_bar is forgotten
+    >>> report = check_derivatives(square, jnp.array([1.0, 2.0]))
+    >>> bool(report)
+    False
+    >>> sorted(row.check for row in report.failed)[:2]
+    ['finite_differences', 'linearity']
+    >>> bool(check_derivatives(jnp.square, jnp.array([1.0, 2.0])))
+    True
+
+  Source: C. J. F. Ridders (1982) for the finite differences; the identity of the dot products is
+  the classical test of an adjoint.
+  """
   chosen = chosen_checks(checks, skip)
+  chosen_checks(bounds, ())
   v = verifier(
     f,
     *args,
@@ -45,39 +116,64 @@ def check_derivatives(
   return run_checks(v, chosen)
 
 
+def describe_checks() -> dict[str, str]:
+  """What each check compares, by its name."""
+  return {name: inspect.getdoc(check) or "" for name, check in CHECKS.items()}
+
+
+# The parts of `check_derivatives`, for those who verify the same function at many points: programs
+# stay compiled in `Verifier.at`.
+
+
+def chosen_checks(checks: Collection[str] | None, skip: Collection[str] = ()) -> list[str]:
+  """The checks in their order, without those to be skipped."""
+  for group in (checks or (), skip):
+    names = [group] if isinstance(group, str) else group
+    for name in names:
+      if name not in CHECKS:
+        raise ValueError(
+          f"check_derivatives knows no check {name!r}; there are {', '.join(CHECKS)}."
+        )
+  checks, skip = ([g] if isinstance(g, str) else g for g in (checks, skip))
+  return [name for name in CHECKS if (checks is None or name in checks) and name not in skip]
+
+
 def verifier(
-  f,
-  *args,
-  reference=None,
-  jacobian=None,
-  kwargs=None,
-  edge_points=(),
-  bounds=None,
-  max_residual_bytes=None,
-  name=None,
-  seed=0,
+  f: Callable[..., Any],
+  *args: Any,
+  reference: Callable[..., Any] | None = None,
+  jacobian: Callable[..., Any] | None = None,
+  kwargs: Mapping[str, Any] | None = None,
+  edge_points: Sequence[Sequence[Any]] = (),
+  bounds: Mapping[str, float] | None = None,
+  max_residual_bytes: int | None = None,
+  name: str | None = None,
+  seed: int = 0,
 ) -> Verifier:
-  problem = Problem(f, args, kwargs or {}, seed)
-  return Verifier(
-    problem,
-    Oracle(problem, reference),
-    name=name or getattr(f, "__name__", None) or getattr(getattr(f, "func", None), "__name__", "f"),
-    jacobian=jacobian,
-    edge_points=edge_points,
-    limits=bounds,
-    max_residual_bytes=max_residual_bytes,
-  )
-
-
-def chosen_checks(checks: Collection[str] | None, skip: Collection[str]) -> list[str]:
-  return [n for n in CHECKS if (checks is None or n in checks) and n not in skip]
+  """What `run_checks` runs on; the arguments are those of `check_derivatives`."""
+  for what, function in (("f", f), ("reference", reference), ("jacobian", jacobian)):
+    if not callable(function) and (what == "f" or function is not None):
+      raise TypeError(
+        f"check_derivatives expected {what} to be a function, got {type(function).__name__}."
+      )
+  if name is None:
+    name = getattr(f, "__name__", None) or getattr(getattr(f, "func", None), "__name__", "f")
+  with jax.default_matmul_precision("highest"):
+    problem = Problem(f, args, kwargs or {}, seed)
+    return Verifier(
+      problem,
+      Oracle(problem, reference),
+      name=name,
+      jacobian=jacobian,
+      edge_points=edge_points,
+      limits=bounds,
+      max_residual_bytes=max_residual_bytes,
+    )
 
 
 def run_checks(v: Verifier, chosen: Sequence[str]) -> Report:
-  import jax
-
-  rows = []
+  """The report of these checks."""
+  # Accelerators would otherwise form products of float32 in fewer bits than that.
   with jax.default_matmul_precision("highest"):
-    for check in chosen:
-      rows += v.run(check, CHECKS[check])
+    rows = [row for name in chosen for row in v.run(name, CHECKS[name])]
   return Report(tuple(rows))

@@ -20,7 +20,7 @@ second grows like the root of its logarithm):
   the exponential and its like (some ulps, 2u each), and sums. XLA sums n terms in a tree or in
   lanes, so that each term passes about log2 n roundings, which add like a random walk.
 * The error of the reference, where that was found by finite differences.
-* The smallest normal number per entry (float16: the smallest one), for underflow.
+* The smallest normal number per entry (float16: four times the smallest number), for underflow.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def judge(
     change = np.where(np.isfinite(other), other - error, 0)
     squared_noise += change**2 / len(near)
   limits = jnp.finfo(dtype)
-  tiny = float(limits.smallest_subnormal if limits.bits == 16 and limits.nmant > 7 else limits.tiny)
+  half = limits.bits == 16 and limits.nmant > 7
+  tiny = float(4 * limits.smallest_subnormal if half else limits.tiny)
   typical = math.sqrt(np.mean(scale**2)) if scale.size else 0.0
 
   worst, reason = None, ""

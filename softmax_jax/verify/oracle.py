@@ -5,10 +5,11 @@ Finite differences of g(h) = f(x + h v) in float64 are taken by Ridders' method:
     d(h) = (g(h) - g(-h)) / (2 h) = g'(0) + c_1 h^2 + c_2 h^4 + ...
 
 with steps h from 1/8 to 2^-17 times the size of x, each a quarter of the one before, are extrapolated
-to h = 0 by T[i][j] = T[i][j-1] + (T[i][j-1] - T[i-1][j-1]) / (16^j - 1), and of all T the one is
-taken that differs least from those it is made of, a difference that also estimates its error. Large
+to h = 0 by T[i][j] = T[i][j-1] + (T[i][j-1] - T[i-1][j-1]) / (16^j - 1), and for each entry of f the
+T is taken that differs least from those it is made of, a difference that also estimates its error. Large
 steps win where f is smooth or its values are noisy (float32 inside), small ones near kinks; the step
-is chosen by the noise that f shows and not by its name. For smooth f about 1e-11 remains.
+is chosen by the noise that f shows and not by its name. For smooth f about 1e-11 remains. Entries at
+a kink (of a relu, say) have no derivative and are NaN.
 
 Source: C. J. F. Ridders, "Accurate computation of F'(x) and F'(x) F''(x)", Advances in Engineering
 Software 4 (1982).
@@ -28,7 +29,9 @@ import numpy as np
 from softmax_jax.verify.problem import Arrays, Point, Problem, compiled, split, widened
 
 _STEPS = 2.0**-3 * 4.0 ** -np.arange(8)
-_SHIFTS = np.concatenate([_STEPS, -_STEPS])
+_SHIFTS = np.concatenate([_STEPS, -_STEPS, [0.0]])
+# What is known worse than this, relative to the typical entry, is left out if little is.
+_KNOWN = 1e-3
 
 
 @contextlib.contextmanager
@@ -180,30 +183,51 @@ def _derivatives(values: Sequence[Any]) -> tuple[Arrays, Arrays]:
   found = []
   with np.errstate(invalid="ignore", over="ignore"):
     for y in values:
-      up, down = np.split(np.asarray(y, np.float64), 2)
-      found.append(_extrapolated([(u - d) / (2 * h) for u, d, h in zip(up, down, _STEPS)]))
+      y = np.asarray(y, np.float64)
+      up, down, here = y[: len(_STEPS)], y[len(_STEPS) : -1], y[-1]
+      half_steps = 2 * _STEPS.reshape(-1, *(1,) * here.ndim)
+      best, error = _extrapolated(list((up - down) / half_steps))
+      bends = np.abs(up - 2 * here + down) / half_steps
+      found.append(_without_kinks(best, error, bends))
   return [d for d, _ in found], [error for _, error in found]
 
 
+def _without_kinks(
+  best: np.ndarray, error: np.ndarray, bends: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """The derivatives with NaN for those at a kink, where there is none.
+
+  A bend is half the difference of the slopes on both sides, over the distance of a step. From one
+  step to the next it shrinks to a quarter where f is smooth, and grows where it is but noise. Where
+  the step reaches over a kink it does neither.
+  """
+  finite = np.isfinite(best)
+  typical = math.sqrt(np.mean(best[finite] ** 2)) if finite.any() else 0.0
+  known = _KNOWN * np.maximum(typical, np.abs(best))
+  before, after = bends[3:-1], bends[4:]
+  kink = np.any((after > known) & (before / 2 < after) & (after < 1.5 * before), axis=0)
+  unknown = finite & (kink | (error > known))
+  if unknown.sum() > 0.1 * finite.sum():
+    unknown = finite & kink
+  best, error = np.where(unknown, np.nan, best), np.where(unknown, 0, error)
+  # Two extrapolations agree by chance in some entries: none is better known than is typical.
+  return best, 3 * error + math.sqrt(np.mean(error**2)) if error.size else error
+
+
 def _extrapolated(differences: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+  """For each entry the extrapolation with the smallest estimated error, and that error."""
   finite = np.isfinite(differences[-1])  # Where f is infinite it has no derivative.
-  norm = lambda x: math.sqrt(np.sum(np.where(finite, x, 0) ** 2))
-  best, error, smallest = differences[-1], np.zeros_like(differences[-1]), math.inf
+  best, error = differences[-1], np.full(finite.shape, np.inf)
   previous: list[np.ndarray] = []
   for difference in differences:
     current = [difference]
     for j, before in enumerate(previous[:4], 1):
       current.append(current[-1] + (current[-1] - before) / (16.0**j - 1))
       spread = np.maximum(np.abs(current[-1] - current[-2]), np.abs(current[-1] - before))
-      if norm(spread) < smallest:
-        best, error, smallest = current[-1], spread, norm(spread)
+      better = spread < error  # False where it is NaN.
+      best, error = np.where(better, current[-1], best), np.where(better, spread, error)
     previous = current
-  if smallest == math.inf:
-    error = np.where(finite, np.inf, 0)
-  best = np.where(finite, best, np.nan)
-  # Two extrapolations agree by chance in some entries: no entry is better known than is typical.
-  typical = smallest / math.sqrt(max(1, finite.sum())) if smallest < math.inf else 0.0
-  return best, np.where(finite, error + typical, 0)
+  return np.where(finite, best, np.nan), np.where(finite, error, 0)
 
 
 def first_line(error: BaseException) -> str:
