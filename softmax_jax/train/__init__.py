@@ -106,6 +106,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help=f"classes that words are hashed to, with --task text (default: {text.VOCABULARY})",
   )
   add(
+    "--chunk-size",
+    type=count,
+    metavar="N",
+    help="words whose logits are held at a time, with --task text (default: "
+    f"{text.DEFAULTS['chunk_size']})",
+  )
+  add(
     "--seed",
     type=_whole_number(0, 2**32 - 1),
     default=0,
@@ -124,8 +131,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _with_defaults(args: argparse.Namespace) -> argparse.Namespace:
   """The options, with those of the task where none was given."""
   defaults = _TASKS[args.task].DEFAULTS
-  if args.vocabulary is not None and "vocabulary" not in defaults:
-    raise argparse.ArgumentError(None, "argument --vocabulary: only with --task text")
+  for name in text.DEFAULTS.keys() - defaults:
+    if getattr(args, name) is not None:
+      option = "--" + name.replace("_", "-")
+      raise argparse.ArgumentError(None, f"argument {option}: only with --task text")
   given = {name: value for name, value in vars(args).items() if value is not None}
   return argparse.Namespace(**{**vars(args), **defaults, **given})
 
