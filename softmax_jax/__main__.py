@@ -13,8 +13,9 @@ from typing import NoReturn
 
 import softmax_jax
 from softmax_jax import benchmark, train
+from softmax_jax.verify import command as verify
 
-_COMMANDS = {"benchmark": benchmark, "train": train}
+_COMMANDS = {"benchmark": benchmark, "train": train, "verify": verify}
 
 # What the modules of the extra `cli` are called on import.
 _CLI_EXTRA = {"matplotlib", "optax", "rich", "sklearn"}

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 NOISE = 6.0
-ROUNDING = 6.0
+ROUNDING = 4.0
 # With a larger bound than this a comparison says nothing, and is reported as skipped.
 USELESS = 0.5
 

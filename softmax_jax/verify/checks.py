@@ -25,6 +25,8 @@ _JACOBIAN_ENTRIES = 4096
 # More arguments than this are not looked at one by one.
 _ARGUMENTS = 8
 _BATCH = 3
+# The largest Jacobian that is drawn.
+_DRAWN_ENTRIES = 262_144
 
 
 def _check(function: Callable[[Verifier], list[Row]]) -> Callable[[Verifier], list[Row]]:
@@ -57,12 +59,14 @@ def value(v: Verifier) -> list[Row]:
 
 @_check
 def vjp(v: Verifier) -> list[Row]:
-  """Reverse mode: J^T u, with cotangents of all outputs together."""
+  """Reverse mode: J^T u, with cotangents of all outputs together, and the outputs it computes."""
   v.need_oracle()
 
   def evaluate(probe, near):
     point = v.problem.point(probe, near)
-    return v.cotangents(_pulled(v, point), v.oracle.vjp(point))
+    ys, _, bars = v.problem.vjp(point.xs, v.problem.ns, point.us)
+    outputs = v.of_outputs("value under vjp of ", ys, v.oracle.value(point.xs)[0])
+    return v.cotangents(bars, v.oracle.vjp(point)) + outputs
 
   return v.measure("vjp", evaluate)
 
@@ -256,10 +260,28 @@ def jacobian(v: Verifier) -> list[Row]:
   return rows + v.run("jacobian: closed form", closed_form)
 
 
-def reference_jacobian(v: Verifier) -> np.ndarray:
-  """The float64 Jacobian of the first output by the first argument, as a matrix."""
-  matrix, _ = _reference_jacobian(v, v.problem.point())[0][0]
-  return matrix.reshape(math.prod(v.problem.out_types[0].shape), v.problem.xs[0].size)
+def jacobian_pair(v: Verifier) -> tuple[np.ndarray, np.ndarray]:
+  """The Jacobian of the first output by the first argument by f's own rule, and in float64.
+
+  Both are matrices, for arrays that the caller knows to be small.
+  """
+  v.need_derivatives()
+  problem = v.problem
+  entries = math.prod(problem.out_types[0].shape) * problem.xs[0].size
+  if not 0 < entries <= _DRAWN_ENTRIES:
+    raise ValueError(f"it has {entries:,} entries, expected 1 to {_DRAWN_ENTRIES:,}")
+  shape = (-1, problem.xs[0].size)
+
+  def first_output(x):
+    return problem.outputs([x, *problem.xs[1:]], problem.ns)[0][0]
+
+  transform = jax.jacfwd if not v.forward and problem.xs[0].size < entries**0.5 else jax.jacrev
+  try:
+    matrix = jax.jit(transform(first_output))(problem.xs[0])
+  except ValueError:  # f may have one mode only.
+    matrix = jax.jit(jax.jacfwd(first_output))(problem.xs[0])
+  right, _ = _reference_jacobian(v, problem.point())[0][0]
+  return np.asarray(matrix, np.float64).reshape(shape), right.reshape(shape)
 
 
 def _reference_jacobian(v: Verifier, point: Point) -> list[list[tuple[np.ndarray, np.ndarray]]]:

@@ -106,8 +106,9 @@ class Report:
     """The table."""
     return self._text(self.rows)
 
-  def _text(self, rows: Iterable[Row]) -> str:
-    return "\n".join([*aligned([row._cells() for row in rows]), self.summary()])
+  def _text(self, rows: Iterable[Row], summary: bool = True) -> str:
+    lines = aligned([row._cells() for row in rows])
+    return "\n".join([*lines, self.summary()] if summary else lines)
 
   def to_dict(self) -> dict[str, Any]:
     """The report as dicts, lists, strings and numbers; what does not exist is None."""

@@ -1,0 +1,351 @@
+"""Verify derivatives: of this library, or of any function of yours.
+
+Without an argument every function of softmax_jax is verified over dtypes and shapes, each beside a
+plain reference in float64. With MODULE:FUNCTION that function is verified on random arguments, and
+the current directory can be imported from:
+
+  softmax-jax verify mypackage.losses:focal_loss --args 4,8:float32 4:int32 --kwarg gamma=2.0
+  softmax-jax verify jax.nn:softmax --shape 8,4 --axis 0 --plot jacobian.png
+
+Without --reference derivatives are compared with finite differences in float64. Arguments are drawn
+from a normal distribution; integers lie below the size of the class axis (--axis) of the first one.
+
+Exit code: 0 if no check failed, 1 if one did, 2 for a bad option, a function that cannot be imported
+or does not accept the arguments, or a missing package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import concurrent.futures
+import importlib
+import itertools
+import math
+import os
+import pathlib
+import re
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from softmax_jax import _command_line as command_line
+from softmax_jax.verify import CHECKS, Report, chosen_checks, library, run_checks, verifier
+from softmax_jax.verify.checks import jacobian_pair
+from softmax_jax.verify.oracle import first_line
+
+_DTYPES = (
+  *("float16", "bfloat16", "float32", "float64", "bool"),
+  *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
+)
+_MAX_SIZE = 50_000_000
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+def _shape(text: str) -> tuple[int, ...]:
+  plain = text.strip().removeprefix("(").removesuffix(")").removesuffix(",")
+  if re.fullmatch(r"(\d+(,\s*\d+)*)?", plain):
+    shape = tuple(int(n) for n in plain.split(",") if n)
+    if math.prod(shape) <= _MAX_SIZE:
+      return shape
+  raise argparse.ArgumentTypeError(
+    f"expected sizes with commas between, such as 4,8, of at most {_MAX_SIZE:,} entries, "
+    f"got {text!r}"
+  )
+
+
+def _dtype(text: str) -> str:
+  if text not in _DTYPES:
+    raise argparse.ArgumentTypeError(f"expected one of {', '.join(_DTYPES)}, got {text!r}")
+  return text
+
+
+def _argument(text: str) -> tuple[tuple[int, ...], str | None]:
+  shape, colon, dtype = text.partition(":")
+  return _shape(shape), _dtype(dtype) if colon else None
+
+
+def _keyword(text: str) -> tuple[str, Any]:
+  name, equals, value = text.partition("=")
+  if not equals or not name.isidentifier():
+    raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+  try:
+    return name, ast.literal_eval(value)
+  except (ValueError, SyntaxError):
+    return name, value
+
+
+def _function_name(text: str) -> str:
+  if not re.fullmatch(r"[\w.]+:[\w.]+", text):
+    raise argparse.ArgumentTypeError(f"expected MODULE:FUNCTION, got {text!r}")
+  return text
+
+
+def _check_name(text: str) -> str:
+  if text not in CHECKS:
+    raise argparse.ArgumentTypeError(f"expected one of {', '.join(CHECKS)}, got {text!r}")
+  return text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Declares the options of `softmax-jax verify`."""
+  add = parser.add_argument
+  add(
+    "function",
+    nargs="?",
+    type=_function_name,
+    metavar="MODULE:FUNCTION",
+    help="what to verify (default: the whole library)",
+  )
+  add("--shape", type=_shape, metavar="N,N", help="shape of its argument (default: 4,8)")
+  add("--dtype", type=_dtype, metavar="DTYPE", help="dtype of its argument (default: float32)")
+  add(
+    "--args",
+    type=_argument,
+    nargs="+",
+    metavar="N,N:DTYPE",
+    help="shapes and dtypes of several arguments",
+  )
+  add(
+    "--reference",
+    type=_function_name,
+    metavar="MODULE:FUNCTION",
+    help="a function with the same arguments that is known to be right",
+  )
+  add("--axis", type=int, metavar="N", help="the keyword argument axis")
+  add(
+    "--kwarg",
+    type=_keyword,
+    action="append",
+    default=[],
+    metavar="NAME=VALUE",
+    help="another keyword argument, a Python literal or a word; may be repeated",
+  )
+  add("--checks", type=_check_name, nargs="+", metavar="CHECK", help="only these checks")
+  add("--skip", type=_check_name, nargs="+", default=[], metavar="CHECK", help="not these checks")
+  add(
+    "--seed",
+    type=command_line.whole_number(0, 2**32 - 1),
+    default=0,
+    metavar="N",
+    help="decides the arguments, cotangents and tangents (default: 0)",
+  )
+  add("--json", action="store_true", help="print one JSON object in place of the table")
+  add(
+    "--plot",
+    type=command_line.picture,
+    metavar="FILE.png",
+    help="draw the Jacobian, that of the reference, and their difference (also .pdf, .svg)",
+  )
+
+
+def run(args: argparse.Namespace) -> int:
+  """Verifies and reports; the exit code says whether every check held."""
+  start = time.perf_counter()
+  # Every extra now: better to hear of a missing one before the work than after it.
+  for extra in ("rich", *(["matplotlib"] if args.plot else [])):
+    importlib.import_module(extra)
+  report = _library(args) if args.function is None else _function(args)
+  seconds = time.perf_counter() - start
+  if args.json:
+    about = {"jax": jax.__version__, "seed": args.seed, "seconds": seconds}
+    command_line.print_json(about | report.to_dict())
+  else:
+    print(f"{report.summary()} in {seconds:.0f} s")
+    if args.plot:
+      print(f"Picture: {args.plot}")
+  return 0 if report else 1
+
+
+# --- the library -------------------------------------------------------------------------------------
+
+
+def _library(args: argparse.Namespace) -> Report:
+  for name in ("shape", "dtype", "args", "reference", "axis", "plot", "checks"):
+    if getattr(args, name) is not None:
+      raise argparse.ArgumentError(None, f"argument --{name}: needs MODULE:FUNCTION")
+  for name in ("kwarg", "skip"):
+    if getattr(args, name):
+      raise argparse.ArgumentError(None, f"argument --{name}: needs MODULE:FUNCTION")
+  cases = list(library.cases())
+  with command_line.progress_bar(len(cases)) as show:
+    done = itertools.count(1)
+
+    def verified(case):
+      report = case.run(args.seed)
+      show(next(done), f"{case.name}, {case.dtype}"[:60])
+      return report
+
+    # Most of the time goes into compiling, during which Python is free for another thread.
+    with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+      reports = list(pool.map(verified, cases))
+  if not args.json:
+    _print_library(cases, reports)
+  return sum(reports, Report(()))
+
+
+def _print_library(cases: list[library.Case], reports: list[Report]) -> None:
+  from rich.console import Console
+  from rich.table import Table
+
+  console = Console(highlight=False)
+  table = Table(
+    title="Derivatives of softmax_jax beside those of plain references in float64",
+    title_justify="left",
+    caption="The error is that of the check that came closest to its bound, relative and in norm. "
+    "--json gives every check, also those that were skipped and why.",
+    caption_justify="left",
+    box=None,
+    padding=(0, 1, 0, 0),
+  )
+  table.add_column("function", overflow="fold")
+  table.add_column("argument", no_wrap=True)
+  for name in ("passed", "failed", "error", "bound"):
+    table.add_column(name, justify="right", no_wrap=True)
+  for case, report in zip(cases, reports, strict=True):
+    passed = sum(row.status == "passed" for row in report.rows)
+    measured = [row for row in report.rows if row.shape is not None and row.bound > 0]
+    worst = max(measured, key=lambda row: row.error / row.bound, default=None)
+    shape = ",".join(map(str, case.args[0].shape))
+    table.add_row(
+      case.name,
+      f"{case.dtype}[{shape}]".replace("[", r"\["),
+      str(passed),
+      str(len(report.failed)),
+      *(("", "") if worst is None else (f"{worst.error:.1e}", f"{worst.bound:.1e}")),
+      style="red" if report.failed else None,
+    )
+  console.print(table)
+  failed = [row for report in reports for row in report.failed]
+  if failed:
+    print(Report(tuple(failed)))
+
+
+# --- a function --------------------------------------------------------------------------------------
+
+
+def _function(args: argparse.Namespace) -> Report:
+  if args.args is not None:
+    for name in ("shape", "dtype"):
+      if getattr(args, name) is not None:
+        raise argparse.ArgumentError(None, f"argument --{name}: not allowed with --args")
+  f = _imported("MODULE:FUNCTION", args.function)
+  reference = None
+  if args.reference is not None:
+    reference = _imported("--reference", args.reference)
+  specs = args.args or [((4, 8) if args.shape is None else args.shape, args.dtype)]
+  specs = [(shape, dtype or "float32") for shape, dtype in specs]
+  kwargs = dict(args.kwarg)
+  if args.axis is not None:
+    kwargs["axis"] = args.axis
+  wide = any(dtype.endswith("64") for _, dtype in specs)
+  with jax.enable_x64(wide or jax.config.jax_enable_x64):
+    arrays = _random_arguments(args, specs)
+    try:
+      v = verifier(
+        f, *arrays, reference=reference, kwargs=kwargs, name=args.function, seed=args.seed
+      )
+    except Exception as error:
+      shapes = ", ".join(f"{dtype}{list(shape)}" for shape, dtype in specs)
+      raise argparse.ArgumentError(
+        None, f"cannot verify {args.function} on ({shapes}): {first_line(error)}"
+      ) from error
+    if args.plot:
+      pair = _pair_to_draw(v)
+    chosen = chosen_checks(args.checks, args.skip)
+    report = Report(())
+    with command_line.progress_bar(len(chosen)) as show:
+      for done, check in enumerate(chosen, 1):
+        report += run_checks(v, [check])
+        show(done, check)
+    if args.plot:
+      _draw(args.plot, args, v, *pair)
+  if not args.json:
+    print(report._text(report.rows, summary=False))
+  return report
+
+
+def _imported(option: str, name: str) -> Callable[..., Any]:
+  module, _, path = name.partition(":")
+  if (here := os.getcwd()) not in sys.path:
+    sys.path.insert(0, here)
+  try:
+    found: Any = importlib.import_module(module)
+  except (Exception, SystemExit) as error:  # What a module does on import is its own affair.
+    raise argparse.ArgumentError(
+      None, f"argument {option}: cannot import {module}: {first_line(error)}"
+    ) from error
+  for part in path.split("."):
+    try:
+      found = getattr(found, part)
+    except AttributeError:
+      raise argparse.ArgumentError(
+        None, f"argument {option}: {module} has no {path}"
+      ) from None
+  if not callable(found):
+    raise argparse.ArgumentError(
+      None, f"argument {option}: {name} is of type {type(found).__name__}, which cannot be called"
+    )
+  return found
+
+
+def _random_arguments(args: argparse.Namespace, specs: list[Any]) -> list[jax.Array]:
+  rng = np.random.default_rng(args.seed)
+  shape, _ = specs[0]
+  axis = -1 if args.axis is None else args.axis
+  high = shape[axis] if -len(shape) <= axis < len(shape) else 2
+  arrays = []
+  for shape, dtype in specs:
+    if dtype == "bool":
+      arrays.append(jnp.asarray(rng.integers(0, 2, shape), dtype))
+    elif "int" in dtype:
+      arrays.append(jnp.asarray(rng.integers(0, min(max(high, 1), 127), shape), dtype))
+    else:
+      arrays.append(jnp.asarray(rng.standard_normal(shape), dtype))
+  return arrays
+
+
+def _pair_to_draw(v: Any) -> tuple[np.ndarray, np.ndarray]:
+  try:
+    return jacobian_pair(v)
+  except Exception as error:
+    raise argparse.ArgumentError(
+      None, f"argument --plot: no Jacobian to draw: {first_line(error)}"
+    ) from error
+
+
+def _draw(
+  path: pathlib.Path, args: argparse.Namespace, v: Any, ours: np.ndarray, right: np.ndarray
+) -> None:
+  """Draws the Jacobian, the reference's and their difference."""
+  import matplotlib
+  from matplotlib.colors import CenteredNorm
+  from matplotlib.figure import Figure  # Without pyplot: the caller's backend stays as it is.
+
+  difference = np.where(np.isfinite(right), ours - right, 0)
+  size = lambda x: float(np.max(np.abs(x), initial=0, where=np.isfinite(x)))
+  error = np.linalg.norm(difference) / (np.linalg.norm(right[np.isfinite(right)]) or 1)
+  named = f"of {args.reference}" if args.reference else "by finite differences, float64"
+  titles = (f"(a) {args.function}", f"(b) {named}", f"(c) Difference: {error:.1e} in norm")
+  with matplotlib.rc_context({"font.size": 9, "axes.titlelocation": "left"}):
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    for axes, matrix, title in zip(
+      figure.subplots(1, 3), (ours, right, difference), titles, strict=True
+    ):
+      scale = size(difference if matrix is difference else right) or 1.0
+      image = axes.imshow(
+        matrix, cmap="RdBu_r", norm=CenteredNorm(halfrange=scale), aspect="auto",
+        interpolation="nearest",
+      )  # fmt: skip
+      axes.set_title(title, fontsize=9)
+      axes.set(xlabel=f"entry of {v.problem.names[0]}", ylabel=f"entry of {v.problem.out_names[0]}")
+      axes.locator_params(integer=True, nbins=8)
+      figure.colorbar(image, ax=axes)
+    figure.savefig(path, dpi=200)
