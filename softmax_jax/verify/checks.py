@@ -82,10 +82,9 @@ def each_output(v: Verifier) -> list[Row]:
   def evaluate(probe, near):
     point = problem.point(probe, near)
     comparisons = []
-    for i, name in enumerate(problem.out_names):
-      us = point.only_output(i)
+    for note, us in _one_by_one(v, point.us):
       bars = problem.vjp(point.xs, problem.ns, us)[2]
-      comparisons += v.cotangents(bars, v.oracle.vjp(point, us), f" by {name}")
+      comparisons += v.cotangents(bars, v.oracle.vjp(point, us), note)
     return comparisons
 
   return v.measure("each_output", evaluate, probes=2, near=4)
@@ -96,7 +95,7 @@ def finite_differences(v: Verifier) -> list[Row]:
   """The rule of f in float64: <J^T u, v> = <u, Jv>, with Jv by differences of the values alone.
 
   That makes f in float64 a reference for its own derivatives in all other checks. v moves one
-  argument at a time, and all together.
+  argument at a time, and all together; so does u among several outputs.
   """
   v.need_derivatives()
   if v.oracle.given:
@@ -112,16 +111,17 @@ def finite_differences(v: Verifier) -> list[Row]:
       us = point.us
       if any(kink.any() for kink in kinks):
         us = [np.where(kink, 0, u).astype(u.dtype) for u, kink in zip(us, kinks, strict=True)]
-      bars = v.oracle.vjp(point, None if us is point.us else us)
-      comparisons.append(
-        Comparison(
-          f"<cotangent, tangent> of {name}",
-          np.float64,
-          _inner(bars, vs),
-          _inner(us, dots),
-          sum(float(np.sum(np.abs(u.astype(float)) * s)) for u, s in zip(us, slack)),
+      for out, chosen in [("", us), *_one_by_one(v, us)]:
+        bars = v.oracle.vjp(point, None if chosen is point.us else chosen)
+        comparisons.append(
+          Comparison(
+            f"<cotangent, tangent> of {name}{out}",
+            np.float64,
+            _inner(bars, vs),
+            _inner(chosen, dots),
+            sum(float(np.sum(np.abs(u.astype(float)) * s)) for u, s in zip(chosen, slack)),
+          )
         )
-      )
     return comparisons
 
   unit = 2.0**-53 if not v.oracle.narrow else None
@@ -314,7 +314,7 @@ def _reference_jacobian(v: Verifier, point: Point) -> list[list[tuple[np.ndarray
 @_check
 def jit(v: Verifier) -> list[Row]:
   """Without jit (every other check compiles f), at two different arguments one after the other."""
-  v.need_oracle()
+  v.need_derivatives()
   problem = v.problem
 
   first: dict[int, Any] = {}
@@ -341,7 +341,7 @@ def jit(v: Verifier) -> list[Row]:
 @_check
 def vmap_each_argument(v: Verifier) -> list[Row]:
   """J^T u and Jv under vmap over one argument at a time; u and v are batched too."""
-  v.need_oracle()
+  v.need_derivatives()
   problem, rows = v.problem, []
   places = [("x", j, name) for j, name in enumerate(problem.names)]
   places += [("n", j, name) for j, name in enumerate(problem.other_names)]
@@ -361,18 +361,18 @@ def vmap_each_argument(v: Verifier) -> list[Row]:
 @_check
 def vmap_batch(v: Verifier) -> list[Row]:
   """J^T u and Jv under vmap over a batch of all arguments, cotangents and tangents."""
-  v.need_oracle()
+  v.need_derivatives()
   problem = v.problem
   return _vmapped(v, "vmap_batch", "", [0] * len(problem.xs), [0] * len(problem.ns))
 
 
 def _vmapped(v: Verifier, check: str, name: str, axes_x: list[Any], axes_n: list[Any]) -> list[Row]:
-  problem = v.problem
+  problem, forward = v.problem, not v.forward  # found out before anything is traced
   name_key = (name,) if name else ()  # the points of a whole batch are those of scan
   program = v.program(
     f"{check} {name}",
     jax.vmap(
-      lambda xs, ns, us, vs: _both(v, xs, ns, us, vs), in_axes=(axes_x, axes_n, 0, 0), axis_size=_BATCH
+      lambda xs, ns, us, vs: _both(v, forward, xs, ns, us, vs), in_axes=(axes_x, axes_n, 0, 0), axis_size=_BATCH
     ),
   )
   ns = [jnp.stack([n] * _BATCH) if a == 0 else n for n, a in zip(problem.ns, axes_n, strict=True)]
@@ -397,7 +397,7 @@ def _vmapped(v: Verifier, check: str, name: str, axes_x: list[Any], axes_n: list
 @_check
 def checkpoint(v: Verifier) -> list[Row]:
   """Reverse mode through jax.checkpoint."""
-  v.need_oracle()
+  v.need_derivatives()
   problem = v.problem
 
   def program(xs, ns, us):
@@ -417,8 +417,8 @@ def checkpoint(v: Verifier) -> list[Row]:
 @_check
 def scan(v: Verifier) -> list[Row]:
   """J^T u and Jv of a scan whose body calls f, with other arguments at every step."""
-  v.need_oracle()
-  problem = v.problem
+  v.need_derivatives()
+  problem, forward = v.problem, not v.forward
 
   def outputs(xs, ns):
     return jax.lax.scan(lambda _, xs: (None, problem.outputs(xs, ns)[0]), None, list(xs))[1]
@@ -426,7 +426,7 @@ def scan(v: Verifier) -> list[Row]:
   def both(xs, ns, us, vs):
     f = lambda *xs: outputs(xs, ns)
     bars = list(jax.vjp(f, *xs)[1](list(us)))
-    return bars, None if v.forward else jax.jvp(f, tuple(xs), tuple(vs))[1]
+    return bars, jax.jvp(f, tuple(xs), tuple(vs))[1] if forward else None
 
   program = v.program("scan", both)
 
@@ -440,10 +440,10 @@ def scan(v: Verifier) -> list[Row]:
   return v.measure("scan", evaluate, probes=1, near=4)
 
 
-def _both(v: Verifier, xs: Any, ns: Any, us: Any, vs: Any) -> tuple[Any, Any]:
+def _both(v: Verifier, forward: bool, xs: Any, ns: Any, us: Any, vs: Any) -> tuple[Any, Any]:
   """J^T u, and Jv or None without forward mode."""
   bars = v.problem.vjp_of(xs, ns, us)[2]
-  return bars, None if v.forward else v.problem.jvp_of(xs, ns, vs)
+  return bars, v.problem.jvp_of(xs, ns, vs) if forward else None
 
 
 def _batched(points: list[Point]) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -473,7 +473,7 @@ def second_order(v: Verifier) -> list[Row]:
 
   Both are the Hessian of <u, f> times v. The reference is a finite difference of float64 cotangents.
   """
-  v.need_oracle()
+  v.need_derivatives()
   problem = v.problem
   cotangent = lambda xs, ns, us: problem.vjp_of(xs, ns, us)[2]
 
@@ -646,6 +646,16 @@ def _directions(v: Verifier, point: Point) -> list[tuple[str, list[np.ndarray]]]
   if len(names) <= _ARGUMENTS:
     directions += [(name, point.only_argument(j)) for j, name in enumerate(names)]
   return directions
+
+
+def _one_by_one(v: Verifier, us: list[np.ndarray]) -> list[tuple[str, list[np.ndarray]]]:
+  """The cotangents with all but one of them 0, for each of several outputs."""
+  if len(us) < 2:
+    return []
+  return [
+    (f" by {name}", [u if i == j else np.zeros_like(u) for j, u in enumerate(us)])
+    for i, name in enumerate(v.problem.out_names[:_ARGUMENTS])
+  ]
 
 
 def _inner(xs: Any, ys: Any) -> float:

@@ -39,10 +39,6 @@ class Point:
   def __init__(self, key: tuple[int, ...], xs: Arrays, us: Arrays, vs: Arrays):
     self.key, self.xs, self.us, self.vs = key, xs, us, vs
 
-  def only_output(self, index: int) -> Arrays:
-    """The cotangents with all but one of them 0."""
-    return [u if i == index else np.zeros_like(u) for i, u in enumerate(self.us)]
-
   def only_argument(self, index: int) -> Arrays:
     """The tangents with all but one of them 0."""
     return [v if i == index else np.zeros_like(v) for i, v in enumerate(self.vs)]

@@ -92,7 +92,7 @@ class Verifier:
       raise Skip("no output has a floating dtype")
 
   def need_oracle(self) -> None:
-    """Skips where f would be compared with itself."""
+    """Skips where f compiled would be compared with itself."""
     self.need_derivatives()
     if self.oracle.narrow:
       raise Skip(f"{self.oracle.narrow}; see finite_differences, or pass reference=")
