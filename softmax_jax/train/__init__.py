@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--learning-rate",
     type=_learning_rate,
     metavar="X",
-    help="AdamW's learning rate at the start, for text after a twentieth of the steps; a cosine "
+    help="AdamW's learning rate at the start, for text after a tenth of the steps; a cosine "
     f"takes it to 0 {default('learning_rate')}",
   )
   add(

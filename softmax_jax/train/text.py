@@ -290,9 +290,11 @@ def _train(args: argparse.Namespace, text: _Text, show: Callable[[int, str], Non
   import optax
 
   schedule = optax.warmup_cosine_decay_schedule(
-    0.0, args.learning_rate, warmup_steps=args.steps // 20, decay_steps=args.steps
+    0.1 * args.learning_rate, args.learning_rate, args.steps // 10, args.steps
   )
-  optimizer = optax.adamw(schedule, weight_decay=1e-4)
+  # With the usual eps, AdamW would move the logits of the many words that a batch does not have as
+  # fast as those of the others, all down together, and far below where they belong.
+  optimizer = optax.adamw(schedule, eps=1e-3, weight_decay=1e-4)
 
   def initial_state():
     weights = _initial_weights(jax.random.key(args.seed), args.vocabulary)
