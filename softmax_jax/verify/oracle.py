@@ -186,16 +186,16 @@ def _derivatives(values: Sequence[Any]) -> tuple[Arrays, Arrays]:
       y = np.asarray(y, np.float64)
       up, down, here = y[: len(_STEPS)], y[len(_STEPS) : -1], y[-1]
       half_steps = 2 * _STEPS.reshape(-1, *(1,) * here.ndim)
-      best, error = _extrapolated(list((up - down) / half_steps))
+      best, error, step = _extrapolated(list((up - down) / half_steps))
       bends = np.abs(up - 2 * here + down) / half_steps
-      found.append(_without_kinks(best, error, bends))
+      found.append(_without_kinks(best, error, bends, step))
   return [d for d, _ in found], [error for _, error in found]
 
 
 def _without_kinks(
-  best: np.ndarray, error: np.ndarray, bends: np.ndarray
+  best: np.ndarray, error: np.ndarray, bends: np.ndarray, step: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The derivatives with NaN for those at a kink, where there is none.
+  """The derivatives with NaN for those at a kink, where there is none, and their errors.
 
   A bend is half the difference of the slopes on both sides, over the distance of a step. From one
   step to the next it shrinks to a quarter where f is smooth, and grows where it is but noise. Where
@@ -203,31 +203,38 @@ def _without_kinks(
   """
   finite = np.isfinite(best)
   typical = math.sqrt(np.mean(best[finite] ** 2)) if finite.any() else 0.0
-  known = _KNOWN * np.maximum(typical, np.abs(best))
+  rough = _KNOWN * np.maximum(typical, np.abs(best))
   before, after = bends[3:-1], bends[4:]
-  kink = np.any((after > known) & (before / 2 < after) & (after < 1.5 * before), axis=0)
-  unknown = finite & (kink | (error > known))
+  kink = np.any((after > rough) & (before / 2 < after) & (after < 1.5 * before), axis=0)
+  unknown = finite & (kink | (error > rough))
   if unknown.sum() > 0.1 * finite.sum():
     unknown = finite & kink
   best, error = np.where(unknown, np.nan, best), np.where(unknown, 0, error)
-  # Two extrapolations agree by chance in some entries: none is better known than is typical.
-  return best, 3 * error + math.sqrt(np.mean(error**2)) if error.size else error
+  known = finite & ~unknown
+  if not known.any():
+    return best, error
+  # What bends at the smallest step is noise of the values, or at most that. And two extrapolations
+  # agree by chance in some entries: none is better known than is typical.
+  noise = math.sqrt(np.mean(bends[-1][known] ** 2)) * _STEPS[-1]
+  return best, 3 * error + math.sqrt(np.mean(error[known] ** 2)) + 2 * noise / step
 
 
-def _extrapolated(differences: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-  """For each entry the extrapolation with the smallest estimated error, and that error."""
+def _extrapolated(differences: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """For each entry the extrapolation with the smallest estimated error, that error, the step."""
   finite = np.isfinite(differences[-1])  # Where f is infinite it has no derivative.
   best, error = differences[-1], np.full(finite.shape, np.inf)
+  chosen = np.full(finite.shape, _STEPS[-1])
   previous: list[np.ndarray] = []
-  for difference in differences:
+  for difference, step in zip(differences, _STEPS, strict=True):
     current = [difference]
     for j, before in enumerate(previous[:4], 1):
       current.append(current[-1] + (current[-1] - before) / (16.0**j - 1))
       spread = np.maximum(np.abs(current[-1] - current[-2]), np.abs(current[-1] - before))
       better = spread < error  # False where it is NaN.
       best, error = np.where(better, current[-1], best), np.where(better, spread, error)
+      chosen = np.where(better, step, chosen)
     previous = current
-  return np.where(finite, best, np.nan), np.where(finite, error, 0)
+  return np.where(finite, best, np.nan), np.where(finite, error, 0), chosen
 
 
 def first_line(error: BaseException) -> str:

@@ -1,0 +1,367 @@
+"""`check_derivatives`: what each check finds, skips and reports."""
+
+import functools
+import html
+import json
+import math
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from softmax_jax import derivatives, enable_forward_mode, log_softmax, softmax
+from softmax_jax.verify import CHECKS, DerivativeError, bounds, check_derivatives, describe_checks
+from softmax_jax.verify.oracle import Oracle
+from softmax_jax.verify.problem import Problem
+
+X = np.random.default_rng(0).standard_normal((2, 3)).astype(np.float32)
+
+
+def statuses(report):
+  return {row.check: row.status for row in report.rows}
+
+
+def with_rule(f, bwd, fwd=None):
+  """The function f of one array with the rule bwd(x, u) and forward mode."""
+  rule = jax.custom_vjp(f)
+  rule.defvjp(fwd or (lambda x: (f(x), x)), lambda x, u: (bwd(x, u),))
+  return enable_forward_mode(rule)
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def failing():
+  wrong = with_rule(jnp.sin, lambda x, u: u)
+  return check_derivatives(wrong, X, name="wrong sine", checks=["finite_differences", "vjp", "jvp"])
+
+
+def test_report_of_a_wrong_rule(failing):
+  assert not failing
+  # The rule is the same in float64, so that vjp agrees with it: the differences decide.
+  assert statuses(failing) == {"vjp": "passed", "finite_differences": "failed", "jvp": "failed"}
+  row = failing.failed[-1]
+  assert (row.function, row.check, row.dtype, row.shape) == ("wrong sine", "jvp", "float32", (2, 3))
+  assert row.error > 1e3 * row.bound
+  with pytest.raises(DerivativeError, match=r"wrong sine +finite_differences .*failed") as error:
+    failing.raise_if_failed()
+  assert isinstance(error.value, AssertionError)
+  assert "passed: " not in str(error.value)
+
+
+def test_report_as_text_data_and_html(failing):
+  lines = str(failing).splitlines()
+  assert lines[0].split()[:2] == ["function", "check"]
+  assert lines[-1] == "1 passed, 2 failed, 0 skipped"
+  data = json.loads(json.dumps(failing.to_dict(), allow_nan=False))
+  assert data["passed"] is False
+  assert [row["check"] for row in data["rows"]] == list(statuses(failing))
+  assert data["rows"][0]["shape"] == [2, 3]
+  table = failing._repr_html_()
+  assert table.count("<tr") == 4
+  assert html.escape("<cotangent, tangent> of args[0]") in table
+
+
+def test_nothing_but_skipped_is_not_passed():
+  report = check_derivatives(lambda n: n + 1, jnp.arange(3), checks=["vjp", "jvp"])
+  assert set(statuses(report).values()) == {"skipped"}
+  assert not report
+  with pytest.raises(DerivativeError, match="no argument has a floating dtype"):
+    report.raise_if_failed()
+
+
+# --- what each check finds -----------------------------------------------------------------------
+
+
+def test_every_check_passes_on_softmax_with_everything_given():
+  report = check_derivatives(
+    softmax,
+    X,
+    reference=jax.nn.softmax,
+    jacobian=lambda x: jax.vmap(jax.jacfwd(jax.nn.softmax))(x)[:, :, None] * np.eye(2)[:, None, :, None],
+    edge_points=[(np.float32([[0, -np.inf, 1], [90, 0, 1]]),)],
+    max_residual_bytes=0,
+  )
+  report.raise_if_failed()
+  skipped = [row.check for row in report.rows if row.status == "skipped"]
+  assert skipped == ["each_output", "finite_differences"]
+  assert {row.check.partition(":")[0] for row in report.rows} == set(CHECKS)
+
+
+def test_closed_form_is_compared():
+  x, checks = X[0], ["jacobian"]
+  right = check_derivatives(softmax, x, jacobian=derivatives.softmax_jacobian, checks=checks)
+  right.raise_if_failed()
+  wrong = check_derivatives(log_softmax, x, jacobian=lambda x: jax.jacfwd(log_softmax)(x).T, checks=checks)
+  assert [row.check for row in wrong.failed] == ["jacobian: closed form"]
+
+
+def test_transposed_square_jacobian_is_found():
+  matrix = np.float32([[1, 2], [3, 4]])
+  f = with_rule(lambda x: matrix @ x, lambda x, u: matrix @ u)
+  report = check_derivatives(f, X[0, :2], checks=["jacobian"])
+  assert {row.check for row in report.failed} == {"jacobian: jacfwd", "jacobian: jacrev"}
+
+
+def test_linearity_finds_a_rule_that_is_not_linear():
+  for bwd in (lambda x, u: jnp.cos(x) * jnp.abs(u), lambda x, u: jnp.cos(x) * u + 1e-3):
+    rule = jax.custom_vjp(jnp.sin)
+    rule.defvjp(lambda x: (jnp.sin(x), x), lambda x, u, bwd=bwd: (bwd(x, u),))
+    assert statuses(check_derivatives(rule, X, checks=["linearity"])) == {"linearity": "failed"}
+
+
+def test_value_finds_a_primal_that_differs_from_the_rule_under_differentiation():
+  f = with_rule(jnp.sin, lambda x, u: jnp.cos(x) * u, fwd=lambda x: (jnp.sin(x) + 1e-3, x))
+  assert [row.of for row in check_derivatives(f, X, checks=["vjp"], reference=jnp.sin).failed] == [
+    "value under vjp of out"
+  ]
+
+
+def test_dot_product_needs_no_reference():
+  rule = jax.custom_vjp(jnp.sin)
+  rule.defvjp(lambda x: (jnp.sin(x), x), lambda x, u: (jnp.cos(x) * u,))
+  f = enable_forward_mode(rule, tangent=lambda x, dots: 1.001 * jnp.cos(x) * dots[0])
+  assert statuses(check_derivatives(f, X, checks=["dot_product"])) == {"dot_product": "failed"}
+
+
+def test_dropped_cotangent_of_one_of_two_outputs_is_named():
+  f = jax.custom_vjp(lambda x: {"loss": jnp.sum(x**2), "z": jnp.sum(x)})
+  f.defvjp(
+    lambda x: (f(x), x),
+    lambda x, bars: (2 * x * bars["loss"],),
+  )
+  for checks, options in (("finite_differences", {}), ("each_output", {"reference": lambda x: {
+    "loss": jnp.sum(x**2), "z": jnp.sum(x)}})):
+    (row,) = check_derivatives(f, X, checks=[checks], **options).failed
+    assert "by out['z']" in row.of
+
+
+def test_wrong_gradient_of_one_argument_of_a_pytree_is_named():
+  f = jax.custom_vjp(lambda params, x: params["w"] * x + params["b"])
+  f.defvjp(
+    lambda params, x: (f(params, x), (params, x)),
+    lambda r, u: ({"w": jnp.sum(u * r[1]), "b": jnp.zeros_like(r[0]["b"])}, r[0]["w"] * u),
+  )
+  params = {"w": jnp.float32(2), "b": jnp.float32(1)}
+  (row,) = check_derivatives(f, params, X, checks=["finite_differences"]).failed
+  assert "args[0]['b']" in row.of
+
+
+def test_jit_finds_a_rule_that_is_wrong_without_it():
+  def bwd(x, u):
+    return jnp.cos(x) * u * (1 if isinstance(u, jax.core.Tracer) else 2)
+
+  report = check_derivatives(with_rule(jnp.sin, bwd), X, checks=["vjp", "finite_differences", "jit"])
+  assert [row.check for row in report.failed] == ["jit"]
+
+
+def test_structure_finds_a_weakly_typed_cotangent():
+  """Which makes a jitted function that takes the gradient compile again."""
+  for x in (2.0, np.float32(2)):
+    assert check_derivatives(jnp.sin, x, checks=["structure", "traces"])
+  rule = jax.custom_vjp(lambda x: x)
+  rule.defvjp(lambda x: (x, None), lambda _, u: (jnp.asarray(1.0),))
+  report = check_derivatives(rule, np.float32(2), checks=["structure"])
+  assert "weakly typed" in report.failed[0].reason
+
+
+def test_integers_have_float0_cotangents():
+  f = lambda x, n: x[n].sum()
+  assert check_derivatives(f, X, jnp.array([1, 0]), checks=["structure", "vmap_each_argument"])
+
+
+def test_residuals_are_counted():
+  rule = jax.custom_vjp(jnp.sin)
+  rule.defvjp(lambda x: (jnp.sin(x), (x, jnp.cos(x))), lambda r, u: (r[1] * u,))
+  check = functools.partial(check_derivatives, rule, X, checks=["residuals"])
+  (row,) = check(max_residual_bytes=10).failed
+  assert (row.error, row.bound) == (X.nbytes, 10)
+  assert check(max_residual_bytes=24)
+  assert "1 array of 24 bytes" in check().rows[0].reason
+
+
+def test_nan_at_edge_points():
+  f = lambda x: jnp.where(x == 0, 1, jnp.sin(x) / x)  # NaN is in the gradient at 0
+  report = check_derivatives(f, X, checks=["edge_points"], edge_points=[(X,), (0 * X,)])
+  assert [row.check for row in report.failed] == ["edge_points: 1"]
+  assert "6 NaN" in report.failed[0].reason
+
+
+# --- what does not apply -------------------------------------------------------------------------
+
+
+def test_no_forward_mode_is_skipped_with_its_reason():
+  rule = jax.custom_vjp(jnp.sin)
+  rule.defvjp(lambda x: (jnp.sin(x), x), lambda x, u: (jnp.cos(x) * u,))
+  report = check_derivatives(rule, X).raise_if_failed()
+  skipped = {row.check: row.reason for row in report.rows if row.status == "skipped"}
+  for check in ("jvp", "dot_product", "jacobian: jacfwd"):
+    assert "no forward mode" in skipped[check]
+
+
+def test_no_reverse_mode_is_skipped_with_its_reason():
+  f = lambda x: jax.lax.while_loop(lambda y: jnp.sum(y) < 9, lambda y: y + jnp.exp(y), x)
+  report = check_derivatives(f, np.abs(X))
+  assert not report.failed
+  assert statuses(report)["jvp"] == "passed"
+  assert {row.reason for row in report.rows if row.check == "vjp"} == {"f has no reverse mode"}
+
+
+def test_error_in_a_rule_is_a_failure_and_does_not_end_the_others():
+  def bwd(x, u):
+    raise ValueError("shapes are wrong\nand more")
+
+  report = check_derivatives(with_rule(jnp.sin, bwd), X, checks=["value", "vjp", "scan"])
+  assert statuses(report) == {"value": "passed", "vjp": "failed", "scan": "failed"}
+  assert report.failed[0].reason == "ValueError: shapes are wrong"
+
+
+def test_function_that_refuses_float64():
+  def f(x):
+    assert x.dtype == jnp.float32
+    return jnp.sin(x)
+
+  report = check_derivatives(f, X).raise_if_failed()
+  (row,) = (row for row in report.rows if row.check == "vjp")
+  assert "does not run in float64" in row.reason
+  wrong = with_rule(f, lambda x, u: jnp.cos(x) * u * 1.5)
+  assert "finite_differences" in {row.check for row in check_derivatives(wrong, X).failed}
+
+
+def test_float64_needs_no_reference():
+  with jax.enable_x64(True):
+    x = X.astype(np.float64)
+    report = check_derivatives(softmax, x, checks=["vjp", "finite_differences", "scan"])
+    assert statuses(report) == {
+      "vjp": "skipped",
+      "finite_differences": "passed",
+      "scan": "passed",
+    }
+    assert check_derivatives(softmax, x, reference=jax.nn.softmax, checks=["vjp"])
+
+
+# --- bounds and differences ----------------------------------------------------------------------
+
+
+def test_bounds_do_not_grow_with_the_array():
+  rows = [
+    check_derivatives(softmax, jnp.zeros((n, 16)) + X[0, 0], checks=["vjp"]).rows[0]
+    for n in (1, 4096)
+  ]
+  assert rows[1].bound < 2 * rows[0].bound < 1e-5
+
+
+def test_bounds_can_be_overridden():
+  check = functools.partial(check_derivatives, softmax, X, checks=["vjp"])
+  (row,) = check(bounds={"vjp": 1e-12}).failed
+  assert row.bound == pytest.approx(1e-12)
+  assert check(bounds={"vjp": 1e-3}).rows[0].bound == pytest.approx(1e-3)
+
+
+def test_condition_is_not_held_against_a_function():
+  """In a sum of large terms that cancel, rounding is as large as the result."""
+  f = lambda x: jnp.sum(jnp.array([1e6, -1e6, 1.0]) * x, axis=-1)
+  check_derivatives(f, jnp.array([1.0, 1.0, 1e-3])).raise_if_failed()
+  (row,) = check_derivatives(f, jnp.array([1.0, 1.0, 1e-3]), checks=["value"]).rows
+  assert row.status == "skipped" or row.bound > 1e-4
+
+
+def judge(errors, expected, **options):
+  settings = {"dtype": np.float32, "unit": 2.0**-24, "size": np.size(expected)} | options
+  return bounds.judge(
+    [np.float64(e) for e in errors], np.float64(expected), np.zeros(np.shape(expected)), **settings
+  )
+
+
+def test_judge_finds_a_slice_and_an_infinity():
+  expected = np.ones((1, 1000, 40))
+  error = np.zeros_like(expected)
+  error[0, 123, 7] = 1e-3  # 5e-6 of the whole, 1.6e-4 of the row
+  verdict = judge([error, error], expected)
+  assert not verdict.passed
+  assert verdict.index == (123, 7)
+  error[0, 5, 6] = math.nan
+  assert judge([error, error], expected).index == (5, 6)
+  assert judge([0 * expected] * 2, expected).passed
+
+
+def test_judge_says_when_noise_hides_everything():
+  expected = np.ones((1, 1000))
+  noise = np.random.default_rng(0).standard_normal((3, 1, 1000))
+  verdict = judge(list(noise), expected)
+  assert verdict.passed
+  assert verdict.useless
+
+
+@pytest.mark.parametrize(
+  ("f", "derivative", "known"),
+  [
+    (jnp.sin, np.cos, 1e-10),
+    (jnp.exp, np.exp, 1e-10),
+    (lambda x: jnp.sqrt(jnp.abs(x)), lambda x: np.sign(x) / (2 * np.sqrt(np.abs(x))), 1e-8),
+    (lambda x: jnp.sin(x.astype(jnp.float32)), np.cos, 1e-3),
+  ],
+  ids=["sin", "exp", "root", "float32 inside"],
+)
+def test_finite_differences_know_their_error(f, derivative, known):
+  x = np.linspace(-2, 2, 40).astype(np.float32)
+  (dot,), (slack,) = Oracle(Problem(f, (x,), {}), None).differences([x], [np.ones_like(x)])
+  error = np.abs(dot - derivative(np.float64(x)))
+  judged = np.isfinite(dot)
+  assert judged.mean() > 0.8
+  assert np.all(error[judged] <= slack[judged] + 1e-12)
+  assert np.linalg.norm(error[judged]) < known * np.linalg.norm(dot[judged])
+
+
+def test_finite_differences_leave_kinks_out():
+  x = np.float32([-1, -1e-5, 0, 1e-5, 1])
+  (dot,), _ = Oracle(Problem(jax.nn.relu, (x,), {}), None).differences([x], [np.ones_like(x)])
+  np.testing.assert_array_equal(np.isnan(dot), [False, True, True, True, False])
+  np.testing.assert_allclose(dot[[0, 4]], [0, 1], atol=1e-10)
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+
+def test_bad_arguments():
+  with pytest.raises(TypeError, match="expected f to be a function, got int"):
+    check_derivatives(3, X)
+  with pytest.raises(TypeError, match="expected reference to be a function"):
+    check_derivatives(softmax, X, reference=3)
+  with pytest.raises(TypeError, match="complex"):
+    check_derivatives(softmax, 1j * X)
+  for options in ({"checks": ["vpj"]}, {"skip": ["vpj"]}, {"bounds": {"vpj": 1.0}}):
+    with pytest.raises(ValueError, match=r"knows no check 'vpj'; there are value, vjp"):
+      check_derivatives(softmax, X, **options)
+  with pytest.raises(ValueError, match="expected the reference to return floating arrays"):
+    check_derivatives(softmax, X, reference=jnp.sum)
+
+
+def test_checks_and_skip_choose():
+  assert list(statuses(check_derivatives(softmax, X, checks=["vjp", "value"]))) == ["value", "vjp"]
+  assert not check_derivatives(softmax, X, checks="vjp", skip="vjp").rows
+  assert all(describe_checks().values())
+
+
+def test_seed_decides_and_arguments_are_left_alone():
+  x = X.copy()
+  first, again, other = (
+    check_derivatives(softmax, x, checks=["vjp"], seed=seed).rows[0].error for seed in (0, 0, 1)
+  )
+  assert first == again != other
+  np.testing.assert_array_equal(x, X)
+
+
+def test_sizes_zero_and_none():
+  for x in (np.zeros((0, 3), np.float32), np.float32(0.5)):
+    check_derivatives(jnp.sin, x).raise_if_failed()
+
+
+def test_import_needs_no_extra():
+  code = "import sys, softmax_jax.verify; print({'rich', 'matplotlib', 'optax'} & set(sys.modules))"
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  assert done.stdout.strip() == "set()"
