@@ -121,9 +121,12 @@ def test_picture_shows_the_numbers(passed, tmp_path, monkeypatch):
   batches, test, unigram = (line.get_ydata() for line in perplexity.lines)
   assert (list(batches), list(test)) == ([9, 8], [10, 7])
   assert set(unigram) == {passed[1]["unigram_perplexity"]}
-  linear, dense = (passed[1]["memory_bytes"][name]["total"] for name in ("linear", "dense"))
-  tops = [bar.get_y() + bar.get_height() for bar in bars.patches[2:]]
-  assert tops == pytest.approx([linear / 1e6, dense / 1e6])
+  for place, name in enumerate(("linear", "dense")):
+    memory = passed[1]["memory_bytes"][name]
+    lower, upper = bars.patches[place], bars.patches[2 + place]
+    assert lower.get_height() == upper.get_y()
+    assert upper.get_height() == pytest.approx(memory["temporary"] / 1e6)
+    assert upper.get_y() + upper.get_height() == pytest.approx(memory["total"] / 1e6)
 
 
 def test_prints_tables(passed, capsys):
@@ -287,6 +290,13 @@ def test_step_donates_and_its_memory_is_that_of_the_program(passed, text):
 
 
 def test_a_perplexity_above_that_of_the_frequencies_fails(capsys, monkeypatch, passed):
+  keys, initial_weights = [], task._initial_weights
+
+  def watched_weights(key, vocabulary):
+    keys.append(key)
+    return initial_weights(key, vocabulary)
+
+  monkeypatch.setattr(task, "_initial_weights", watched_weights)
   monkeypatch.setattr(task, "_unigram_perplexity", lambda *_: 2.0)
   code, out, err = run(capsys, *command(seed=1), "--json")
   report = json.loads(out)
@@ -300,6 +310,8 @@ def test_a_perplexity_above_that_of_the_frequencies_fails(capsys, monkeypatch, p
   # Another seed, another training.
   for name in ("train_words", "train_perplexity", "test_perplexity"):
     assert report[name] != passed[1][name]
+  assert keys
+  assert all(key == jax.random.key(1) for key in keys)
 
 
 @pytest.mark.parametrize("perplexity", [math.nan, math.inf])

@@ -296,8 +296,10 @@ def _train(args: argparse.Namespace, text: _Text, show: Callable[[int, str], Non
   # fast as those of the others, all down together, and far below where they belong.
   optimizer = optax.adamw(schedule, eps=1e-3, weight_decay=1e-4)
 
+  key = jax.random.key(args.seed)
+
   def initial_state():
-    weights = _initial_weights(jax.random.key(args.seed), args.vocabulary)
+    weights = _initial_weights(key, args.vocabulary)
     return weights, optimizer.init(weights)
 
   words, test = jax.device_put((text.train_words, (text.test_words, text.test_positions)))
