@@ -1,0 +1,159 @@
+"""The command `softmax-jax verify`: its options, output, exit codes and picture."""
+
+import itertools
+import json
+import struct
+import subprocess
+import sys
+import textwrap
+
+import matplotlib.figure
+import numpy as np
+import pytest
+
+from softmax_jax.__main__ import main
+from softmax_jax.verify import library
+
+
+@pytest.fixture(autouse=True)
+def module(tmp_path, monkeypatch):
+  """The module `losses`, importable from the current directory under a new name in each test."""
+  name = f"losses_{tmp_path.name}"
+  (tmp_path / f"{name}.py").write_text(
+    textwrap.dedent("""
+      import jax, jax.numpy as jnp
+
+      def focal(logits, labels, gamma=0.0):
+        nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], -1)[:, 0]
+        return (-jnp.expm1(-nll)) ** gamma * nll
+
+      @jax.custom_vjp
+      def wrong(x):
+        return jax.nn.softmax(x)
+
+      wrong.defvjp(lambda x: (wrong(x),) * 2, lambda a, u: (a * u,))
+      number = 3
+    """)
+  )
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, "path", sys.path[:])
+  return name
+
+
+def run(capsys, *argv):
+  """The exit code, stdout and stderr of `softmax-jax verify ARGV`."""
+  try:
+    code = main(["verify", *argv])
+  except SystemExit as stop:
+    code = stop.code
+  return code, *capsys.readouterr()
+
+
+def test_a_function_that_is_right(capsys, module):
+  code, out, err = run(
+    capsys,
+    *(f"{module}:focal", "--args", "4,8:float32", "4:int32", "--kwarg", "gamma=2.0"),
+    *("--checks", "value", "vjp", "finite_differences"),
+  )
+  assert code == 0
+  assert err == ""
+  lines = out.splitlines()
+  assert [line.split()[1] for line in lines[2:-1]] == ["value", "vjp", "finite_differences"]
+  assert lines[-1].startswith("3 passed, 0 failed, 0 skipped in ")
+
+
+def test_a_function_that_is_wrong_as_json_and_picture(capsys, module, monkeypatch):
+  drawn = []
+  imshow = matplotlib.axes.Axes.imshow
+  monkeypatch.setattr(
+    matplotlib.axes.Axes,
+    "imshow",
+    lambda self, x, **options: drawn.append(x) or imshow(self, x, **options),
+  )
+  code, out, err = run(
+    capsys,
+    *(f"{module}:wrong", "--reference", "jax.nn:softmax", "--shape", "3"),
+    *("--json", "--plot", "p.png", "--skip", "second_order"),
+  )
+  assert (code, err) == (1, "")
+  report = json.loads(out)
+  assert report["passed"] is False
+  checks = {row["check"]: row["status"] for row in report["rows"]}
+  assert (checks["vjp"], checks["linearity"], checks["jvp"]) == ("failed", "passed", "skipped")
+  assert "second_order" not in " ".join(checks)
+
+  with open("p.png", "rb") as file:
+    assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", file.read(16)[8:])
+  assert width > 2 * height > 1000
+  ours, right, difference = drawn
+  a = np.diag(ours)
+  np.testing.assert_allclose(ours, np.diag(a), atol=1e-7)
+  np.testing.assert_allclose(right, np.diag(a) - np.outer(a, a), atol=1e-6)
+  np.testing.assert_allclose(difference, np.outer(a, a), atol=1e-6)
+
+
+def test_axis_and_float64(capsys):
+  code, out, _ = run(
+    capsys,
+    *("softmax_jax:softmax", "--shape", "3,2", "--dtype", "float64", "--axis", "0"),
+    *("--reference", "jax.nn:softmax", "--checks", "vjp", "--seed", "3"),
+  )
+  assert code == 0
+  assert "float64" in out
+  assert "[3, 2]" in out
+
+
+@pytest.mark.parametrize(
+  ("words", "message"),
+  [
+    ("losses", "argument MODULE:FUNCTION: expected MODULE:FUNCTION, got 'losses'"),
+    ("nowhere:f", "cannot import nowhere: ModuleNotFoundError"),
+    ("raises:f", "cannot import raises: RuntimeError: at import"),
+    ("{module}:nothing", "{module} has no nothing"),
+    ("{module}:number", "is of type int, which cannot be called"),
+    ("{module}:wrong --shape 4,x", "argument --shape: expected sizes with commas between"),
+    ("{module}:wrong --dtype f32", "argument --dtype: expected one of float16"),
+    ("{module}:wrong --args 4 --shape 4", "argument --shape: not allowed with --args"),
+    ("{module}:wrong --checks vpj", "argument --checks: expected one of value"),
+    ("{module}:wrong --kwarg x", "argument --kwarg: expected NAME=VALUE, got 'x'"),
+    ("{module}:wrong --reference nowhere:f", "argument --reference: cannot import nowhere"),
+    ("{module}:wrong --reference jax.numpy:sum", "expected the reference to return"),
+    ("{module}:wrong --shape 999 --plot p.png", "no Jacobian to draw: ValueError: it has 998,001"),
+    ("{module}:focal", "cannot verify {module}:focal on (float32[4, 8]): TypeError: focal()"),
+    ("--axis 1", "argument --axis: needs MODULE:FUNCTION"),
+    ("--plot p.png", "argument --plot: needs MODULE:FUNCTION"),
+  ],
+)
+def test_bad_usage_is_one_line(capsys, module, tmp_path, words, message):
+  (tmp_path / "raises.py").write_text("raise RuntimeError('at import\\nand more')")
+  code, out, err = run(capsys, *words.format(module=module).split())
+  assert (code, out) == (2, "")
+  assert err.startswith("softmax-jax verify: error: ")
+  assert err.count("\n") == 1
+  assert message.format(module=module) in err
+  assert not (tmp_path / "p.png").exists()
+
+
+def test_the_library(capsys, monkeypatch):
+  few = list(itertools.islice(library.cases(), 2))
+  few = [case._replace(checks=("value", "vjp")) for case in few]
+  monkeypatch.setattr(library, "cases", lambda: iter(few))
+  code, out, err = run(capsys)
+  assert (code, err) == (0, "")
+  assert "log_softmax" in out
+  assert "4 passed, 0 failed, 0 skipped" in out
+
+  wrong = few[1]._replace(reference=lambda x: 2 * few[1].reference(x))
+  monkeypatch.setattr(library, "cases", lambda: iter([few[0], wrong]))
+  code, out, _ = run(capsys)
+  assert code == 1
+  assert "2 passed, 2 failed, 0 skipped" in out
+  assert "log_softmax  vjp" in out  # the rows that failed, in full
+
+
+def test_help_in_a_process_of_its_own():
+  words = [sys.executable, "-m", "softmax_jax", "verify", "--help"]
+  done = subprocess.run(words, capture_output=True, text=True, check=True)
+  assert "MODULE:FUNCTION" in done.stdout
+  assert done.stderr == ""
