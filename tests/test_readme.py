@@ -28,7 +28,10 @@ def test_the_python_code_runs_and_prints_what_its_comments_say(capsys):
     assert float(word) == pytest.approx(float(number), rel=1e-4)
   assert gradients.startswith("[[")
   for code in others:
-    exec(compile(code, str(README), "exec"), {})
+    names = {}
+    exec(compile(code, str(README), "exec"), names)
+    for test in [f for name, f in names.items() if name.startswith("test_")]:
+      test()
 
 
 def test_there_are_exactly_two_commands():
