@@ -297,8 +297,9 @@ def test_sixteen_bits(dtype, classes):
   assert ulps(at_label, at(y["gradient"], label), dtype) <= 1
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.125])
 @pytest.mark.parametrize("confident", [False, True])
-def test_losses_with_all_options(confident):
+def test_losses_with_all_options(confident, alpha):
   """The terms of a loss with options are not negative: it keeps the digits that they have."""
   rng = np.random.default_rng(3)
   x = rng.normal(size=(200, 50)).astype(np.float32) * np.float32(3)
@@ -306,7 +307,7 @@ def test_losses_with_all_options(confident):
   if confident:
     x[np.arange(200), label] = 12 + rng.uniform(0, 20, 200)
   w = rng.uniform(0.5, 2, 50).astype(np.float32)
-  alpha, penalty = np.float32(0.125), np.float32(2.0**-10)
+  penalty = np.float32(2.0**-10)
   y = truth(x, label, x)
   a, cost = y["softmax"], -y["log_softmax"]
   rest = 1 - a

@@ -140,9 +140,9 @@ def _bwd(
     u = uniform_label(weights, mask, z.shape, axes, dtype)
     g = g + bars.uniform * jnp.sum(u, axis=axes, keepdims=True)
   scale = bars.nll * inverse
-  by_e = jnp.sum(p, axis=axes, keepdims=True) * scale + g * inverse
-  by_e, scale, by_rest = jax.lax.optimization_barrier((by_e, scale, s.rest * scale))
-  z_bar = (e * by_e - p * scale) - p * by_rest
+  total = jnp.sum(p, axis=axes, keepdims=True) * scale
+  total, scale, g, rest = jax.lax.optimization_barrier((total, scale, g * inverse, s.rest * scale))
+  z_bar = (e * total - p * scale) + (e * g - p * rest)
   if smoothed:
     z_bar = z_bar - u * bars.uniform
 
