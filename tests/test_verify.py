@@ -82,7 +82,9 @@ def test_every_check_passes_on_softmax_with_everything_given():
     softmax,
     X,
     reference=jax.nn.softmax,
-    jacobian=lambda x: jax.vmap(jax.jacfwd(jax.nn.softmax))(x)[:, :, None] * np.eye(2)[:, None, :, None],
+    jacobian=lambda x: (
+      jax.vmap(jax.jacfwd(jax.nn.softmax))(x)[:, :, None] * np.eye(2)[:, None, :, None]
+    ),
     edge_points=[(np.float32([[0, -np.inf, 1], [90, 0, 1]]),)],
     max_residual_bytes=0,
   )
@@ -96,7 +98,9 @@ def test_closed_form_is_compared():
   x, checks = X[0], ["jacobian"]
   right = check_derivatives(softmax, x, jacobian=derivatives.softmax_jacobian, checks=checks)
   right.raise_if_failed()
-  wrong = check_derivatives(log_softmax, x, jacobian=lambda x: jax.jacfwd(log_softmax)(x).T, checks=checks)
+  wrong = check_derivatives(
+    log_softmax, x, jacobian=lambda x: jax.jacfwd(log_softmax)(x).T, checks=checks
+  )
   assert [row.check for row in wrong.failed] == ["jacobian: closed form"]
 
 
@@ -134,8 +138,10 @@ def test_dropped_cotangent_of_one_of_two_outputs_is_named():
     lambda x: (f(x), x),
     lambda x, bars: (2 * x * bars["loss"],),
   )
-  for checks, options in (("finite_differences", {}), ("each_output", {"reference": lambda x: {
-    "loss": jnp.sum(x**2), "z": jnp.sum(x)}})):
+  for checks, options in (
+    ("finite_differences", {}),
+    ("each_output", {"reference": lambda x: {"loss": jnp.sum(x**2), "z": jnp.sum(x)}}),
+  ):
     (row,) = check_derivatives(f, X, checks=[checks], **options).failed
     assert "by out['z']" in row.of
 
@@ -155,7 +161,9 @@ def test_jit_finds_a_rule_that_is_wrong_without_it():
   def bwd(x, u):
     return jnp.cos(x) * u * (1 if isinstance(u, jax.core.Tracer) else 2)
 
-  report = check_derivatives(with_rule(jnp.sin, bwd), X, checks=["vjp", "finite_differences", "jit"])
+  report = check_derivatives(
+    with_rule(jnp.sin, bwd), X, checks=["vjp", "finite_differences", "jit"]
+  )
   assert [row.check for row in report.failed] == ["jit"]
 
 

@@ -193,7 +193,7 @@ def planted(function, fault):
 
   def tangent(axis, residuals, dots):
     x, labels = residuals
-    x_dot, labels_dot = dots
+    x_dot, _ = dots
     out = jax.jvp(lambda x: _value(function, x, labels, axis), (x,), (x_dot,))[1]
     return -out
 
@@ -232,4 +232,3 @@ def with_infinity(args):
   elif labels:
     labels = [jnp.zeros_like(labels[0])]
   return x, *labels
-

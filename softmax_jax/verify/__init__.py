@@ -91,8 +91,8 @@ def check_derivatives(
     >>> report = check_derivatives(square, jnp.array([1.0, 2.0]))
     >>> bool(report)
     False
-    >>> sorted(row.check for row in report.failed)[:2]
-    ['finite_differences', 'linearity']
+    >>> {"finite_differences", "linearity"} <= {row.check for row in report.failed}
+    True
     >>> bool(check_derivatives(jnp.square, jnp.array([1.0, 2.0])))
     True
 

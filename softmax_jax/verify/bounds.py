@@ -11,8 +11,8 @@ second grows like the root of its logarithm):
 
 * NOISE * (spread of A - R). What rounding does to this function cannot be derived without knowing
   it, but it can be watched: its errors change at random when the inputs move by a few ulps, while
-  the error of a wrong formula stays. So A and R are computed again at a few such points, both at the
-  same point, so that the condition of the function cancels, and the root mean square of the
+  the error of a wrong formula stays. So A and R are computed again at a few such points, both at
+  the same point, so that the condition of the function cancels, and the root mean square of the
   change of A - R over g is the rounding noise of g, times sqrt(2). At least 32 numbers (points x
   probes x entries) go into each estimate, or g is not looked at on its own; the estimate is then
   below half of the truth with a probability under 1e-6, which 6 standard deviations outweigh.

@@ -10,8 +10,8 @@ the current directory can be imported from:
 Without --reference derivatives are compared with finite differences in float64. Arguments are drawn
 from a normal distribution; integers lie below the size of the class axis (--axis) of the first one.
 
-Exit code: 0 if no check failed, 1 if one did, 2 for a bad option, a function that cannot be imported
-or does not accept the arguments, or a missing package.
+Exit code: 0 if no check failed, 1 if one did, 2 for a bad option, a function that cannot be
+imported or does not accept the arguments, or a missing package.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import numpy as np
 
 from softmax_jax import _command_line as command_line
 from softmax_jax.verify import CHECKS, Report, chosen_checks, library, run_checks, verifier
-from softmax_jax.verify.checks import jacobian_pair
+from softmax_jax.verify.checks.jacobians import jacobian_pair
 from softmax_jax.verify.oracle import first_line
 
 _DTYPES = (
@@ -46,7 +46,7 @@ _DTYPES = (
 _MAX_SIZE = 50_000_000
 
 
-# --- the command line ----------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -164,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
   return 0 if report else 1
 
 
-# --- the library -------------------------------------------------------------------------------------
+# --- the library ----------------------------------------------------------------------------------
 
 
 def _library(args: argparse.Namespace) -> Report:
@@ -228,7 +228,7 @@ def _print_library(cases: list[library.Case], reports: list[Report]) -> None:
     print(Report(tuple(failed)))
 
 
-# --- a function --------------------------------------------------------------------------------------
+# --- a function -----------------------------------------------------------------------------------
 
 
 def _function(args: argparse.Namespace) -> Report:
@@ -286,9 +286,7 @@ def _imported(option: str, name: str) -> Callable[..., Any]:
     try:
       found = getattr(found, part)
     except AttributeError:
-      raise argparse.ArgumentError(
-        None, f"argument {option}: {module} has no {path}"
-      ) from None
+      raise argparse.ArgumentError(None, f"argument {option}: {module} has no {path}") from None
   if not callable(found):
     raise argparse.ArgumentError(
       None, f"argument {option}: {name} is of type {type(found).__name__}, which cannot be called"

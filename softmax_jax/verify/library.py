@@ -46,7 +46,7 @@ class Case(NamedTuple):
       )
 
 
-# --- references, in plain JAX ------------------------------------------------------------------------
+# --- references, in plain JAX ---------------------------------------------------------------------
 
 
 def _cross_entropy(
@@ -81,7 +81,7 @@ def _nn_jacobian(x):
   return jax.vmap(jax.jacrev(jax.nn.softmax))(x)
 
 
-# --- cases -------------------------------------------------------------------------------------------
+# --- cases ----------------------------------------------------------------------------------------
 
 
 def _logits(shape, dtype, seed=0):
@@ -113,9 +113,7 @@ def _of_dtype(dtype: str, checks: tuple[str, ...] | None, shape: tuple[int, int]
   edge = _edge(x)
   for name in ("softmax", "log_softmax"):
     yield case(name, getattr(softmax_jax, name), (x,), getattr(jax.nn, name), ((edge,),))
-  yield case(
-    "logsumexp", softmax_jax.logsumexp, (x,), jax.nn.logsumexp, ((edge,),), axis=-1
-  )
+  yield case("logsumexp", softmax_jax.logsumexp, (x,), jax.nn.logsumexp, ((edge,),), axis=-1)
   yield case(
     "softmax_cross_entropy",
     softmax_jax.softmax_cross_entropy,
@@ -193,9 +191,7 @@ def _with_options() -> Iterator[Case]:
         f"{name}(axis=0, all coefficients, reduction={reduction})",
         functools.partial(with_coefficients, f, reduction=reduction),
         (x, second, np.float32(0.1), np.float32(1e-2), weights),
-        functools.partial(
-          with_coefficients, _positional(reference), reduction=reduction
-        ),
+        functools.partial(with_coefficients, _positional(reference), reduction=reduction),
         {},
         (),
         checks,
@@ -230,6 +226,4 @@ def _closed_forms() -> Iterator[Case]:
   }
   for name, (args, reference) in found.items():
     f = getattr(derivatives, name)
-    yield Case(
-      f"derivatives.{name}", f, args, reference, {}, (), ("value", "vjp"), "float32"
-    )
+    yield Case(f"derivatives.{name}", f, args, reference, {}, (), ("value", "vjp"), "float32")

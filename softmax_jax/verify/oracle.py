@@ -4,12 +4,12 @@ Finite differences of g(h) = f(x + h v) in float64 are taken by Ridders' method:
 
     d(h) = (g(h) - g(-h)) / (2 h) = g'(0) + c_1 h^2 + c_2 h^4 + ...
 
-with steps h from 1/8 to 2^-17 times the size of x, each a quarter of the one before, are extrapolated
-to h = 0 by T[i][j] = T[i][j-1] + (T[i][j-1] - T[i-1][j-1]) / (16^j - 1), and for each entry of f the
-T is taken that differs least from those it is made of, a difference that also estimates its error. Large
-steps win where f is smooth or its values are noisy (float32 inside), small ones near kinks; the step
-is chosen by the noise that f shows and not by its name. For smooth f about 1e-11 remains. Entries at
-a kink (of a relu, say) have no derivative and are NaN.
+with steps h from 1/8 to 2^-17 times the size of x, each a quarter of the one before, are
+extrapolated to h = 0 by T[i][j] = T[i][j-1] + (T[i][j-1] - T[i-1][j-1]) / (16^j - 1). For each
+entry of f the T is taken that differs least from those it is made of, a difference that also
+estimates its error. Large steps win where f is smooth or its values are noisy (float32 inside),
+small ones near kinks: the step is chosen by the noise that f shows and not by the name of a dtype.
+For smooth f about 1e-10 remains. Entries at a kink (of a relu, say) have no derivative: NaN.
 
 Source: C. J. F. Ridders, "Accurate computation of F'(x) and F'(x) F''(x)", Advances in Engineering
 Software 4 (1982).
@@ -52,6 +52,7 @@ class Oracle:
   """
 
   def __init__(self, problem: Problem, reference: Callable[..., Any] | None):
+    """Of `problem.f` if there is no ``reference``."""
     self.problem, self.given, self.narrow = problem, reference is not None, ""
     self._known: dict[Any, Any] = {}
     function = problem.f if reference is None else reference
@@ -137,7 +138,9 @@ class Oracle:
   ) -> tuple[Arrays, Arrays]:
     """The derivative of `vjp_at` by xs along vs, and what it may be wrong by."""
     moved = self._moved(xs, vs)
-    stacks = zip(*(self.vjp_at([x[i] for x in moved], us) for i in range(len(_SHIFTS))), strict=True)
+    stacks = zip(
+      *(self.vjp_at([x[i] for x in moved], us) for i in range(len(_SHIFTS))), strict=True
+    )
     return _derivatives([np.stack(bars) for bars in stacks])
 
   def differences(
@@ -242,5 +245,3 @@ def first_line(error: BaseException) -> str:
   text = (str(error).strip().splitlines() or [""])[0]
   text = f"{type(error).__name__}: {text}" if text else type(error).__name__
   return text if len(text) <= 100 else text[:97] + "..."
-
-

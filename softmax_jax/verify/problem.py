@@ -37,6 +37,7 @@ class Point:
   """Arguments ``xs``, cotangents ``us`` of the outputs and tangents ``vs`` of the arguments."""
 
   def __init__(self, key: tuple[int, ...], xs: Arrays, us: Arrays, vs: Arrays):
+    """Under a key that tells it from other points."""
     self.key, self.xs, self.us, self.vs = key, xs, us, vs
 
   def only_argument(self, index: int) -> Arrays:
@@ -58,6 +59,7 @@ class Problem:
     kwargs: Mapping[str, Any],
     seed: int = 0,
   ):
+    """Of ``f(*args, **kwargs)``; ``seed`` decides its points."""
     self.f, self.kwargs, self.seed = f, dict(kwargs), seed
     paths, self.tree = jax.tree_util.tree_flatten_with_path(tuple(args))
     self.leaves = [
@@ -91,9 +93,7 @@ class Problem:
     """The same function at other arguments, and whether its compiled programs are the same."""
     other = Problem(self.f, args, self.kwargs, seed)
     mine, theirs = (
-      [
-        (leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array) else leaf for leaf in problem.leaves
-      ]
+      [(leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array) else leaf for leaf in problem.leaves]
       for problem in (self, other)
     )
     shared = self.tree == other.tree and mine == theirs
@@ -119,7 +119,7 @@ class Problem:
     """The floating outputs and the others."""
     return split(jax.tree.leaves(self.call(self.f, self.kwargs, xs, ns)))
 
-  # --- programs, compiled once for all points ------------------------------------------------------
+  # --- programs, compiled once for all points -----------------------------------------------------
 
   def vjp_of(self, xs: Sequence[Any], ns: Sequence[Any], us: Sequence[Any]) -> Any:
     """``(floating outputs, other outputs, cotangents of xs)``; a function for JAX to transform."""
@@ -145,7 +145,7 @@ class Problem:
     """`outputs`, compiled."""
     return compiled(self.outputs)
 
-  # --- points --------------------------------------------------------------------------------------
+  # --- points -------------------------------------------------------------------------------------
 
   def point(self, probe: int = 0, near: int = 0, row: int = 0) -> Point:
     """A point: a random number ``probe`` of cotangents and tangents at the arguments.
@@ -158,12 +158,8 @@ class Problem:
     """
     rng = np.random.default_rng([self.seed, probe, row])
     offset = 0.0 if probe % 4 == 3 else rng.choice([-1.0, 1.0])
-    us = [
-      np.asarray(rng.standard_normal(y.shape) + offset).astype(y.dtype) for y in self.out_types
-    ]
-    vs = [
-      np.asarray(_scale(x) * rng.standard_normal(x.shape)).astype(x.dtype) for x in self.xs
-    ]
+    us = [np.asarray(rng.standard_normal(y.shape) + offset).astype(y.dtype) for y in self.out_types]
+    vs = [np.asarray(_scale(x) * rng.standard_normal(x.shape)).astype(x.dtype) for x in self.xs]
     xs = self.xs
     if row:
       xs = [_moved(x, 0.1, rng) for x in xs]

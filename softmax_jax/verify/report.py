@@ -46,7 +46,9 @@ class Row:
   reason: str = ""
 
   def _cells(self) -> tuple[str, ...]:
-    number = lambda x: "" if math.isnan(x) else f"{x:.1e}" if not float(x).is_integer() else f"{x:g}"
+    number = lambda x: (
+      "" if math.isnan(x) else f"{x:.1e}" if not float(x).is_integer() else f"{x:g}"
+    )
     verdict = self.status if not self.reason else f"{self.status}: {self.reason}"
     return (
       self.function,

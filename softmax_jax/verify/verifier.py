@@ -46,6 +46,7 @@ class Verifier:
     limits: Mapping[str, float] | None = None,
     max_residual_bytes: int | None = None,
   ):
+    """The options are those of `check_derivatives`; ``limits`` its ``bounds``."""
     self.problem, self.oracle, self.name = problem, oracle, name
     self.jacobian, self.edge_points = jacobian, edge_points
     self.limits, self.max_residual_bytes = dict(limits or {}), max_residual_bytes
@@ -82,7 +83,7 @@ class Verifier:
     """``f`` compiled, once under this name."""
     return self._programs.setdefault(name, compiled(f))
 
-  # --- conditions ----------------------------------------------------------------------------------
+  # --- conditions ---------------------------------------------------------------------------------
 
   def need_derivatives(self) -> None:
     """Skips where there is nothing to differentiate."""
@@ -105,7 +106,7 @@ class Verifier:
     if self.forward:
       raise Skip(self.forward)
 
-  # --- comparisons ---------------------------------------------------------------------------------
+  # --- comparisons --------------------------------------------------------------------------------
 
   def cotangents(self, actual: Sequence[Any], expected: Arrays, note: str = "") -> list[Comparison]:
     """Comparisons of cotangents of the arguments."""
@@ -155,9 +156,7 @@ class Verifier:
         np.stack([np.broadcast_to(r[place].slack, expected.shape[1:]) for r in runs[0]]),
         expected.shape,
       )
-      errors = [
-        _difference(stack(k, "actual"), stack(k, "expected")) for k in range(near + 1)
-      ]
+      errors = [_difference(stack(k, "actual"), stack(k, "expected")) for k in range(near + 1)]
       verdict = bounds.judge(
         errors,
         expected,

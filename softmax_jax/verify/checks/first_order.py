@@ -1,0 +1,164 @@
+"""Values and first derivatives, by products with random vectors."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from softmax_jax.verify.checks.common import directions, inner, one_by_one, pulled
+from softmax_jax.verify.report import Row
+from softmax_jax.verify.verifier import Comparison, Skip, Verifier
+
+
+def value(v: Verifier) -> list[Row]:
+  """The outputs. Those that are not floating must be equal."""
+  problem = v.problem
+
+  def evaluate(probe, near):
+    xs = problem.point(probe, near).xs
+    (ys, _), (expected, _) = problem.value(xs, problem.ns), v.oracle.value(xs)
+    return v.of_outputs("", ys, expected)
+
+  (_, others), (_, expected) = problem.value(problem.xs, problem.ns), v.oracle.value(problem.xs)
+  differ = sum(int(np.sum(np.asarray(a) != b)) for a, b in zip(others, expected, strict=True))
+  rows = v.count("value", differ, 0, of="entries of outputs without dtype float") if others else []
+  if not problem.out_types:
+    return rows
+  if v.oracle.own_dtype:
+    return [
+      *rows,
+      Row(v.name, "value", "skipped", reason="f itself is all there is to compare with"),
+    ]
+  return rows + v.measure("value", evaluate, probes=1, near=8)
+
+
+def vjp(v: Verifier) -> list[Row]:
+  """Reverse mode: J^T u, with cotangents of all outputs together, and the outputs it computes."""
+  v.need_oracle()
+
+  def evaluate(probe, near):
+    point = v.problem.point(probe, near)
+    ys, _, bars = v.problem.vjp(point.xs, v.problem.ns, point.us)
+    outputs = v.of_outputs("value under vjp of ", ys, v.oracle.value(point.xs)[0])
+    return v.cotangents(bars, v.oracle.vjp(point)) + outputs
+
+  return v.measure("vjp", evaluate)
+
+
+def each_output(v: Verifier) -> list[Row]:
+  """Reverse mode with a cotangent for one output at a time, so that none can hide another."""
+  v.need_oracle()
+  problem = v.problem
+  if len(problem.out_types) < 2:
+    raise Skip("f has one output, to which vjp applies")
+
+  def evaluate(probe, near):
+    point = problem.point(probe, near)
+    comparisons = []
+    for note, us in one_by_one(v, point.us):
+      bars = problem.vjp(point.xs, problem.ns, us)[2]
+      comparisons += v.cotangents(bars, v.oracle.vjp(point, us), note)
+    return comparisons
+
+  return v.measure("each_output", evaluate, probes=2, near=4)
+
+
+def finite_differences(v: Verifier) -> list[Row]:
+  """The rule of f in float64: <J^T u, v> = <u, Jv>, with Jv by differences of the values alone.
+
+  That makes f in float64 a reference for its own derivatives in all other checks. v moves one
+  argument at a time, and all together; so does u among several outputs.
+  """
+  v.need_derivatives()
+  if v.oracle.given:
+    raise Skip("the reference that was given takes their place")
+  problem = v.problem
+
+  def evaluate(probe, near):
+    point = problem.point(probe, near)
+    comparisons = []
+    for name, vs in directions(v, point):
+      dots, slack = v.oracle.differences(point.xs, vs)
+      kinks = [np.isnan(dot) & (u != 0) for u, dot in zip(point.us, dots, strict=True)]
+      us = point.us
+      if any(kink.any() for kink in kinks):
+        us = [np.where(kink, 0, u).astype(u.dtype) for u, kink in zip(us, kinks, strict=True)]
+      for out, chosen in [("", us), *one_by_one(v, us)]:
+        bars = v.oracle.vjp(point, None if chosen is point.us else chosen)
+        comparisons.append(
+          Comparison(
+            f"<cotangent, tangent> of {name}{out}",
+            np.float64,
+            inner(bars, vs),
+            inner(chosen, dots),
+            sum(
+              float(np.sum(np.abs(u.astype(float)) * s)) for u, s in zip(chosen, slack, strict=True)
+            ),
+          )
+        )
+    return comparisons
+
+  unit = 2.0**-53 if not v.oracle.narrow else None
+  return v.measure("finite_differences", evaluate, near=2, useless=0.05, unit=unit)
+
+
+def jvp(v: Verifier) -> list[Row]:
+  """Forward mode: Jv, where v moves one argument at a time, and all together."""
+  v.need_forward()
+  problem = v.problem
+
+  def evaluate(probe, near):
+    point = problem.point(probe, near)
+    comparisons = []
+    for name, vs in directions(v, point):
+      expected, slack = v.oracle.jvp(point.xs, vs)
+      dots = problem.jvp(point.xs, problem.ns, vs)
+      comparisons += v.of_outputs(f"tangent by {name} of ", dots, expected, slack)
+    return comparisons
+
+  return v.measure("jvp", evaluate, near=2)
+
+
+def dot_product(v: Verifier) -> list[Row]:
+  """<u, Jv> = <J^T u, v> with f's own forward and reverse mode; no reference is needed."""
+  v.need_forward()
+
+  def evaluate(probe, near):
+    point = v.problem.point(probe, near)
+    dots = v.problem.jvp(point.xs, v.problem.ns, point.vs)
+    return [
+      Comparison(
+        "<u, Jv>",
+        v.problem.dtypes[0],
+        inner(point.us, dots),
+        inner(pulled(v, point), point.vs),
+      )
+    ]
+
+  return v.measure("dot_product", evaluate, near=8)
+
+
+def linearity(v: Verifier) -> list[Row]:
+  """Reverse mode is linear in its cotangent: J^T(2u - 4w) = 2 J^T u - 4 J^T w, and J^T 0 = 0."""
+  v.need_derivatives()
+  problem = v.problem
+
+  def evaluate(probe, near):
+    point, other = problem.point(probe, near), problem.point(probe + 1, near)
+    us, ws = point.us, [w.astype(np.float64) for w in other.us]
+    combined = [
+      (2 * u.astype(np.float64) - 4 * w).astype(u.dtype) for u, w in zip(us, ws, strict=True)
+    ]
+    pull = lambda us: problem.vjp(point.xs, problem.ns, us)[2]
+    wide = lambda arrays: [np.asarray(a, np.float64) for a in arrays]
+    first, second = (
+      wide(pull(us)),
+      wide(pull([w.astype(u.dtype) for u, w in zip(us, ws, strict=True)])),
+    )
+    expected = [2 * a - 4 * b for a, b in zip(first, second, strict=True)]
+    zero = pull([np.zeros_like(u) for u in us])
+    return [
+      *v.cotangents(pull(combined), expected),
+      *v.cotangents(zero, [np.zeros(x.shape) for x in point.xs], " by zeros"),
+    ]
+
+  return v.measure("linearity", evaluate, probes=2, near=4)

@@ -1,0 +1,218 @@
+"""First derivatives under the transformations of JAX, and second derivatives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from softmax_jax.verify.checks.common import MAX_ARGUMENTS, pulled
+from softmax_jax.verify.problem import Point
+from softmax_jax.verify.report import Row
+from softmax_jax.verify.verifier import Comparison, Verifier
+
+# How many points a batch and a scan are made of.
+_BATCH = 3
+
+
+def jit(v: Verifier) -> list[Row]:
+  """Without jit (every other check compiles f), at two different arguments one after the other."""
+  v.need_derivatives()
+  problem = v.problem
+
+  first: dict[int, Any] = {}
+
+  def without_jit(point):
+    xs, us = ([jnp.asarray(a) for a in group] for group in (point.xs, point.us))
+    return [np.asarray(bar, np.float64) for bar in problem.vjp_of(xs, problem.ns, us)[2]]
+
+  def evaluate(_, near):
+    comparisons = []
+    for row in (0, 1):
+      point = problem.point(0, near, row)
+      bars = [np.asarray(bar, np.float64) for bar in pulled(v, point)]
+      if near == 0:
+        first[row] = bars, without_jit(point)
+      # Without jit loops compile again in each call: the noise is that of the compiled program.
+      bars = [e + (bar - b) for bar, b, e in zip(bars, *first[row], strict=True)]
+      comparisons += v.cotangents(bars, v.oracle.vjp(point), " without jit")
+    return comparisons
+
+  return v.measure("jit", evaluate, probes=1, near=6)
+
+
+def vmap_each_argument(v: Verifier) -> list[Row]:
+  """J^T u and Jv under vmap over one argument at a time; u and v are batched too."""
+  v.need_derivatives()
+  problem, rows = v.problem, []
+  places = [("x", j, name) for j, name in enumerate(problem.names)]
+  places += [("n", j, name) for j, name in enumerate(problem.other_names)]
+  for kind, place, name in places[:MAX_ARGUMENTS]:
+    axes_x = [0 if (kind, place) == ("x", j) else None for j in range(len(problem.xs))]
+    axes_n = [0 if (kind, place) == ("n", j) else None for j in range(len(problem.ns))]
+    rows += v.run(
+      f"vmap_each_argument: {name}",
+      lambda v, x=axes_x, n=axes_n, name=name: _vmapped(v, "vmap_each_argument", name, x, n),
+    )
+  if len(places) > MAX_ARGUMENTS:
+    reason = f"only {MAX_ARGUMENTS} of {len(places)} arguments are mapped one by one"
+    rows.append(Row(v.name, "vmap_each_argument: the others", "skipped", reason=reason))
+  return rows
+
+
+def vmap_batch(v: Verifier) -> list[Row]:
+  """J^T u and Jv under vmap over a batch of all arguments, cotangents and tangents."""
+  v.need_derivatives()
+  problem = v.problem
+  return _vmapped(v, "vmap_batch", "", [0] * len(problem.xs), [0] * len(problem.ns))
+
+
+def _vmapped(v: Verifier, check: str, name: str, axes_x: list[Any], axes_n: list[Any]) -> list[Row]:
+  problem, forward = v.problem, not v.forward  # found out before anything is traced
+  name_key = (name,) if name else ()  # the points of a whole batch are those of scan
+  program = v.program(
+    f"{check} {name}",
+    jax.vmap(
+      lambda xs, ns, us, vs: _both(v, forward, xs, ns, us, vs),
+      in_axes=(axes_x, axes_n, 0, 0),
+      axis_size=_BATCH,
+    ),
+  )
+  ns = [jnp.stack([n] * _BATCH) if a == 0 else n for n, a in zip(problem.ns, axes_n, strict=True)]
+
+  def evaluate(_, near):
+    points = [problem.point(0, near, row) for row in range(_BATCH)]
+    mixed = [
+      Point(
+        (*p.key, *name_key),
+        [x if a == 0 else x0 for x, x0, a in zip(p.xs, points[0].xs, axes_x, strict=True)],
+        p.us,
+        p.vs,
+      )
+      for p in points
+    ]
+    expected = [v.oracle.vjp(p) for p in mixed]
+    xs = [
+      np.stack([p.xs[j] for p in points]) if a == 0 else points[0].xs[j]
+      for j, a in enumerate(axes_x)
+    ]
+    bars, dots = program(xs, ns, *_batched(points))
+    return _batch_comparisons(v, mixed, expected, bars, dots, " under vmap")
+
+  return v.measure(check, evaluate, probes=1, near=4, transformation=name)
+
+
+def checkpoint(v: Verifier) -> list[Row]:
+  """Reverse mode through jax.checkpoint."""
+  v.need_derivatives()
+  problem = v.problem
+
+  def program(xs, ns, us):
+    f = jax.checkpoint(lambda *xs: problem.outputs(xs, ns)[0])
+    return list(jax.vjp(f, *xs)[1](list(us)))
+
+  program = v.program("checkpoint", program)
+
+  def evaluate(probe, near):
+    point = problem.point(probe, near)
+    bars = program(point.xs, problem.ns, point.us)
+    return v.cotangents(bars, v.oracle.vjp(point), " under checkpoint")
+
+  return v.measure("checkpoint", evaluate, probes=2)
+
+
+def scan(v: Verifier) -> list[Row]:
+  """J^T u and Jv of a scan whose body calls f, with other arguments at every step."""
+  v.need_derivatives()
+  problem, forward = v.problem, not v.forward
+
+  def outputs(xs, ns):
+    return jax.lax.scan(lambda _, xs: (None, problem.outputs(xs, ns)[0]), None, list(xs))[1]
+
+  def both(xs, ns, us, vs):
+    f = lambda *xs: outputs(xs, ns)
+    bars = list(jax.vjp(f, *xs)[1](list(us)))
+    return bars, jax.jvp(f, tuple(xs), tuple(vs))[1] if forward else None
+
+  program = v.program("scan", both)
+
+  def evaluate(_, near):
+    points = [problem.point(0, near, row) for row in range(_BATCH)]
+    xs = [np.stack(group) for group in zip(*(p.xs for p in points), strict=True)]
+    bars, dots = program(xs, problem.ns, *_batched(points))
+    expected = [v.oracle.vjp(p) for p in points]
+    return _batch_comparisons(v, points, expected, bars, dots, " under scan")
+
+  return v.measure("scan", evaluate, probes=1, near=4)
+
+
+def _both(v: Verifier, forward: bool, xs: Any, ns: Any, us: Any, vs: Any) -> tuple[Any, Any]:
+  """J^T u, and Jv or None without forward mode."""
+  bars = v.problem.vjp_of(xs, ns, us)[2]
+  return bars, v.problem.jvp_of(xs, ns, vs) if forward else None
+
+
+def _batched(points: list[Point]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+  return tuple(  # type: ignore[return-value]
+    [np.stack(group) for group in zip(*(getattr(p, name) for p in points), strict=True)]
+    for name in ("us", "vs")
+  )
+
+
+def _batch_comparisons(
+  v: Verifier, points: list[Point], expected: list[Any], bars: Any, dots: Any, note: str
+) -> list[Comparison]:
+  comparisons = v.cotangents(bars, [np.stack(group) for group in zip(*expected, strict=True)], note)
+  if dots is not None:
+    pairs = [v.oracle.jvp_at(p) for p in points]
+    wanted, slack = (
+      [np.stack(g) for g in zip(*(pair[i] for pair in pairs), strict=True)] for i in (0, 1)
+    )
+    comparisons += v.of_outputs("tangent of ", dots, wanted, slack)
+  return comparisons
+
+
+def second_order(v: Verifier) -> list[Row]:
+  """The derivative of x -> J(x)^T u along v, forward over reverse and reverse over reverse.
+
+  Both are the Hessian of <u, f> times v. The reference is a finite difference of float64
+  cotangents.
+  """
+  v.need_derivatives()
+  problem = v.problem
+  cotangent = lambda xs, ns, us: problem.vjp_of(xs, ns, us)[2]
+
+  def forward_over_reverse(xs, ns, us, vs):
+    return jax.jvp(lambda *xs: cotangent(xs, ns, us), tuple(xs), tuple(vs))[1]
+
+  def reverse_over_reverse(xs, ns, us, vs):
+    return list(jax.vjp(lambda *xs: cotangent(xs, ns, us), *xs)[1](list(vs)))
+
+  known: dict[Any, Any] = {}
+
+  def reference(point):
+    if point.key not in known:
+      known[point.key] = v.oracle.hvp(point.xs, point.us, point.vs)
+    return known[point.key]
+
+  def rows_of(name, program):
+    def evaluate(probe, near):
+      point = problem.point(probe, near)
+      bars = program(point.xs, problem.ns, point.us, point.vs)
+      pairs = zip(v.cotangents(bars, reference(point)[0]), reference(point)[1], strict=True)
+      return [c._replace(of=f"Hv, {c.of}", slack=slack) for c, slack in pairs]
+
+    return v.measure("second_order", evaluate, probes=2, near=3, transformation=name)
+
+  rows = []
+  for name, program in (
+    ("forward over reverse", forward_over_reverse),
+    ("reverse over reverse", reverse_over_reverse),
+  ):
+    rows += v.run(
+      f"second_order: {name}",
+      lambda v, name=name, program=program: rows_of(name, v.program(name, program)),
+    )
+  return rows
