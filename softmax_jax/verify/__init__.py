@@ -51,8 +51,12 @@ def check_derivatives(
   the rounding noise that ``f`` shows, and do not grow with the array. Products with random vectors
   stand for the Jacobian wherever that has more than 4096 entries.
 
+  A derivative of which rounding leaves no digit counts as wrong: that of `jax.nn.softmax` where one
+  probability rounds to 1, say.
+
   Args:
     f: any function of arrays that JAX can differentiate, in whatever way it is differentiated.
+      Random numbers must be arguments: those that JAX draws differ between dtypes.
     *args: its arguments: arrays, Python numbers and pytrees of them. What has a floating dtype is
       differentiated by; integers and booleans are passed along, and anything else is left as it is.
     reference: a function with the arguments and outputs of ``f`` that is known to be right, in

@@ -43,7 +43,7 @@ _DTYPES = (
   *("float16", "bfloat16", "float32", "float64", "bool"),
   *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
 )
-_MAX_SIZE = 50_000_000
+_MAX_SIZE = 5_000_000
 
 
 # --- the command line -----------------------------------------------------------------------------

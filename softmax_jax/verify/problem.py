@@ -80,7 +80,7 @@ class Problem:
 
     outs, _ = jax.tree_util.tree_flatten_with_path(
       jax.eval_shape(lambda xs, ns: self.call(f, self.kwargs, xs, ns), self.xs, self.ns)
-    )
+    )  # with types in place of arrays
     self.num_outs = len(outs)
     self.float_outs = [i for i, (_, y) in enumerate(outs) if _is_float(y.dtype)]
     self.out_types = [outs[i][1] for i in self.float_outs]
@@ -172,7 +172,8 @@ class Problem:
 
 
 def split(outs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-  """The floating arrays of a list and the others."""
+  """The floating arrays of a list and the others; Python numbers become arrays."""
+  outs = [y if hasattr(y, "dtype") else jnp.asarray(y) for y in outs]
   floats = [y for y in outs if _is_float(jnp.result_type(y))]
   return floats, [y for y in outs if not _is_float(jnp.result_type(y))]
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from softmax_jax.verify import bounds
@@ -143,20 +144,24 @@ class Verifier:
     Arrays of which nothing can be said because their noise is too large get a row of their own.
     """
     if self.problem.size > _LARGE:
-      probes, near = min(probes, 2), min(near, 2)
-    runs = [[evaluate(p, k) for p in range(probes)] for k in range(near + 1)]
+      probes, near = min(probes, 2), 1
+    with np.errstate(all="ignore"):  # Infinities are judged below.
+      runs = [[evaluate(p, k) for p in range(probes)] for k in range(near + 1)]
     # Comparisons are told apart by their place in the list.
     judged = []
     for place, first in enumerate(runs[0][0]):
       stack = lambda k, field, place=place: np.stack(
         [np.asarray(getattr(run[place], field), np.float64) for run in runs[k]]
       )
-      expected = stack(0, "expected")
+      expected = _rounded_to_infinity(stack(0, "expected"), first.dtype)
       slack = np.broadcast_to(
         np.stack([np.broadcast_to(r[place].slack, expected.shape[1:]) for r in runs[0]]),
         expected.shape,
       )
-      errors = [_difference(stack(k, "actual"), stack(k, "expected")) for k in range(near + 1)]
+      errors = [
+        _difference(stack(k, "actual"), _rounded_to_infinity(stack(k, "expected"), first.dtype))
+        for k in range(near + 1)
+      ]
       verdict = bounds.judge(
         errors,
         expected,
@@ -221,9 +226,14 @@ def not_offered(error: Exception) -> str:
     return "f has no forward mode (see softmax_jax.enable_forward_mode)"
   if isinstance(error, ValueError) and "Reverse-mode differentiation does not work" in text:
     return "f has no reverse mode"
-  if isinstance(error, NotImplementedError):
+  if isinstance(error, NotImplementedError) or "do not support JVP" in text:
     return f"JAX cannot do this: {first_line(error)}"
   return ""
+
+
+def _rounded_to_infinity(x: np.ndarray, dtype: Any) -> np.ndarray:
+  """``x`` with infinities for what is too large for the dtype."""
+  return np.where(np.abs(x) > float(jnp.finfo(dtype).max), np.copysign(np.inf, x), x)
 
 
 def _difference(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:

@@ -29,7 +29,7 @@ def jacobian(v: Verifier) -> list[Row]:
     raise Skip("it is empty")
 
   expected: dict[int, Any] = {}
-  near_points = 2 if columns * height >= 64 else 8
+  near_points = 4 if columns * height >= 64 else 8
 
   def reference(near):
     if near not in expected:

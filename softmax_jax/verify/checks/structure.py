@@ -22,7 +22,8 @@ def structure(v: Verifier) -> list[Row]:
     leaves = list(problem.leaves)
     for place, array in zip(places, arrays, strict=True):
       leaves[place] = array
-    return jax.tree.leaves(problem.f(*jax.tree.unflatten(problem.tree, leaves), **problem.kwargs))
+    out = problem.f(*jax.tree.unflatten(problem.tree, leaves), **problem.kwargs)
+    return [jnp.asarray(y) for y in jax.tree.leaves(out)]
 
   arrays = [problem.leaves[place] for place in places]
   ys, pull = jax.vjp(f, *arrays)
