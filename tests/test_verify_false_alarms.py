@@ -66,8 +66,9 @@ def test_passes_with_many_seeds(name):
   f, specs = FUNCTIONS[name]
   v = verifier(f, *draw(specs, 0))
   for seed in range(10 if name in FEWER_SEEDS else 100):
-    report = run_checks(v.at(draw(specs, seed), seed), OFTEN).raise_if_failed()
-    assert {row.check for row in report.rows if row.status == "passed"} == set(OFTEN)
+    checks = OFTEN if seed < 10 else OFTEN[:4]
+    report = run_checks(v.at(draw(specs, seed), seed), checks).raise_if_failed()
+    assert {row.check for row in report.rows if row.status == "passed"} == set(checks)
 
 
 @pytest.mark.parametrize("name", ["integer labels", "scan"])

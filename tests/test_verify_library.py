@@ -6,10 +6,10 @@ import softmax_jax
 from softmax_jax import derivatives
 from softmax_jax.verify import CHECKS, library
 
-CASES = [case for case in library.cases() if case.dtype in ("float32", "bfloat16")]
+CASES = [case for case in library.cases() if case.dtype == "float32"]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}, {case.dtype}")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_derivatives(case):
   report = case.run().raise_if_failed()
   wanted = set(case.checks or CHECKS)

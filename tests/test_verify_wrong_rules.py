@@ -60,16 +60,15 @@ def test_right_rule_passes_all_of_these_checks(function):
 
 
 @pytest.mark.parametrize("function", wrong_rules.FUNCTIONS)
-@pytest.mark.parametrize("fault", ["sign", "one row", "dropped sum"])
-def test_wrong_rule_is_caught_beside_a_reference(function, fault):
-  """The same faults with autodiff of a reference in place of finite differences."""
-  report = verify(function, fault, (512, 128), checks=["vjp"], reference=right(function))
+def test_wrong_rule_is_caught_beside_a_reference(function):
+  """A fault with autodiff of a reference in place of finite differences."""
+  report = verify(function, "one row", (512, 128), checks=["vjp"], reference=right(function))
   assert [row.check for row in report.failed] == ["vjp"]
 
 
-@pytest.mark.parametrize("function", wrong_rules.ONE_ARGUMENT)
-def test_wrong_axis_is_right_on_the_last_axis_and_wrong_dtype_elsewhere(function):
-  """A fault for one axis or dtype is found only there, so that it is that which is found."""
+def test_faults_of_one_kind_are_right_elsewhere():
+  """So that what is caught above is the axis, the dtype, the transformation."""
+  function = "log_softmax"
   assert verify(function, "wrong axis", (4, 8), axis=-1, checks=["finite_differences"])
   assert verify(function, "only bfloat16", (4, 8), checks=["vjp"])
   assert verify(function, "only under vmap", (4, 8), checks=["vjp", "finite_differences"])

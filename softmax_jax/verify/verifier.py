@@ -15,7 +15,8 @@ from softmax_jax.verify.oracle import Oracle, first_line
 from softmax_jax.verify.problem import Arrays, Problem, compiled
 from softmax_jax.verify.report import Row
 
-# With more numbers than this in a problem fewer probes do.
+# With more entries than this in an array fewer probes do, and then fewer points near each.
+_MANY = 10_000
 _LARGE = 1_000_000
 
 
@@ -143,8 +144,10 @@ class Verifier:
 
     Arrays of which nothing can be said because their noise is too large get a row of their own.
     """
+    if self.problem.size > _MANY:
+      probes = min(probes, 2)
     if self.problem.size > _LARGE:
-      probes, near = min(probes, 2), 1
+      near = 1
     with np.errstate(all="ignore"):  # Infinities are judged below.
       runs = [[evaluate(p, k) for p in range(probes)] for k in range(near + 1)]
     # Comparisons are told apart by their place in the list.
