@@ -15,8 +15,8 @@ from softmax_jax import derivatives
 from softmax_jax.verify import Report, check_derivatives
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-# Where a function is looked at in other dtypes and shapes these say what may differ there.
-_ESSENTIAL = ("value", "vjp", "edge_points")
+# What may differ in other dtypes and shapes; all else is looked at in float32.
+_ESSENTIAL = ("value", "vjp")
 
 
 class Case(NamedTuple):
@@ -144,7 +144,8 @@ def cases() -> Iterator[Case]:
   yield from _with_options()
   for dtype in DTYPES[1:]:
     with jax.enable_x64(dtype == "float64"):
-      found = list(_of_dtype(dtype, _ESSENTIAL, (4, 8)))
+      edges = ("edge_points",) if dtype == "bfloat16" else ()
+      found = list(_of_dtype(dtype, _ESSENTIAL + edges, (4, 8)))
     yield from found
   yield from _of_dtype("float32", ("vjp",), (64, 1000))
   yield from _closed_forms()
