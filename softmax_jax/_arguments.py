@@ -230,15 +230,7 @@ def as_axes(function: str, name: str, axis: Axis, shape: tuple[int, ...]) -> tup
 def as_axis(function: str, name: str, axis: Any, shape: tuple[int, ...]) -> int:
   """``axis`` as a non-negative int."""
   ndim = len(shape)
-  try:
-    index = operator.index(axis)
-  except (TypeError, jax.errors.JAXTypeError):
-    index = None
-  if index is None or isinstance(axis, (bool, np.bool_)):
-    got = "a traced value" if isinstance(axis, jax.core.Tracer) else type(axis).__name__
-    raise TypeError(
-      f"{function} expected axis to be an int, a tuple of ints or None, all static, got {got}."
-    )
+  index = _static_int(function, "axis", axis, "an int, a tuple of ints or None, all static")
   if not -ndim <= index < ndim:
     if ndim == 0:
       raise ValueError(
@@ -251,15 +243,20 @@ def as_axis(function: str, name: str, axis: Any, shape: tuple[int, ...]) -> int:
   return index % ndim
 
 
+def _static_int(function: str, name: str, value: Any, expected: str) -> int:
+  """``value`` as an int that is known while tracing; ``expected`` says what else it may be."""
+  try:
+    if not isinstance(value, (bool, np.bool_)):
+      return operator.index(value)
+  except (TypeError, jax.errors.JAXTypeError):
+    pass
+  got = type(value).__name__ if is_concrete(value) else "a traced value"
+  raise TypeError(f"{function} expected {name} to be {expected}, got {got}.")
+
+
 def as_vocab_axis(function: str, axis: Any, shape: tuple[int, ...]) -> int:
   """``axis`` of a weight of ``shape`` as 0 or 1."""
-  try:
-    index = operator.index(axis)
-  except (TypeError, jax.errors.JAXTypeError):
-    index = None
-  if index is None or isinstance(axis, (bool, np.bool_)):
-    got = "a traced value" if isinstance(axis, jax.core.Tracer) else type(axis).__name__
-    raise TypeError(f"{function} expected vocab_axis to be a static int, got {got}.")
+  index = _static_int(function, "vocab_axis", axis, "a static int")
   if len(shape) != 2 or not -2 <= index < 2:
     raise ValueError(
       f"{function} expected weight [H, V] with vocab_axis=-1, or [V, H] with vocab_axis=0, got "
@@ -317,13 +314,7 @@ def as_softcap(function: str, value: Any, dtype: DTypeLike) -> jax.Array:
 
 def as_chunk_size(function: str, value: Any) -> int:
   """``value`` as a positive int."""
-  try:
-    size = operator.index(value)
-  except (TypeError, jax.errors.JAXTypeError):
-    size = None
-  if size is None or isinstance(value, (bool, np.bool_)):
-    got = "a traced value" if isinstance(value, jax.core.Tracer) else type(value).__name__
-    raise TypeError(f"{function} expected chunk_size to be a static int or None, got {got}.")
+  size = _static_int(function, "chunk_size", value, "a static int or None")
   if size < 1:
     raise ValueError(f"{function} expected chunk_size to be at least 1, got {size}.")
   return size

@@ -78,13 +78,20 @@ def normalizer(x: jax.Array, mask: jax.Array | None, axes: Axes, dtype: DTypeLik
       return jnp.sum(e - jnp.floor(e), axis=axes, keepdims=True)
 
     others = where_needed(
-      jnp.any(jnp.abs(rest) < _DOMINATED),
+      jnp.any(_dominated(rest)),
       sum_of_others,
       lambda x, mask, shift, rest: rest,
-      *(x, mask, shift, rest),
+      x,
+      mask,
+      shift,
+      rest,
     )
-  rest = jnp.where(jnp.abs(rest) < _DOMINATED, others, rest)
+  rest = jnp.where(_dominated(rest), others, rest)
   return Normalizer(shift, jnp.where(top == jnp.inf, jnp.inf, rest))
+
+
+def _dominated(rest: jax.Array) -> jax.Array:
+  return jnp.abs(rest) < _DOMINATED
 
 
 def largest(z: jax.Array, axes: Axes) -> jax.Array:
@@ -122,6 +129,7 @@ def vanishing(shift: jax.Array) -> jax.Array:
   """A finite number whose exponential is 0 beside that of ``shift``."""
   far = 128 if shift.dtype == jnp.float32 else 1024
   below = jnp.minimum(shift * (1 - 2**-10), shift * (1 + 2**-10)) - far
+  # Without the barrier XLA:CPU computes it again for every entry of the row.
   return lax.optimization_barrier(jnp.maximum(below, jnp.finfo(shift.dtype).min))
 
 

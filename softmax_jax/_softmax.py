@@ -34,13 +34,13 @@ from softmax_jax._normalizer import (
 # --- softmax --------------------------------------------------------------------------------------
 
 
-def _softmax_primal(x: jax.Array, mask: jax.Array | None, axes: Axes) -> jax.Array:
-  return _softmax_fwd(x, mask, axes)[0]
-
-
 class _SoftmaxResiduals(NamedTuple):
   y: jax.Array
   mask: jax.Array | None
+
+
+def _softmax_primal(x: jax.Array, mask: jax.Array | None, axes: Axes) -> jax.Array:
+  return _softmax_fwd(x, mask, axes)[0]
 
 
 def _softmax_fwd(
@@ -296,7 +296,7 @@ def _scaled_logsumexp_fwd(
   a: jax.Array, b: jax.Array, mask: jax.Array | None, axes: Axes
 ) -> tuple[_Signed, _ScaledResiduals]:
   z, w = _entries_that_count(a, b, mask)
-  top = lax.stop_gradient(jnp.max(z, axis=axes, keepdims=True, initial=-jnp.inf))
+  top = largest(z, axes)
   shift = jnp.where(jnp.isfinite(top), top, jnp.zeros_like(top))
   total = jnp.sum(w * jnp.exp(z - shift), axis=axes, keepdims=True)
   out = _Signed((shift + jnp.log(jnp.abs(total))).astype(a.dtype), jnp.sign(total).astype(a.dtype))

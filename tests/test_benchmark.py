@@ -12,11 +12,13 @@ import math
 import re
 from pathlib import Path
 
+import commands
 import jax
 import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
+from commands import strict_json
 
 from softmax_jax import benchmark
 from softmax_jax.__main__ import main
@@ -29,18 +31,7 @@ JAX_PEERS = ("jax.nn", "optax", "products")
 
 def run(capsys, *argv):
   """The exit code, stdout and stderr of `softmax-jax benchmark ARGV`."""
-  try:
-    code = main(["benchmark", *argv])
-  except SystemExit as stop:
-    code = stop.code
-  return code, *capsys.readouterr()
-
-
-def strict_json(text):
-  def refuse(constant):
-    raise ValueError(constant)
-
-  return json.loads(text, parse_constant=refuse)
+  return commands.run(capsys, "benchmark", *argv)
 
 
 # --- times ---------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import io
-import json
 import os
 import re
 import struct
@@ -15,32 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import run, strict_json
 
 import softmax_jax
 from softmax_jax import train
 from softmax_jax.__main__ import _COMMANDS, main
+from softmax_jax._command_line import picture as picture_option
+from softmax_jax._command_line import progress_bar
 from softmax_jax.train import common
 from softmax_jax.train import digits as task
 
 TRAIN_SIZE, TEST_SIZE = 1347, 450
-
-
-def run(capsys, *argv):
-  """The exit code, stdout and stderr of `softmax-jax ARGV`."""
-  try:
-    code = main(argv)
-  except SystemExit as stop:
-    code = stop.code
-  return code, *capsys.readouterr()
-
-
-def strict_json(text):
-  """Parses JSON as its standard has it, without NaN and Infinity."""
-
-  def refuse(constant):
-    raise ValueError(constant)
-
-  return json.loads(text, parse_constant=refuse)
 
 
 def train_few_steps(digits, *argv):
@@ -348,7 +332,7 @@ def test_progress_bar_on_a_terminal(monkeypatch, capsys):
   monkeypatch.setattr(sys, "stderr", io.StringIO())
   monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
   monkeypatch.setenv("TERM", "xterm")
-  with common.progress_bar(20) as show:
+  with progress_bar(20) as show:
     show(10, "test loss 0.5000")
     show(20, "test loss 0.1250")
   shown = re.sub(r"\x1b\[[?;\d]*[A-Za-z]", "", sys.stderr.getvalue())
@@ -480,7 +464,7 @@ def test_unknown_command(capsys):
 def test_checking_the_picture_leaves_no_file(tmp_path):
   new, old = tmp_path / "new.png", tmp_path / "old.png"
   old.write_bytes(b"old")
-  assert (train._picture(str(new)), train._picture(str(old))) == (new, old)
+  assert (picture_option(str(new)), picture_option(str(old))) == (new, old)
   assert not new.exists()
   assert old.read_bytes() == b"old"
 

@@ -10,6 +10,7 @@ import sysconfig
 import types
 import zlib
 
+import commands
 import jax
 import numpy as np
 import optax
@@ -35,11 +36,7 @@ def options(**other):
 
 def run(capsys, *argv):
   """The exit code, stdout and stderr of `softmax-jax train --task text ARGV`."""
-  try:
-    code = main(["train", "--task", "text", *argv])
-  except SystemExit as stop:
-    code = stop.code
-  return code, *capsys.readouterr()
+  return commands.run(capsys, "train", "--task", "text", *argv)
 
 
 def command(**other):

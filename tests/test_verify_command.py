@@ -7,11 +7,11 @@ import subprocess
 import sys
 import textwrap
 
+import commands
 import matplotlib.figure
 import numpy as np
 import pytest
 
-from softmax_jax.__main__ import main
 from softmax_jax.verify import library
 
 
@@ -42,11 +42,7 @@ def module(tmp_path, monkeypatch):
 
 def run(capsys, *argv):
   """The exit code, stdout and stderr of `softmax-jax verify ARGV`."""
-  try:
-    code = main(["verify", *argv])
-  except SystemExit as stop:
-    code = stop.code
-  return code, *capsys.readouterr()
+  return commands.run(capsys, "verify", *argv)
 
 
 def test_a_function_that_is_right(capsys, module):

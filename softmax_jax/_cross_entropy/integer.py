@@ -37,7 +37,7 @@ from softmax_jax._normalizer import (
 
 # What stands in place of the class index in a row whose label is out of range, and in a row that
 # does not count.
-_INVALID, _IGNORED = -1, -2
+INVALID, IGNORED = -1, -2
 
 
 class _Static(NamedTuple):
@@ -54,6 +54,15 @@ class _Residuals(NamedTuple):
   normalizer: Normalizer
 
 
+def class_index(function: str, labels: jax.Array, ignore_index: Any, num_classes: int) -> jax.Array:
+  """The labels as int32, with `INVALID` and `IGNORED` in place of those that are no class."""
+  index = jnp.where((labels >= 0) & (labels < num_classes), labels, INVALID)
+  if ignore_index is not None:
+    ignored = labels == arguments.as_ignore_index(function, ignore_index, labels.dtype)
+    index = jnp.where(ignored, IGNORED, index)
+  return index.astype(jnp.int32)
+
+
 def _at_label(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
   """The entries of ``x`` at the labels, ``axis`` kept; any entry where there is no label."""
   return jnp.take_along_axis(x, jnp.maximum(index, 0), axis=axis)
@@ -61,7 +70,7 @@ def _at_label(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
 
 def _by_row(index: jax.Array, valid: jax.Array) -> jax.Array:
   """``valid`` in rows with a label, NaN where that is invalid, 0 in rows that do not count."""
-  return jnp.where(index >= 0, valid, jnp.where(index == _INVALID, jnp.nan, 0))
+  return jnp.where(index >= 0, valid, jnp.where(index == INVALID, jnp.nan, 0))
 
 
 def _bar_by_row(index: jax.Array, bar: jax.Array) -> jax.Array:
@@ -69,7 +78,7 @@ def _bar_by_row(index: jax.Array, bar: jax.Array) -> jax.Array:
 
   Where the label is invalid, 0 stays 0, for those who discard such a row with a select.
   """
-  return jnp.where(index >= 0, bar, jnp.where((index == _INVALID) & (bar != 0), jnp.nan, 0))
+  return jnp.where(index >= 0, bar, jnp.where((index == INVALID) & (bar != 0), jnp.nan, 0))
 
 
 def _primal(
@@ -94,7 +103,7 @@ def _fwd(
   s = normalizer(logits, mask, (axis,), dtype)
   z_t = _at_label(entries(logits, mask, (axis,), dtype), index, axis)
   nll = _by_row(index, minus_log_softmax(z_t, s))
-  lse = jnp.where(index == _IGNORED, 0, s.shift + s.log_sum())
+  lse = jnp.where(index == IGNORED, 0, s.shift + s.log_sum())
   uniform = None
   if static.smoothed:
     uniform = _by_row(index, uniform_loss(weights, logits, mask, s, (axis,)))
@@ -115,7 +124,7 @@ def _bwd(
   z = entries(logits, mask, (axis,), s.shift.dtype)
   inverse = inverse_sum(s)
   nll_bar = _bar_by_row(index, bars.nll)
-  g = jnp.where(index == _IGNORED, 0, bars.lse)
+  g = jnp.where(index == IGNORED, 0, bars.lse)
   weights_bar = None
   if static.smoothed:
     uniform_bar = _bar_by_row(index, bars.uniform)
@@ -134,7 +143,7 @@ def _bwd(
     z_bar = z_bar - u * uniform_bar
   # What does not count may hold anything, and has derivative 0 nevertheless.
   if static.ignores:
-    z_bar = masked(z_bar, index != _IGNORED, 0)
+    z_bar = masked(z_bar, index != IGNORED, 0)
   return masked(z_bar, mask, 0).astype(logits.dtype), None, None, weights_bar
 
 
@@ -167,7 +176,7 @@ def _tangent(static: _Static, residuals: _Residuals, args_dot: tuple[Any, ...]) 
       uniform_dot += jnp.sum(u_dot * cost, axis=axis, keepdims=True)
     uniform_dot = _by_row(index, uniform_dot)
   if logits_dot is not None:
-    nll_dot, lse_dot = _by_row(index, nll_dot), jnp.where(index == _IGNORED, 0, lse_dot)
+    nll_dot, lse_dot = _by_row(index, nll_dot), jnp.where(index == IGNORED, 0, lse_dot)
   return PerRow(nll_dot, lse_dot, uniform_dot)
 
 
@@ -314,13 +323,10 @@ def softmax_cross_entropy_with_integer_labels(
   num_classes = logits.shape[class_axis]
   rows = logits.shape[:class_axis] + logits.shape[class_axis + 1 :]
   rows = arguments.rows_of_labels(name, labels.shape, rows, logits.shape)
-  index = jnp.where((labels >= 0) & (labels < num_classes), labels, _INVALID)
-  if ignore_index is not None:
-    ignored = labels == arguments.as_ignore_index(name, ignore_index, labels.dtype)
-    index = jnp.where(ignored, _IGNORED, index)
-  index = jnp.expand_dims(jnp.broadcast_to(index, rows).astype(jnp.int32), class_axis)
+  index = class_index(name, labels, ignore_index, num_classes)
+  index = jnp.expand_dims(jnp.broadcast_to(index, rows), class_axis)
   if mask is not None:
-    index = jnp.where(jnp.any(mask, axis=axes, keepdims=True), index, _IGNORED)
+    index = jnp.where(jnp.any(mask, axis=axes, keepdims=True), index, IGNORED)
     if mask.shape[class_axis] < num_classes:  # one value per row: the index says it all
       mask = None
 
@@ -339,7 +345,7 @@ def softmax_cross_entropy_with_integer_labels(
     if weights is not None:
       row_weights = weights[jnp.maximum(index, 0)]
       per_row = per_row._replace(nll=options.times(row_weights, per_row.nll))
-    row_weights = jnp.where(index == _IGNORED, 0, row_weights)
+    row_weights = jnp.where(index == IGNORED, 0, row_weights)
 
   squeezed = jax.tree.map(lambda x: jnp.squeeze(x, class_axis), (per_row, row_weights))
   loss, aux = options.combine(chosen, *squeezed)

@@ -177,7 +177,6 @@ def _tangent(
   logits_dot, labels_dot, _, weights_dot = args_dot
   dtype = s.shift.dtype
   z = entries(logits, mask, axes, dtype)
-  t = masked(labels.astype(dtype), mask, 0)
   row_sum = lambda x: jnp.sum(x, axis=axes, keepdims=True)
   nll_dot = lse_dot = jnp.zeros_like(s.shift)
   uniform_dot = jnp.zeros_like(s.shift) if smoothed else None
@@ -200,7 +199,7 @@ def _tangent(
     if labels_dot is not None:
       p_dot += _weighted_label(labels_dot, mask, weights, dtype)
     if weights_dot is not None:
-      p_dot += t * weights_dot
+      p_dot += _weighted_label(labels, mask, weights_dot, dtype)
     nll_dot += row_sum(cost_of(p, cost) * masked(p_dot, mask, 0))
     if smoothed and weights_dot is not None:
       u_dot = uniform_label(weights_dot, mask, z.shape, axes, dtype)

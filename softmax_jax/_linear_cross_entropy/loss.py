@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from softmax_jax import _arguments as arguments
 from softmax_jax._cross_entropy import options
+from softmax_jax._cross_entropy.integer import IGNORED, class_index
 from softmax_jax._cross_entropy.options import Reduction
 from softmax_jax._cross_entropy.rows import PerRow
 from softmax_jax._forward_mode import varying_alike
@@ -140,16 +141,12 @@ def linear_softmax_cross_entropy(
   if chunk_size is None:
     chunk_size = default_chunk_size(num_tokens, x.shape[-1], num_classes, dtype.itemsize)
 
-  index = jnp.where((labels >= 0) & (labels < num_classes), labels, rules.INVALID)
-  if ignore_index is not None:
-    ignored = labels == arguments.as_ignore_index(name, ignore_index, labels.dtype)
-    index = jnp.where(ignored, rules.IGNORED, index)
-  index = index.astype(jnp.int32).reshape(num_tokens, 1)
+  index = class_index(name, labels, ignore_index, num_classes).reshape(num_tokens, 1)
   smoothed = chosen.label_smoothing is not None
   row_weights = jnp.ones(index.shape, dtype)
   if weights is not None:
     row_weights = weights[jnp.maximum(index, 0)]
-  counted = jnp.where(index == rules.IGNORED, 0, row_weights)
+  counted = jnp.where(index == IGNORED, 0, row_weights)
   inputs = Inputs(
     x=x.reshape(num_tokens, x.shape[-1]),
     weight=weight,

@@ -32,8 +32,6 @@ from softmax_jax._linear_cross_entropy.projection import (
 )
 from softmax_jax._normalizer import Normalizer
 
-INVALID, IGNORED = integer._INVALID, integer._IGNORED
-
 
 class Static(NamedTuple):
   """What is known while tracing.
@@ -74,7 +72,7 @@ def _values(tree: Any) -> Any:
 
 def _features(x: jax.Array, index: jax.Array, static: Static) -> jax.Array:
   """The features, with 0 in rows that do not count: those may hold anything."""
-  return jnp.where(index == IGNORED, jnp.zeros_like(x), x) if static.ignores else x
+  return jnp.where(index == integer.IGNORED, jnp.zeros_like(x), x) if static.ignores else x
 
 
 def _poison(index: jax.Array, bars: PerRow) -> jax.Array:
@@ -82,7 +80,7 @@ def _poison(index: jax.Array, bars: PerRow) -> jax.Array:
   used = bars.nll != 0
   if bars.uniform is not None:
     used |= bars.uniform != 0
-  return jnp.where((index == INVALID) & used, jnp.nan, jnp.zeros_like(bars.nll))
+  return jnp.where((index == integer.INVALID) & used, jnp.nan, jnp.zeros_like(bars.nll))
 
 
 def _chunk_logits(inputs: Inputs, index: jax.Array, static: Static) -> tuple[Any, ...]:

@@ -28,27 +28,14 @@ within float32 rounding; text: the perplexity ends below that of the word freque
 import argparse
 import contextlib
 import importlib
-import os
-import pathlib
 import sys
 import time
-from collections.abc import Callable
 
-from softmax_jax.train import common, digits, text
+from softmax_jax._command_line import picture, print_json, whole_number
+from softmax_jax.train import digits, text
 
 # Each has DEFAULTS, EXTRAS, `run(args)`, which returns the report, and `print_tables(report)`.
 _TASKS = {"digits": digits, "text": text}
-_PICTURES = (".pdf", ".png", ".svg")
-
-
-def _whole_number(low: int, high: int) -> Callable[[str], int]:
-  def parse(text: str) -> int:
-    with contextlib.suppress(ValueError):
-      if low <= int(text) <= high:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"expected a whole number from {low} to {high}, got {text!r}")
-
-  return parse
 
 
 def _learning_rate(text: str) -> float:
@@ -58,24 +45,9 @@ def _learning_rate(text: str) -> float:
   raise argparse.ArgumentTypeError(f"expected a number above 0, at most 1000, got {text!r}")
 
 
-def _picture(text: str) -> pathlib.Path:
-  path = pathlib.Path(text)
-  if path.suffix.lower() not in _PICTURES:
-    raise argparse.ArgumentTypeError(f"expected a name in .pdf, .png or .svg, got {text!r}")
-  # Only opening the file tells for certain whether it can be written.
-  existed = os.path.lexists(path)
-  try:
-    path.open("ab").close()
-  except OSError as error:
-    raise argparse.ArgumentTypeError(f"cannot write {text!r}: {error.strerror}") from None
-  if not existed:
-    path.unlink()
-  return path
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the options of `softmax-jax train`."""
-  count = _whole_number(1, 1_000_000)
+  count = whole_number(1, 1_000_000)
   default = lambda name: f"(default: {digits.DEFAULTS[name]}, text {text.DEFAULTS[name]})"
   add = parser.add_argument
   add(
@@ -101,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   add(
     "--vocabulary",
-    type=_whole_number(2, 1_000_000),
+    type=whole_number(2, 1_000_000),
     metavar="N",
     help=f"classes that words are hashed to, with --task text (default: {text.VOCABULARY})",
   )
@@ -114,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   add(
     "--seed",
-    type=_whole_number(0, 2**32 - 1),
+    type=whole_number(0, 2**32 - 1),
     default=0,
     metavar="N",
     help="decides what is held out, the initial weights and the batches (default: 0)",
@@ -122,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--json", action="store_true", help="print one JSON object in place of the tables")
   add(
     "--plot",
-    type=_picture,
+    type=picture,
     metavar="FILE.png",
     help="draw the training curves and what was checked (also .pdf, .svg)",
   )
@@ -151,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
   report = task.run(args)
   report["total_seconds"] = time.perf_counter() - start
   if args.json:
-    common.print_json(report)
+    print_json(report)
   else:
     task.print_tables(report)
   for failure in report["failures"]:

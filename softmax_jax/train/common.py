@@ -1,9 +1,6 @@
-"""What the tasks of `softmax-jax train` share: batches, the progress bar, JSON and tables."""
+"""What the tasks of `softmax-jax train` share: batches and tables."""
 
-import contextlib
-import json
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -15,34 +12,6 @@ def batches(seed: int, size: int, batch_size: int) -> Iterator[np.ndarray]:
     order = rng.permutation(size).astype(np.int32)
     for start in range(0, size - batch_size + 1, batch_size):
       yield order[start : start + batch_size]
-
-
-@contextlib.contextmanager
-def progress_bar(steps: int) -> Iterator[Callable[[int, str], None]]:
-  """A progress bar on stderr, or nothing where that is no terminal.
-
-  Yields a function of the number of steps done and of a description.
-  """
-  from rich import progress
-  from rich.console import Console
-
-  console = Console(stderr=True)
-  columns = (
-    progress.BarColumn(),
-    progress.MofNCompleteColumn(),
-    progress.TextColumn("{task.description}"),
-    progress.TimeRemainingColumn(),
-  )
-  with progress.Progress(*columns, console=console, disable=not console.file.isatty()) as bar:
-    task = bar.add_task("compiling", total=steps)
-    yield lambda step, description: bar.update(task, completed=step, description=description)
-
-
-def print_json(report: dict[str, Any]) -> None:
-  """Prints the report as one JSON object."""
-  # JSON has no NaN, of which a training that diverged has plenty: it becomes null.
-  plain = json.loads(json.dumps(report), parse_constant=lambda _: None)
-  print(json.dumps(plain, indent=2))
 
 
 def print_table(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from softmax_jax import derivatives, softmax, softmax_cross_entropy_with_integer_labels
+from softmax_jax._command_line import progress_bar
 from softmax_jax.train import common
 
 DEFAULTS = {"steps": 1000, "batch_size": 128, "learning_rate": 3e-3}
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
       f"argument --batch-size: expected at most {len(digits.train_labels)}, the size of the "
       f"training set, got {args.batch_size}",
     )
-  with common.progress_bar(args.steps) as show:
+  with progress_bar(args.steps) as show:
     training = _train(args, digits, show)
   logits = np.asarray(jax.jit(_logits)(training.weights, digits.test_images))
   correct = int(np.sum(logits.argmax(axis=-1) == digits.test_labels))

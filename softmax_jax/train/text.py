@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from softmax_jax import linear_softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
+from softmax_jax._command_line import progress_bar
 from softmax_jax.train import common
 
 VOCABULARY = 32768
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
       f"argument --batch-size: expected at most {positions}, the words to learn from, got "
       f"{args.batch_size}",
     )
-  with common.progress_bar(args.steps) as show:
+  with progress_bar(args.steps) as show:
     training = _train(args, text, show)
 
   report = {

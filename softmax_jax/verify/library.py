@@ -48,6 +48,8 @@ class Case(NamedTuple):
 
 # --- references, in plain JAX ---------------------------------------------------------------------
 
+_REDUCE = {"none": lambda x: x, "sum": jnp.sum, "mean": jnp.mean}
+
 
 def _cross_entropy(
   logits, t, axis=-1, label_smoothing=0.0, z_loss=0.0, class_weights=None, reduction="none", **_
@@ -62,14 +64,14 @@ def _cross_entropy(
   cost = jnp.where(t == 0, 0, log_a)  # 0 log 0 = 0
   loss = -jnp.sum(t * weights * cost, axis=axis)
   loss += z_loss * jax.nn.logsumexp(logits, axis=axis) ** 2
-  return {"none": lambda x: x, "sum": jnp.sum, "mean": jnp.mean}[reduction](loss)
+  return _REDUCE[reduction](loss)
 
 
 def _integer_cross_entropy(logits, labels, axis=-1, reduction="none", **options):
   is_label = jax.nn.one_hot(labels, logits.shape[axis], axis=axis, dtype=logits.dtype)
   losses = _cross_entropy(logits, is_label, axis, **options)
   if reduction != "mean" or options.get("class_weights") is None:
-    return {"none": lambda x: x, "sum": jnp.sum, "mean": jnp.mean}[reduction](losses)
+    return _REDUCE[reduction](losses)
   return jnp.sum(losses) / jnp.sum(options["class_weights"][labels])
 
 
@@ -176,28 +178,27 @@ def _with_options() -> Iterator[Case]:
     checks,
     "float32",
   )
+
+  def with_coefficients(f, z, second, smoothing, z_loss, weights):
+    coefficients = {"label_smoothing": smoothing, "z_loss": z_loss, "class_weights": weights}
+    return f(z, second, 0, reduction="mean", **coefficients)
+
   for name, second, reference in (
     ("softmax_cross_entropy", t, _cross_entropy),
     ("softmax_cross_entropy_with_integer_labels", y, _integer_cross_entropy),
   ):
     f = getattr(softmax_jax, name)
 
-    def with_coefficients(f, z, second, smoothing, z_loss, weights, **kwargs):
-      return f(
-        z, second, 0, label_smoothing=smoothing, z_loss=z_loss, class_weights=weights, **kwargs
-      )
-
-    for reduction in ("mean",):
-      yield Case(
-        f"{name}(axis=0, all coefficients, reduction={reduction})",
-        functools.partial(with_coefficients, f, reduction=reduction),
-        (x, second, np.float32(0.1), np.float32(1e-2), weights),
-        functools.partial(with_coefficients, _positional(reference), reduction=reduction),
-        {},
-        (),
-        checks,
-        "float32",
-      )
+    yield Case(
+      f"{name}(axis=0, all coefficients, reduction=mean)",
+      functools.partial(with_coefficients, f),
+      (x, second, np.float32(0.1), np.float32(1e-2), weights),
+      functools.partial(with_coefficients, _positional(reference)),
+      {},
+      (),
+      checks,
+      "float32",
+    )
 
 
 def _positional(reference):
