@@ -14,7 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
+
+from softmax_jax._devices import AxisName
+from softmax_jax._forward_mode import varying_axes
 
 Axis = int | Sequence[int] | None
 
@@ -254,6 +258,55 @@ def _static_int(function: str, name: str, value: Any, expected: str) -> int:
   raise TypeError(f"{function} expected {name} to be {expected}, got {got}.")
 
 
+def as_axis_name(
+  function: str, axis_name: Any, name: str, spread: Any, **same: jax.Array | None
+) -> AxisName:
+  """``axis_name`` as that of a mesh axis over which ``spread`` is spread and ``same`` is not."""
+  names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+  if not names or not all(isinstance(n, str) for n in names):
+    raise TypeError(
+      f"{function} expected axis_name to be the name of a mesh axis or a tuple of names, got "
+      f"{axis_name!r}."
+    )
+  for n in names:
+    try:
+      index = lax.axis_index(n)
+    except NameError as error:
+      raise ValueError(
+        f"{function} expected axis_name={axis_name!r} to name an axis of a surrounding "
+        "jax.shard_map, but there is none of that name. Without shard_map leave axis_name out: JAX "
+        "partitions the plain function by itself."
+      ) from error
+    if n not in varying_axes(index):
+      raise ValueError(
+        f"{function} expected axis_name={axis_name!r} to name an axis of a jax.shard_map with "
+        "check_vma=True. Without that (or in jax.vmap and jax.pmap) JAX does not know which values "
+        "are the same on all devices, and a gradient taken outside would silently be too large by "
+        "the number of devices. Pass check_vma=True."
+      )
+    if n not in varying_axes(spread):
+      raise ValueError(
+        f"{function} expected {name} to be spread over the mesh axis {n!r}, got the same {name} on "
+        f"all of its devices. Put {n!r} at the class axis in the in_specs of shard_map."
+      )
+    for other, value in same.items():
+      if value is not None and n in varying_axes(value):
+        raise ValueError(
+          f"{function} expected the same {other} on all devices of the mesh axis {n!r}, got "
+          f"{other} that may differ. Leave {n!r} out of their in_specs; lax.pmax({other}, {n!r}) "
+          "tells JAX that they are the same."
+        )
+  return axis_name
+
+
+def check_one_class_axis(function: str, axes: tuple[int, ...]) -> None:
+  """Raises unless the classes have one axis, as slices of them must."""
+  if len(axes) != 1:
+    raise ValueError(
+      f"{function} expected one class axis where axis_name is given, got axis={axes}."
+    )
+
+
 def as_vocab_axis(function: str, axis: Any, shape: tuple[int, ...]) -> int:
   """``axis`` of a weight of ``shape`` as 0 or 1."""
   index = _static_int(function, "vocab_axis", axis, "a static int")
@@ -317,6 +370,17 @@ def as_chunk_size(function: str, value: Any) -> int:
   size = _static_int(function, "chunk_size", value, "a static int or None")
   if size < 1:
     raise ValueError(f"{function} expected chunk_size to be at least 1, got {size}.")
+  return size
+
+
+def as_num_classes(function: str, value: Any, num_columns: int) -> int:
+  """``value`` as an int in [0, num_columns]."""
+  size = _static_int(function, "num_classes", value, "a static int or None")
+  if not 0 <= size <= num_columns:
+    raise ValueError(
+      f"{function} expected num_classes in [0, {num_columns}], the number of columns of the weight "
+      f"on all devices, got {size}."
+    )
   return size
 
 

@@ -418,17 +418,27 @@ def _checked_tangent(name, out_dot, out_tree, out_types, linear) -> tuple[Any, .
 
 def _varying_as(like: Any, x: Any) -> Any:
   """``x``, where `jax.shard_map` tracks such things, varying over the axes that ``like`` does."""
-  axes = like.manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
+  axes = like.manual_axis_type.varying - varying_axes(x)
   return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
 
 
-def varying_alike(*arrays: jax.Array | None) -> tuple[Any, ...]:
-  """The arrays, varying over the same axes inside `jax.shard_map`, as a rule for several needs."""
-  types = [jax.typeof(x).manual_axis_type for x in arrays if x is not None]
-  union = frozenset[str]().union(*(t.varying for t in types))
+def varying_axes(x: Any) -> frozenset[str]:
+  """The mesh axes over which ``x`` may differ between devices, inside `jax.shard_map`."""
+  return jax.typeof(x).manual_axis_type.varying
+
+
+def varying_alike(
+  *arrays: jax.Array | None, without: str | tuple[str, ...] | None = None
+) -> tuple[Any, ...]:
+  """The arrays, varying over the same axes inside `jax.shard_map`, as a rule for several needs.
+
+  Over the axes ``without`` they vary as they did.
+  """
+  union = frozenset[str]().union(*(varying_axes(x) for x in arrays if x is not None))
+  union -= {without} if isinstance(without, str) else set(without or ())
 
   def alike(x):
-    axes = union - jax.typeof(x).manual_axis_type.varying
+    axes = union - varying_axes(x)
     return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
 
   return tuple(None if x is None else alike(x) for x in arrays)

@@ -20,26 +20,47 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from softmax_jax import _devices as devices
+from softmax_jax._devices import AxisName
+
 Axes = tuple[int, ...]
 
 
 class Normalizer(NamedTuple):
   """The normalizer S of each row, as numbers that keep all digits of its logarithm.
 
-  Both have the shape of the row sums with the reduced axes kept.
+  All have the shape of the row sums with the reduced axes kept.
 
   Attributes:
     shift: the largest entry, or 0 where that is not finite.
     rest: S - 1, the sum over all entries but the largest, to a few rounding errors of its own size;
       -1 in a row of -inf alone, +inf in a row with +inf.
+    any: whether any entry of the row counts, or None where nothing is masked.
   """
 
   shift: jax.Array
   rest: jax.Array
+  any: jax.Array | None
 
   def log_sum(self) -> jax.Array:
     """``log S``; adding ``shift`` gives the logsumexp."""
     return jnp.log1p(self.rest)
+
+
+class OwnSum(NamedTuple):
+  """What one device knows of a `Normalizer`, before the devices add up what they know.
+
+  Attributes:
+    shift: that of the `Normalizer`.
+    rest: the sum over the entries of this device but the largest of the row, if it is here.
+    tops: whether it is here, as a number; None where one device has the whole row.
+    any: that of the `Normalizer`.
+  """
+
+  shift: jax.Array
+  rest: jax.Array
+  tops: jax.Array | None
+  any: jax.Array | None
 
 
 def compiled(rule: Callable, static_argnums: int) -> Callable:
@@ -55,39 +76,84 @@ _DOMINATED = 0.99
 _FEW = 16
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3), inline=True)
-def normalizer(x: jax.Array, mask: jax.Array | None, axes: Axes, dtype: DTypeLike) -> Normalizer:
-  """The normalizer of ``exp(entries(x, mask, axes, dtype))`` along ``axes``.
+def normalizer(
+  x: jax.Array,
+  mask: jax.Array | None,
+  axes: Axes,
+  dtype: DTypeLike,
+  axis_name: AxisName | None = None,
+) -> Normalizer:
+  """The normalizer of the entries of ``x`` along ``axes`` (and over the devices of a mesh axis)."""
+  return add_up(own_sum(x, mask, axes, dtype, axis_name), (), axis_name)[0]
+
+
+def add_up(
+  own: OwnSum, others: devices.Parts, axis_name: AxisName | None
+) -> tuple[Normalizer, devices.Parts]:
+  """The normalizer, and the sums over the devices of ``others``, which are numbers per row."""
+  if own.tops is None:
+    return Normalizer(own.shift, own.rest, own.any), others
+  # Devices with entries tied with the largest each leave one of them out.
+  rest, tops, others = devices.add_up((own.rest, own.tops, others), axis_name)
+  return Normalizer(own.shift, rest + (tops - 1), own.any), others
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4), inline=True)
+def own_sum(
+  x: jax.Array,
+  mask: jax.Array | None,
+  axes: Axes,
+  dtype: DTypeLike,
+  axis_name: AxisName | None = None,
+) -> OwnSum:
+  """The sum of ``exp(z - shift)`` over the entries z on this device, all but the largest.
 
   The largest e is exactly 1. Added to the others it wipes out their digits where it holds nearly
   all of the sum, so there the others are summed alone: ``e - floor(e)`` is 0 for the largest and e
   for the others. (It is 0, too, for entries tied with the largest, but then S >= 2.)
   """
-  z = entries(x, mask, axes, dtype)
-  top = largest(z, axes)
+  z, top, any_ = entries_and_largest(x, mask, axes, dtype, axis_name)
   shift = jnp.where(jnp.isfinite(top), top, jnp.zeros_like(top))
+  own_top = top if axis_name is None else largest(z, axes)
+  tops = None if axis_name is None else (own_top == top).astype(dtype)
+  left_out = 1 if tops is None else tops
   if few(x.shape, axes):
     e = exp_of_difference(z, shift)
     total, others = _sums(e, e - jnp.floor(e), axes)
-    rest = total - 1
+    rest = total - left_out
   else:
-    rest = jnp.sum(jnp.exp(z - shift), axis=axes, keepdims=True) - 1
+    rest = jnp.sum(jnp.exp(z - shift), axis=axes, keepdims=True) - left_out
 
-    def sum_of_others(x, mask, shift, rest):
-      e = exp_of_difference(entries(x, mask, axes, dtype), shift)
+    def sum_of_others(x, mask, any_, shift, rest):
+      e = exp_of_difference(entries(x, mask, any_, dtype), shift)
       return jnp.sum(e - jnp.floor(e), axis=axes, keepdims=True)
 
     others = where_needed(
       jnp.any(_dominated(rest)),
       sum_of_others,
-      lambda x, mask, shift, rest: rest,
+      lambda x, mask, any_, shift, rest: rest,
       x,
       mask,
+      any_,
       shift,
       rest,
     )
   rest = jnp.where(_dominated(rest), others, rest)
-  return Normalizer(shift, jnp.where(top == jnp.inf, jnp.inf, rest))
+  return OwnSum(shift, jnp.where(own_top == jnp.inf, jnp.inf, rest), tops, any_)
+
+
+def entries_and_largest(
+  x: jax.Array, mask: jax.Array | None, axes: Axes, dtype: DTypeLike, axis_name: AxisName | None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+  """The `entries`, the largest of each row, and whether any of the row counts (on all devices)."""
+  any_ = any_entry(mask, axes)
+  if axis_name is None:
+    z = entries(x, mask, any_, dtype)
+    return z, largest(z, axes), any_
+  top, any_ = devices.largest(
+    largest(masked(x.astype(dtype), mask, -jnp.inf), axes), any_, axis_name
+  )
+  return entries(x, mask, any_, dtype), top, any_
 
 
 def _dominated(rest: jax.Array) -> jax.Array:
@@ -155,13 +221,12 @@ def masked(x: jax.Array, mask: jax.Array | None, fill: float) -> jax.Array:
   return x if mask is None else jnp.where(mask, x, jnp.full((), fill, x.dtype))
 
 
-def entries(x: jax.Array, mask: jax.Array | None, axes: Axes, dtype: DTypeLike) -> jax.Array:
-  """``x`` in ``dtype``, with -inf where masked; 0 in rows masked altogether, which spares NaNs."""
+def entries(
+  x: jax.Array, mask: jax.Array | None, any_: jax.Array | None, dtype: DTypeLike
+) -> jax.Array:
+  """``x`` in ``dtype``, with -inf where masked; 0 in rows without ``any_``, which spares NaNs."""
   z = x.astype(dtype)
-  if mask is None:
-    return z
-  fill = jnp.where(jnp.any(mask, axis=axes, keepdims=True), -jnp.inf, 0).astype(z.dtype)
-  return jnp.where(mask, z, fill)
+  return z if mask is None else jnp.where(mask, z, jnp.where(any_, -jnp.inf, 0).astype(z.dtype))
 
 
 def any_entry(mask: jax.Array | None, axes: Axes) -> jax.Array | None:

@@ -14,22 +14,30 @@ from jax.typing import ArrayLike
 
 from softmax_jax import _arguments as arguments
 from softmax_jax._arguments import Axis
+from softmax_jax._devices import AxisName, row_sum
 from softmax_jax._forward_mode import enable_forward_mode, varying_alike
 from softmax_jax._normalizer import (
   Axes,
   Normalizer,
-  any_entry,
   broadcast,
   compiled,
   entries,
+  entries_and_largest,
   exp_of_difference,
   few,
-  largest,
   masked,
   normalizer,
   unbroadcast,
   vanishing,
 )
+
+
+class Rows(NamedTuple):
+  """Where the entries of a row are: along these axes, and on the devices of a mesh axis."""
+
+  axes: Axes
+  axis_name: AxisName | None
+
 
 # --- softmax --------------------------------------------------------------------------------------
 
@@ -39,42 +47,41 @@ class _SoftmaxResiduals(NamedTuple):
   mask: jax.Array | None
 
 
-def _softmax_primal(x: jax.Array, mask: jax.Array | None, axes: Axes) -> jax.Array:
-  return _softmax_fwd(x, mask, axes)[0]
+def _softmax_primal(x: jax.Array, mask: jax.Array | None, rows: Rows) -> jax.Array:
+  return _softmax_fwd(x, mask, rows)[0]
 
 
 def _softmax_fwd(
-  x: jax.Array, mask: jax.Array | None, axes: Axes
+  x: jax.Array, mask: jax.Array | None, rows: Rows
 ) -> tuple[jax.Array, _SoftmaxResiduals]:
-  z = entries(x, mask, axes, arguments.compute_dtype(x.dtype))
-  y = masked(_normalized(z, axes).astype(x.dtype), mask, 0)
+  axes, axis_name = rows
+  z, top, _ = entries_and_largest(x, mask, axes, arguments.compute_dtype(x.dtype), axis_name)
+  y = masked(_normalized(z, top, rows).astype(x.dtype), mask, 0)
   return y, _SoftmaxResiduals(y, mask)
 
 
-def _normalized(z: jax.Array, axes: Axes) -> jax.Array:
-  """The exponentials of ``z`` divided by their sum.
+def _normalized(z: jax.Array, top: jax.Array, rows: Rows) -> jax.Array:
+  """The exponentials of ``z``, the largest of which is ``top``, divided by their sum.
 
   On a CPU every operation counts, and the shortest rows of float32 are left with the rounding error
   of ``z - shift``: up to |z - shift| / 2 units in the last place.
   """
   # An integer makes the error of the difference cheap to know.
-  shift = jnp.ceil(largest(z, axes))
+  shift = jnp.ceil(top)
+  e = jnp.exp(z - shift)
 
-  def plain(z, shift):
-    e = jnp.exp(z - shift)
-    return e / jnp.sum(e, axis=axes, keepdims=True)
-
-  def exact(z, shift):
-    e = jnp.exp(z - shift)
-    # With an integer shift all of this but z - shift is free of rounding, and
-    # exp(z - shift + error) = e (1 + error).
+  # With an integer shift all of this but z - shift is free of rounding, and
+  # exp(z - shift + error) = e (1 + error).
+  def exact(z, shift, e):
     z = jnp.maximum(z, vanishing(shift))
     error = z - ((z - shift) + shift)
-    return (e + e * error) / jnp.sum(e, axis=axes, keepdims=True)
+    return e + e * error
 
-  if few(z.shape, axes) and z.dtype == jnp.float32:
-    return lax.platform_dependent(z, shift, cpu=plain, default=exact)
-  return exact(z, shift)
+  if few(z.shape, rows.axes) and z.dtype == jnp.float32:
+    exact_e = lax.platform_dependent(z, shift, e, cpu=lambda z, shift, e: e, default=exact)
+  else:
+    exact_e = exact(z, shift, e)
+  return exact_e / row_sum(e, *rows)
 
 
 # Seed step 5: J_ij = a_i (delta_ij - a_j), so with the cotangent c
@@ -85,23 +92,23 @@ def _normalized(z: jax.Array, axes: Axes) -> jax.Array:
 # same formula is then right to the last digits. For that an a_t next to 1 must be 1, which the
 # rounding of the division may have missed.
 def _softmax_bwd(
-  axes: Axes, residuals: _SoftmaxResiduals, y_bar: jax.Array
+  rows: Rows, residuals: _SoftmaxResiduals, y_bar: jax.Array
 ) -> tuple[jax.Array, None]:
   y, mask = residuals
   dtype = arguments.compute_dtype(y.dtype)
   a, c = y.astype(dtype), masked(y_bar, mask, 0).astype(dtype)
   a = jnp.minimum(a * (1 + jnp.finfo(dtype).eps), 1)
   for _ in range(2):
-    c = c - jnp.sum(a * c, axis=axes, keepdims=True)
-  x_bar = a * (c - jnp.sum(a * c, axis=axes, keepdims=True))
+    c = c - row_sum(a * c, *rows)
+  x_bar = a * (c - row_sum(a * c, *rows))
   return masked(x_bar, mask, 0).astype(y.dtype), None
 
 
 # J is symmetric (seed step 5), so that J x_dot is the same expression.
 def _softmax_tangent(
-  axes: Axes, residuals: _SoftmaxResiduals, args_dot: tuple[jax.Array, None]
+  rows: Rows, residuals: _SoftmaxResiduals, args_dot: tuple[jax.Array, None]
 ) -> jax.Array:
-  return _softmax_bwd(axes, residuals, args_dot[0])[0]
+  return _softmax_bwd(rows, residuals, args_dot[0])[0]
 
 
 _softmax_rule = jax.custom_vjp(_softmax_primal, nondiff_argnums=(2,))
@@ -109,7 +116,13 @@ _softmax_rule.defvjp(_softmax_fwd, _softmax_bwd)
 _softmax = compiled(enable_forward_mode(_softmax_rule, tangent=_softmax_tangent), static_argnums=2)
 
 
-def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> jax.Array:
+def softmax(
+  x: ArrayLike,
+  axis: Axis = -1,
+  where: ArrayLike | None = None,
+  *,
+  axis_name: AxisName | None = None,
+) -> jax.Array:
   r"""Exponentials of ``x``, normalized to sum to one along ``axis``.
 
   .. math:: a_j = \frac{e^{x_j}}{\sum_k e^{x_k}}, \qquad
@@ -126,6 +139,10 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> ja
     axis: the axis or axes along which the entries sum to one; None stands for all.
     where: optional boolean array that broadcasts to the shape of ``x``. Entries where it is False
       take no part: their result is 0 and so is their derivative, whatever they hold.
+    axis_name: inside `jax.shard_map`, the name (or names) of the mesh axis over whose devices the
+      rows are spread: each holds a slice of every row along ``axis``, and gets that slice of the
+      result. It takes one reduction of one or two numbers per row for the largest entries, one for
+      the sums, and three in the backward pass.
 
   Returns:
     Array of the shape and (floating) dtype of ``x``. An entry of -inf gives 0. A row that contains
@@ -134,8 +151,9 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> ja
   Raises:
     TypeError: if ``x`` is not an array of real numbers, ``where`` is not boolean, or ``axis`` is
       not a static int, tuple of ints or None.
-    ValueError: if ``axis`` is out of range or repeats an axis, or ``where`` does not broadcast to
-      the shape of ``x``.
+    ValueError: if ``axis`` is out of range or repeats an axis, ``where`` does not broadcast to the
+      shape of ``x``, or ``axis_name`` is no axis of a surrounding `jax.shard_map` with
+      ``check_vma=True`` over which ``x`` is spread.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -149,7 +167,7 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> ja
 
   Source: seed steps 1 (value) and 5 (derivative).
   """
-  return _softmax(*_as_input("softmax", "x", x, axis, where))
+  return _softmax(*_as_input("softmax", "x", x, axis, where, axis_name))
 
 
 # --- log_softmax ----------------------------------------------------------------------------------
@@ -160,15 +178,16 @@ class _LogSoftmaxResiduals(NamedTuple):
   mask: jax.Array | None
 
 
-def _log_softmax_primal(x: jax.Array, mask: jax.Array | None, axes: Axes) -> jax.Array:
-  return _log_softmax_fwd(x, mask, axes)[0]
+def _log_softmax_primal(x: jax.Array, mask: jax.Array | None, rows: Rows) -> jax.Array:
+  return _log_softmax_fwd(x, mask, rows)[0]
 
 
 def _log_softmax_fwd(
-  x: jax.Array, mask: jax.Array | None, axes: Axes
+  x: jax.Array, mask: jax.Array | None, rows: Rows
 ) -> tuple[jax.Array, _LogSoftmaxResiduals]:
   dtype = arguments.compute_dtype(x.dtype)
-  z, s = entries(x, mask, axes, dtype), normalizer(x, mask, axes, dtype)
+  s = normalizer(x, mask, rows.axes, dtype, rows.axis_name)
+  z = entries(x, mask, s.any, dtype)
   # A row with +inf is NaN, as in the softmax.
   log_sum = jnp.where(s.rest == jnp.inf, jnp.nan, s.log_sum())
   # On a CPU they would be put into memory, repeated along the row, without the barrier.
@@ -181,12 +200,12 @@ def _log_softmax_fwd(
 # y_i = log a_i, and with seed step 5: dy_i/dx_j = (1 / a_i) a_i (delta_ij - a_j) = delta_ij - a_j,
 # so   x_bar_j = y_bar_j - a_j sum_i y_bar_i,   a_j = exp(y_j).
 def _log_softmax_bwd(
-  axes: Axes, residuals: _LogSoftmaxResiduals, y_bar: jax.Array
+  rows: Rows, residuals: _LogSoftmaxResiduals, y_bar: jax.Array
 ) -> tuple[jax.Array, None]:
   y, mask = residuals
   dtype = arguments.compute_dtype(y.dtype)
   a, log_a_bar = jnp.exp(y.astype(dtype)), masked(y_bar, mask, 0).astype(dtype)
-  x_bar = log_a_bar - a * jnp.sum(log_a_bar, axis=axes, keepdims=True)
+  x_bar = log_a_bar - a * row_sum(log_a_bar, *rows)
   return x_bar.astype(y.dtype), None
 
 
@@ -195,7 +214,13 @@ _log_softmax_rule.defvjp(_log_softmax_fwd, _log_softmax_bwd)
 _log_softmax = compiled(enable_forward_mode(_log_softmax_rule), static_argnums=2)
 
 
-def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> jax.Array:
+def log_softmax(
+  x: ArrayLike,
+  axis: Axis = -1,
+  where: ArrayLike | None = None,
+  *,
+  axis_name: AxisName | None = None,
+) -> jax.Array:
   r"""The logarithm of `softmax`, without forming the softmax.
 
   .. math:: \log a_j = x_j - \log \sum_k e^{x_k}, \qquad
@@ -211,6 +236,10 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -
     axis: the axis or axes along which the probabilities sum to one; None stands for all.
     where: optional boolean array that broadcasts to the shape of ``x``. Entries where it is False
       take no part: their result is -inf and their derivative 0, whatever they hold.
+    axis_name: inside `jax.shard_map`, the name (or names) of the mesh axis over whose devices the
+      rows are spread: each holds a slice of every row along ``axis``, and gets that slice of the
+      result. It takes one reduction of one or two numbers per row for the largest entries, one for
+      the sums, and one in the backward pass.
 
   Returns:
     Array of the shape and (floating) dtype of ``x``. An entry of -inf gives -inf. A row that
@@ -219,8 +248,9 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -
   Raises:
     TypeError: if ``x`` is not an array of real numbers, ``where`` is not boolean, or ``axis`` is
       not a static int, tuple of ints or None.
-    ValueError: if ``axis`` is out of range or repeats an axis, or ``where`` does not broadcast to
-      the shape of ``x``.
+    ValueError: if ``axis`` is out of range or repeats an axis, ``where`` does not broadcast to the
+      shape of ``x``, or ``axis_name`` is no axis of a surrounding `jax.shard_map` with
+      ``check_vma=True`` over which ``x`` is spread.
 
   Example:
     >>> import jax.numpy as jnp
@@ -231,7 +261,7 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -
   Source: seed steps 1 and 5; Blanchard, Higham and Higham, "Accurately computing the log-sum-exp
   and softmax functions", IMA Journal of Numerical Analysis (2021).
   """
-  return _log_softmax(*_as_input("log_softmax", "x", x, axis, where))
+  return _log_softmax(*_as_input("log_softmax", "x", x, axis, where, axis_name))
 
 
 # --- logsumexp ------------------------------------------------------------------------------------
@@ -243,15 +273,15 @@ class _LogSumExpResiduals(NamedTuple):
   normalizer: Normalizer
 
 
-def _logsumexp_primal(a: jax.Array, mask: jax.Array | None, axes: Axes) -> jax.Array:
-  return _logsumexp_fwd(a, mask, axes)[0]
+def _logsumexp_primal(a: jax.Array, mask: jax.Array | None, rows: Rows) -> jax.Array:
+  return _logsumexp_fwd(a, mask, rows)[0]
 
 
 def _logsumexp_fwd(
-  a: jax.Array, mask: jax.Array | None, axes: Axes
+  a: jax.Array, mask: jax.Array | None, rows: Rows
 ) -> tuple[jax.Array, _LogSumExpResiduals]:
-  s = normalizer(a, mask, axes, arguments.compute_dtype(a.dtype))
-  lse = masked(s.shift + s.log_sum(), any_entry(mask, axes), -jnp.inf)
+  s = normalizer(a, mask, rows.axes, arguments.compute_dtype(a.dtype), rows.axis_name)
+  lse = masked(s.shift + s.log_sum(), s.any, -jnp.inf)
   return lse.astype(a.dtype), _LogSumExpResiduals(a, mask, s)
 
 
@@ -259,10 +289,10 @@ def _logsumexp_fwd(
 #   a_bar_j = lse_bar exp(a_j - shift) / S.
 # In a row of -inf alone S = 0; every entry has probability 0 there and the derivative 0.
 def _logsumexp_bwd(
-  axes: Axes, residuals: _LogSumExpResiduals, lse_bar: jax.Array
+  rows: Rows, residuals: _LogSumExpResiduals, lse_bar: jax.Array
 ) -> tuple[jax.Array, None]:
   a, mask, s = residuals
-  z = entries(a, mask, axes, s.shift.dtype)
+  z = entries(a, mask, s.any, s.shift.dtype)
   scale = lse_bar.astype(z.dtype) / jnp.where(s.rest == -1, 1, 1 + s.rest)
   a_bar = exp_of_difference(z, s.shift) * scale
   return masked(a_bar, mask, 0).astype(a.dtype), None
@@ -287,18 +317,18 @@ class _ScaledResiduals(NamedTuple):
 
 
 def _scaled_logsumexp_primal(
-  a: jax.Array, b: jax.Array, mask: jax.Array | None, axes: Axes
+  a: jax.Array, b: jax.Array, mask: jax.Array | None, rows: Rows
 ) -> _Signed:
-  return _scaled_logsumexp_fwd(a, b, mask, axes)[0]
+  return _scaled_logsumexp_fwd(a, b, mask, rows)[0]
 
 
 def _scaled_logsumexp_fwd(
-  a: jax.Array, b: jax.Array, mask: jax.Array | None, axes: Axes
+  a: jax.Array, b: jax.Array, mask: jax.Array | None, rows: Rows
 ) -> tuple[_Signed, _ScaledResiduals]:
   z, w = _entries_that_count(a, b, mask)
-  top = largest(z, axes)
+  z, top, _ = entries_and_largest(z, None, rows.axes, z.dtype, rows.axis_name)
   shift = jnp.where(jnp.isfinite(top), top, jnp.zeros_like(top))
-  total = jnp.sum(w * jnp.exp(z - shift), axis=axes, keepdims=True)
+  total = row_sum(w * jnp.exp(z - shift), *rows)
   out = _Signed((shift + jnp.log(jnp.abs(total))).astype(a.dtype), jnp.sign(total).astype(a.dtype))
   # A sum over nothing has no derivative, which is what dividing by infinity makes of it below.
   total = jnp.where(top == -jnp.inf, jnp.inf, total)
@@ -318,7 +348,7 @@ def _entries_that_count(
 #   a_bar_j = log_bar b_j e_j / T,   b_bar_j = log_bar e_j / T.
 # The second is also right where b_j = 0, unless a_j is infinite or NaN there: that is left out.
 def _scaled_logsumexp_bwd(
-  axes: Axes, residuals: _ScaledResiduals, bars: _Signed
+  rows: Rows, residuals: _ScaledResiduals, bars: _Signed
 ) -> tuple[jax.Array, jax.Array, None]:
   a, b, mask, shift, total = residuals
   z, w = _entries_that_count(a, b, mask)
@@ -347,6 +377,8 @@ def logsumexp(
   keepdims: bool = False,
   return_sign: Literal[False] = False,
   where: ArrayLike | None = None,
+  *,
+  axis_name: AxisName | None = None,
 ) -> jax.Array: ...
 
 
@@ -359,6 +391,7 @@ def logsumexp(
   *,
   return_sign: Literal[True],
   where: ArrayLike | None = None,
+  axis_name: AxisName | None = None,
 ) -> tuple[jax.Array, jax.Array]: ...
 
 
@@ -370,6 +403,8 @@ def logsumexp(
   keepdims: bool = False,
   return_sign: bool = False,
   where: ArrayLike | None = None,
+  *,
+  axis_name: AxisName | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]: ...
 
 
@@ -380,6 +415,8 @@ def logsumexp(
   keepdims: bool = False,
   return_sign: bool = False,
   where: ArrayLike | None = None,
+  *,
+  axis_name: AxisName | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
   r"""The logarithm of a sum of exponentials.
 
@@ -402,6 +439,10 @@ def logsumexp(
       value.
     where: optional boolean array that broadcasts to the shape of ``a``. Entries where it is False
       take no part: their derivative is 0, whatever they hold.
+    axis_name: inside `jax.shard_map`, the name (or names) of the mesh axis over whose devices the
+      rows are spread: each holds a slice of every row along ``axis``, and all get the same result.
+      It takes one reduction of one or two numbers per row for the largest entries, one for the
+      sums, and none in the backward pass.
 
   Returns:
     Array of the shape of ``a`` without ``axis`` and of the (floating) dtype of ``a`` and ``b``;
@@ -412,7 +453,9 @@ def logsumexp(
   Raises:
     TypeError: if ``a`` or ``b`` is not an array of real numbers, ``where`` is not boolean, or
       ``axis`` is not a static int, tuple of ints or None.
-    ValueError: if ``axis`` is out of range or repeats an axis, or the shapes do not broadcast.
+    ValueError: if ``axis`` is out of range or repeats an axis, the shapes do not broadcast, or
+      ``axis_name`` is no axis of a surrounding `jax.shard_map` with ``check_vma=True`` over which
+      ``a`` is spread.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -430,15 +473,15 @@ def logsumexp(
     a, b = arguments.promoted(name, "a", a, "b", b)
     a = broadcast(a, arguments.common_shape(name, "a", a.shape, "b", b.shape))
     b = b.reshape((1,) * (a.ndim - b.ndim) + b.shape)
-  a, mask, axes = _as_input(name, "a", a, axis, where)
+  a, mask, rows = _as_input(name, "a", a, axis, where, axis_name)
   if b is None:
-    out = _logsumexp(a, mask, axes)
+    out = _logsumexp(a, mask, rows)
     sign = jnp.where(jnp.isnan(out), out, jnp.where(out == -jnp.inf, 0, 1).astype(out.dtype))
     sign = lax.stop_gradient(sign)
   else:
-    out, sign = _scaled_logsumexp(*varying_alike(a, b, mask), axes)
+    out, sign = _scaled_logsumexp(*varying_alike(a, b, mask), rows)
   if not keepdims:
-    out, sign = jnp.squeeze(out, axes), jnp.squeeze(sign, axes)
+    out, sign = jnp.squeeze(out, rows.axes), jnp.squeeze(sign, rows.axes)
   if return_sign:
     return out, sign
   return out if b is None else jnp.where(sign < 0, jnp.nan, out)
@@ -448,9 +491,11 @@ def logsumexp(
 
 
 def _as_input(
-  function: str, name: str, value: Any, axis: Axis, where: Any
-) -> tuple[jax.Array, jax.Array | None, Axes]:
+  function: str, name: str, value: Any, axis: Axis, where: Any, axis_name: Any
+) -> tuple[jax.Array, jax.Array | None, Rows]:
   x = arguments.as_real(function, name, value)
   axes = arguments.as_axes(function, name, axis, x.shape)
   mask = None if where is None else arguments.as_mask(function, where, name, x.shape)
-  return *varying_alike(x, mask), axes
+  if axis_name is not None:
+    axis_name = arguments.as_axis_name(function, axis_name, name, x)
+  return *varying_alike(x, mask), Rows(axes, axis_name)

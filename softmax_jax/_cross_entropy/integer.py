@@ -7,31 +7,35 @@ from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from softmax_jax import _arguments as arguments
+from softmax_jax import _devices as devices
 from softmax_jax._arguments import Axis
 from softmax_jax._cross_entropy import options
 from softmax_jax._cross_entropy.options import CrossEntropyAux, Reduction
 from softmax_jax._cross_entropy.rows import (
   PerRow,
-  class_count,
+  UniformSums,
   cost_of,
   inverse_sum,
   minus_log_softmax,
   uniform_label,
-  uniform_loss,
+  uniform_sums,
 )
+from softmax_jax._devices import AxisName, row_sum
 from softmax_jax._forward_mode import enable_forward_mode, varying_alike
 from softmax_jax._normalizer import (
   Axes,
   Normalizer,
+  add_up,
   broadcast,
   compiled,
   entries,
   exp_of_difference,
   masked,
-  normalizer,
+  own_sum,
   unbroadcast,
 )
 
@@ -42,8 +46,10 @@ INVALID, IGNORED = -1, -2
 
 class _Static(NamedTuple):
   axis: int
+  num_classes: int  # on all devices
   smoothed: bool
   ignores: bool  # whether there may be rows that do not count
+  axis_name: AxisName | None = None
 
 
 class _Residuals(NamedTuple):
@@ -52,6 +58,7 @@ class _Residuals(NamedTuple):
   mask: jax.Array | None
   weights: jax.Array | None
   normalizer: Normalizer
+  uniform: UniformSums | None
 
 
 def class_index(function: str, labels: jax.Array, ignore_index: Any, num_classes: int) -> jax.Array:
@@ -63,9 +70,55 @@ def class_index(function: str, labels: jax.Array, ignore_index: Any, num_classes
   return index.astype(jnp.int32)
 
 
-def _at_label(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
-  """The entries of ``x`` at the labels, ``axis`` kept; any entry where there is no label."""
-  return jnp.take_along_axis(x, jnp.maximum(index, 0), axis=axis)
+class _Label(NamedTuple):
+  """Where the labels are in the slice of the classes that this device holds.
+
+  Attributes:
+    position: the index of the label in the slice, which may lie outside of it; where there is no
+      label, that of class 0.
+    here: whether the label is in the slice, or None where that is all classes.
+  """
+
+  position: jax.Array
+  here: jax.Array | None
+
+  @classmethod
+  def of(cls, index: jax.Array, size: int, axis_name: AxisName | None) -> _Label:
+    """Those in the slice of this device, of ``size`` classes."""
+    position = jnp.maximum(index, 0) - devices.first_entry(size, axis_name)
+    return cls(position, None if axis_name is None else (position >= 0) & (position < size))
+
+  def take(self, x: jax.Array, axis: int, elsewhere: float = 0) -> jax.Array:
+    """The entries of ``x`` at the labels, ``axis`` kept."""
+    if devices.is_explicitly_sharded(x):  # where JAX does not index
+      found = jnp.where(_classes(x, axis) == self.position, x, jnp.zeros_like(x))
+      x_t = jnp.sum(found, axis=axis, keepdims=True)
+    elif self.here is None:
+      return jnp.take_along_axis(x, self.position, axis=axis)
+    else:
+      x_t = jnp.take_along_axis(x, self.position, axis=axis, mode="clip")
+    return masked(x_t, self.here, elsewhere)
+
+  def take_weight(self, weights: jax.Array, axis: int) -> jax.Array:
+    """The weights of the labels, from an array with one weight per class along ``axis``."""
+    if devices.is_explicitly_sharded(self.position) or devices.is_explicitly_sharded(weights):
+      shape = list(self.position.shape)
+      shape[axis] = weights.size
+      return self.take(jnp.broadcast_to(weights, shape), axis)
+    return masked(weights.ravel().at[self.position].get(mode="clip"), self.here, 0)
+
+
+def weight_of_label(
+  weights: jax.Array, index: jax.Array, axis: int, axis_name: AxisName | None
+) -> jax.Array:
+  """The weight of the label of each row, from an array with one per class along ``axis``."""
+  label = _Label.of(index, weights.shape[axis], axis_name)
+  return devices.add_up(label.take_weight(weights, axis), axis_name)
+
+
+def _classes(x: jax.Array, axis: int) -> jax.Array:
+  """The index of the class of each entry of ``x``."""
+  return lax.broadcasted_iota(jnp.int32, x.shape, axis)
 
 
 def _by_row(index: jax.Array, valid: jax.Array) -> jax.Array:
@@ -98,16 +151,30 @@ def _fwd(
   weights: jax.Array | None,
   static: _Static,
 ) -> tuple[PerRow, _Residuals]:
-  axis = static.axis
+  axis, axis_name = static.axis, static.axis_name
   dtype = arguments.compute_dtype(logits.dtype)
-  s = normalizer(logits, mask, (axis,), dtype)
-  z_t = _at_label(entries(logits, mask, (axis,), dtype), index, axis)
-  nll = _by_row(index, minus_log_softmax(z_t, s))
-  lse = jnp.where(index == IGNORED, 0, s.shift + s.log_sum())
+  own = own_sum(logits, mask, (axis,), dtype, axis_name)
+  label = _Label.of(index, logits.shape[axis], axis_name)
+  z_t = label.take(entries(logits, mask, own.any, dtype), axis)
+  w_t = None
+  if weights is not None:
+    w_t = label.take_weight(weights, axis)
   uniform = None
   if static.smoothed:
-    uniform = _by_row(index, uniform_loss(weights, logits, mask, s, (axis,)))
-  return PerRow(nll, lse, uniform), _Residuals(logits, index, mask, weights, s)
+    uniform = uniform_sums(weights, logits, mask, own.shift, own.any, (axis,))
+  s, (z_t, w_t, uniform) = add_up(own, (z_t, w_t, uniform), axis_name)
+
+  if mask is not None:  # a row without any class does not count
+    index = jnp.where(s.any, index, IGNORED)
+  nll = _by_row(index, minus_log_softmax(z_t, s))
+  lse = jnp.where(index == IGNORED, 0, s.shift + s.log_sum())
+  weight = jnp.where(index == IGNORED, 0, jnp.ones_like(nll) if w_t is None else w_t)
+  uniform_loss = None
+  if uniform is not None:
+    uniform_loss = _by_row(index, uniform.loss(s, static.num_classes))
+    uniform = uniform._replace(cost=None)
+  per_row = PerRow(nll, lse, uniform_loss, weight)
+  return per_row, _Residuals(logits, index, mask, weights, s, uniform)
 
 
 # Seed step 6: nll = -log a_t, d nll/dz_j = a_j - delta_tj. Seed step 1: d lse/dz_j = a_j. And with
@@ -115,30 +182,34 @@ def _fwd(
 # with g = lse_bar + uniform_bar sum_k u_k,
 #   z_bar_j = a_j (g + nll_bar) - u_j uniform_bar                 for j != t,
 #   z_bar_t = a_t g - (1 - a_t) nll_bar - u_t uniform_bar,
-# and d uniform/du_j = -log a_j.
+# and d uniform/du_j = -log a_j, d weight/dw_j = delta_tj.
 def _bwd(
   static: _Static, residuals: _Residuals, bars: PerRow
 ) -> tuple[jax.Array, None, None, jax.Array | None]:
   axis = static.axis
-  logits, index, mask, weights, s = residuals
-  z = entries(logits, mask, (axis,), s.shift.dtype)
+  logits, index, mask, weights, s, uniform = residuals
+  z = entries(logits, mask, s.any, s.shift.dtype)
   inverse = inverse_sum(s)
   nll_bar = _bar_by_row(index, bars.nll)
   g = jnp.where(index == IGNORED, 0, bars.lse)
+  label = _Label.of(index, z.shape[axis], static.axis_name)
+  is_label = _classes(z, axis) == index - devices.first_entry(z.shape[axis], static.axis_name)
   weights_bar = None
+  if weights is not None:
+    weight_bar = jnp.where(index == IGNORED, 0, bars.weight)
+    weight_bar, _ = varying_alike(weight_bar, weights)
+    (weights_bar,) = jax.linear_transpose(lambda w: label.take_weight(w, axis), weights)(weight_bar)
   if static.smoothed:
     uniform_bar = _bar_by_row(index, bars.uniform)
-    u = uniform_label(weights, mask, z.shape, (axis,), z.dtype)
-    g = g + uniform_bar * jnp.sum(u, axis=axis, keepdims=True)
-    u_bar = masked(cost_of(u, minus_log_softmax(z, s)) * uniform_bar, mask, 0)
+    divisor = uniform.divisor(static.num_classes)
+    u = uniform_label(weights, mask, divisor, z)
+    g = g + uniform_bar * uniform.label_sum(static.num_classes)
     if weights is not None:
-      weights_bar = unbroadcast(u_bar / class_count(mask, z.shape, (axis,), z.dtype), weights.shape)
-  e_t = exp_of_difference(_at_label(z, index, axis), s.shift)
+      cost = cost_of(u, minus_log_softmax(z, s))
+      weights_bar += unbroadcast(masked(cost * uniform_bar, mask, 0) / divisor, weights.shape)
+  e_t = exp_of_difference(label.take(z, axis, elsewhere=-jnp.inf), s.shift)
   at_label = (e_t * g - ((1 - e_t) + s.rest) * nll_bar) * inverse
-  classes = jax.lax.broadcasted_iota(index.dtype, z.shape, axis)
-  z_bar = jnp.where(
-    classes == index, at_label, exp_of_difference(z, s.shift) * ((g + nll_bar) * inverse)
-  )
+  z_bar = jnp.where(is_label, at_label, exp_of_difference(z, s.shift) * ((g + nll_bar) * inverse))
   if static.smoothed:
     z_bar = z_bar - u * uniform_bar
   # What does not count may hold anything, and has derivative 0 nevertheless.
@@ -152,32 +223,38 @@ def _bwd(
 #   lse_dot = nll_dot + z_dot_t,
 #   uniform_dot = lse_dot sum_k u_k - sum_k u_k z_dot_k - sum_k u_dot_k log a_k.
 def _tangent(static: _Static, residuals: _Residuals, args_dot: tuple[Any, ...]) -> PerRow:
-  axis = static.axis
-  logits, index, mask, weights, s = residuals
+  axis, axis_name = static.axis, static.axis_name
+  logits, index, mask, weights, s, uniform = residuals
   logits_dot, _, _, weights_dot = args_dot
   dtype = s.shift.dtype
-  z = entries(logits, mask, (axis,), dtype)
-  nll_dot = lse_dot = uniform_dot = None
+  z = entries(logits, mask, s.any, dtype)
+  label = _Label.of(index, z.shape[axis], axis_name)
+  nll_dot = lse_dot = uniform_dot = weight_dot = None
   if logits_dot is not None:
     z_dot = masked(logits_dot.astype(dtype), mask, 0)
-    z_dot_t = _at_label(z_dot, index, axis)
+    z_dot_t = devices.add_up(label.take(z_dot, axis), axis_name)
     a = exp_of_difference(z, s.shift) * inverse_sum(s)
-    nll_dot = jnp.sum(a * (z_dot - z_dot_t), axis=axis, keepdims=True)
+    nll_dot = row_sum(a * (z_dot - z_dot_t), (axis,), axis_name)
     lse_dot = nll_dot + z_dot_t
+  if weights_dot is not None:
+    weight_dot = weight_of_label(weights_dot, index, axis, axis_name)
+    weight_dot = jnp.where(index == IGNORED, 0, weight_dot)
   if static.smoothed:
-    u = uniform_label(weights, mask, z.shape, (axis,), z.dtype)
-    uniform_dot = jnp.zeros_like(s.shift)
+    divisor = uniform.divisor(static.num_classes)
+    u = uniform_label(weights, mask, divisor, z)
+    own_dot = jnp.zeros((), dtype)
     if logits_dot is not None:
-      uniform_dot += lse_dot * jnp.sum(u, axis=axis, keepdims=True)
-      uniform_dot -= jnp.sum(u * z_dot, axis=axis, keepdims=True)
+      own_dot -= u * z_dot
     if weights_dot is not None:
-      u_dot = uniform_label(weights_dot, mask, z.shape, (axis,), z.dtype)
-      cost = cost_of(u, minus_log_softmax(z, s))
-      uniform_dot += jnp.sum(u_dot * cost, axis=axis, keepdims=True)
+      u_dot = uniform_label(weights_dot, mask, divisor, z)
+      own_dot += u_dot * cost_of(u, minus_log_softmax(z, s))
+    uniform_dot = row_sum(jnp.broadcast_to(own_dot, z.shape), (axis,), axis_name)
+    if logits_dot is not None:
+      uniform_dot += lse_dot * uniform.label_sum(static.num_classes)
     uniform_dot = _by_row(index, uniform_dot)
   if logits_dot is not None:
     nll_dot, lse_dot = _by_row(index, nll_dot), jnp.where(index == IGNORED, 0, lse_dot)
-  return PerRow(nll_dot, lse_dot, uniform_dot)
+  return PerRow(nll_dot, lse_dot, uniform_dot, weight_dot)
 
 
 _rule = jax.custom_vjp(_primal, nondiff_argnums=(4,))
@@ -197,6 +274,7 @@ def softmax_cross_entropy_with_integer_labels(
   class_weights: ArrayLike | None = None,
   ignore_index: ArrayLike | None = None,
   reduction: Reduction = "none",
+  axis_name: AxisName | None = None,
   return_aux: Literal[False] = False,
 ) -> jax.Array: ...
 
@@ -213,6 +291,7 @@ def softmax_cross_entropy_with_integer_labels(
   class_weights: ArrayLike | None = None,
   ignore_index: ArrayLike | None = None,
   reduction: Reduction = "none",
+  axis_name: AxisName | None = None,
   return_aux: Literal[True],
 ) -> tuple[jax.Array, CrossEntropyAux]: ...
 
@@ -228,6 +307,7 @@ def softmax_cross_entropy_with_integer_labels(
   class_weights: ArrayLike | None = None,
   ignore_index: ArrayLike | None = None,
   reduction: Reduction = "none",
+  axis_name: AxisName | None = None,
   return_aux: bool = False,
 ) -> jax.Array | tuple[jax.Array, CrossEntropyAux]:
   r"""Cross-entropy between the softmax of logits and one correct class per row.
@@ -265,6 +345,12 @@ def softmax_cross_entropy_with_integer_labels(
     reduction: "none" for one loss per row, "sum", or "mean": the sum divided by the sum of the
       weights ``w_t`` of the rows that count (by their number without class weights), or 0 where
       that is 0.
+    axis_name: inside `jax.shard_map`, the name (or names) of the mesh axis over whose devices the
+      classes are spread: each device holds a slice of the logits, of ``where`` and of
+      ``class_weights``, all slices of one size. Labels are the same on all of these devices and
+      count the classes of all of them; so does the loss. One reduction of one or two numbers per
+      row and one of three to six make it, and none its gradient. Where the number of classes is no
+      multiple of that of the devices, pad the logits and leave out the padding with ``where``.
     return_aux: whether to return a `CrossEntropyAux` with the log-normalizer, the part that the
       z-loss adds and the sum of the weights too. They are differentiable like the loss.
 
@@ -279,7 +365,9 @@ def softmax_cross_entropy_with_integer_labels(
       integer dtype, ``where`` is not boolean, a coefficient not a real scalar, or ``axis`` not a
       static int, tuple of ints or None.
     ValueError: if ``axis`` is out of range or repeats an axis, the shapes do not fit, ``reduction``
-      is unknown, or ``label_smoothing`` is known while tracing and outside [0, 1].
+      is unknown, ``label_smoothing`` is known while tracing and outside [0, 1], or ``axis_name`` is
+      no axis of a surrounding `jax.shard_map` with ``check_vma=True`` over which the logits, but
+      not the labels, are spread.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -313,6 +401,12 @@ def softmax_cross_entropy_with_integer_labels(
   mask = None
   if where is not None:
     mask = arguments.as_mask(name, where, "logits", logits.shape, row_axes=axes)
+  if axis_name is not None:
+    arguments.check_one_class_axis(name, axes)
+    same = {"labels": labels}
+    if mask is not None and mask.shape[axes[0]] < logits.shape[axes[0]]:
+      same["where"] = mask
+    axis_name = arguments.as_axis_name(name, axis_name, "logits", logits, **same)
   if len(axes) != 1:
     if mask is not None:
       mask = _merge_axes(jnp.broadcast_to(mask, logits.shape), axes)
@@ -320,35 +414,36 @@ def softmax_cross_entropy_with_integer_labels(
     axes = (logits.ndim - 1,)
 
   (class_axis,) = axes
-  num_classes = logits.shape[class_axis]
+  size = logits.shape[class_axis]
+  num_classes = size * devices.count(axis_name)
   rows = logits.shape[:class_axis] + logits.shape[class_axis + 1 :]
   rows = arguments.rows_of_labels(name, labels.shape, rows, logits.shape)
   index = class_index(name, labels, ignore_index, num_classes)
   index = jnp.expand_dims(jnp.broadcast_to(index, rows), class_axis)
-  if mask is not None:
-    index = jnp.where(jnp.any(mask, axis=axes, keepdims=True), index, IGNORED)
-    if mask.shape[class_axis] < num_classes:  # one value per row: the index says it all
-      mask = None
+  if mask is not None and mask.shape[class_axis] < size:  # one value per row: the index says it all
+    index, mask = jnp.where(mask, index, IGNORED), None
 
   if num_classes == 0:
-    per_row = PerRow(*[jnp.zeros(index.shape, dtype)] * 3)
-    row_weights = per_row.nll
+    per_row = PerRow(*[jnp.zeros(index.shape, dtype)] * 4)
   else:
-    logits = broadcast(logits, (*rows[:class_axis], num_classes, *rows[class_axis:]))
-    spread = None
-    smoothed = chosen.label_smoothing is not None
-    if smoothed and weights is not None:
-      spread = jnp.expand_dims(weights, [a for a in range(logits.ndim) if a != class_axis])
-    static = _Static(class_axis, smoothed, ignores=ignore_index is not None or where is not None)
-    per_row = _integer_cross_entropy(*varying_alike(logits, index, mask, spread), static)
-    row_weights = jnp.ones(index.shape, dtype)
+    logits = broadcast(logits, (*rows[:class_axis], size, *rows[class_axis:]))
     if weights is not None:
-      row_weights = weights[jnp.maximum(index, 0)]
-      per_row = per_row._replace(nll=options.times(row_weights, per_row.nll))
-    row_weights = jnp.where(index == IGNORED, 0, row_weights)
+      weights = jnp.expand_dims(weights, [a for a in range(logits.ndim) if a != class_axis])
+    static = _Static(
+      axis=class_axis,
+      num_classes=num_classes,
+      smoothed=chosen.label_smoothing is not None,
+      ignores=ignore_index is not None or where is not None,
+      axis_name=axis_name,
+    )
+    logits, index, mask, weights = varying_alike(logits, index, mask, weights, without=axis_name)
+    logits, mask, weights = varying_alike(logits, mask, weights)
+    per_row = _integer_cross_entropy(logits, index, mask, weights, static)
+    if weights is not None:
+      per_row = per_row._replace(nll=options.times(per_row.weight, per_row.nll))
 
-  squeezed = jax.tree.map(lambda x: jnp.squeeze(x, class_axis), (per_row, row_weights))
-  loss, aux = options.combine(chosen, *squeezed)
+  per_row = jax.tree.map(lambda x: jnp.squeeze(x, class_axis), per_row)
+  loss, aux = options.combine(chosen, per_row)
   return (loss, aux) if return_aux else loss
 
 

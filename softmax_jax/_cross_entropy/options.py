@@ -62,8 +62,8 @@ def _unless_zero(given: Any, coefficient: jax.Array) -> jax.Array | None:
   return None if not isinstance(given, jax.Array) and given == 0 else coefficient
 
 
-def combine(options: Options, rows: PerRow, weight: jax.Array) -> tuple[jax.Array, CrossEntropyAux]:
-  """The loss and its aux, from the numbers per row and the weights of the rows."""
+def combine(options: Options, rows: PerRow) -> tuple[jax.Array, CrossEntropyAux]:
+  """The loss and its aux, from the numbers per row."""
   loss = rows.nll
   if options.label_smoothing is not None:
     loss = times(1 - options.label_smoothing, loss) + times(options.label_smoothing, rows.uniform)
@@ -71,7 +71,7 @@ def combine(options: Options, rows: PerRow, weight: jax.Array) -> tuple[jax.Arra
   if options.z_loss is not None:
     z_loss = options.z_loss * rows.lse**2
     loss = loss + z_loss
-  total_weight = jnp.sum(weight)
+  total_weight = jnp.sum(rows.weight)
   reduce = {"none": lambda x: x, "sum": jnp.sum, "mean": lambda x: _mean(x, total_weight)}
   loss, z_loss = (reduce[options.reduction](x) for x in (loss, z_loss))
   return loss, CrossEntropyAux(rows.nll, rows.lse, z_loss, total_weight)

@@ -6,12 +6,10 @@ logits.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from softmax_jax._normalizer import Axes, Normalizer, entries, masked
 
@@ -23,11 +21,13 @@ class PerRow(NamedTuple):
     nll: the negative log-likelihood of the label.
     lse: the log-normalizer.
     uniform: the loss against the (weighted) uniform label, or None where labels are not smoothed.
+    weight: the weight of the row, 0 if it does not count.
   """
 
   nll: jax.Array
   lse: jax.Array
   uniform: jax.Array | None
+  weight: jax.Array
 
 
 def inverse_sum(s: Normalizer) -> jax.Array:
@@ -42,22 +42,58 @@ def minus_log_softmax(z: jax.Array, s: Normalizer) -> jax.Array:
   return (shift - z) + s.log_sum()
 
 
-def uniform_loss(
+class UniformSums(NamedTuple):
+  """Sums over the unmasked classes k of a row, of which the loss of the uniform label is made.
+
+  Attributes:
+    cost: ``sum_k w_k (shift - z_k)``, w_k being the weights of the classes.
+    weight: ``sum_k w_k``, or None where all weights are 1.
+    count: the number of unmasked classes, or None where nothing is masked.
+  """
+
+  cost: jax.Array
+  weight: jax.Array | None
+  count: jax.Array | None
+
+  def loss(self, s: Normalizer, num_classes: int) -> jax.Array:
+    """``-sum_k u_k log a_k`` with the (weighted) uniform label u."""
+    if num_classes == 0:
+      return self.cost
+    cost = self.cost / self.divisor(num_classes)
+    return cost + self.label_sum(num_classes) * s.log_sum()
+
+  def label_sum(self, num_classes: int) -> jax.Array | float:
+    """``sum_k u_k``, where ``num_classes`` are all classes, masked or not."""
+    weight = self.count if self.weight is None else self.weight
+    return 1.0 if weight is None else weight / self.divisor(num_classes)
+
+  def divisor(self, num_classes: int) -> jax.Array | int:
+    """What the weights of the classes are divided by in u: their number, or 1."""
+    return max(1, num_classes) if self.count is None else jnp.maximum(self.count, 1)
+
+
+def uniform_sums(
   weights: jax.Array | None,
   logits: jax.Array,
   mask: jax.Array | None,
-  s: Normalizer,
+  shift: jax.Array,
+  any_: jax.Array | None,
   axes: Axes,
-) -> jax.Array:
-  """``-sum_k u_k log a_k`` with the (weighted) uniform label u."""
-  dtype = s.shift.dtype
-  cost = minus_log_softmax(entries(logits, mask, axes, dtype), s)
+) -> UniformSums:
+  """The sums over the classes of one device; ``shift`` and ``any_`` are of the `Normalizer`."""
+  dtype = shift.dtype
+  row_sum = lambda x: jnp.sum(x, axis=axes, keepdims=True)
+  cost = shift - entries(logits, mask, any_, dtype)
   if weights is None and mask is None:
-    return jnp.sum(cost, axis=axes, keepdims=True) / class_count(mask, logits.shape, axes, dtype)
-  u = uniform_label(weights, mask, logits.shape, axes, dtype)
+    return UniformSums(row_sum(cost), None, None)
+  w = masked(jnp.ones(()) if weights is None else weights, mask, 0)
   # What has no weight adds nothing, even at an infinite cost.
-  bound = jnp.where(u == 0, jnp.zeros_like(u), jnp.inf)
-  return jnp.sum(u * jnp.minimum(cost, bound), axis=axes, keepdims=True)
+  bound = jnp.where(w == 0, jnp.zeros_like(w), jnp.inf)
+  return UniformSums(
+    row_sum(w * jnp.minimum(cost, bound)),
+    None if weights is None else row_sum(w),
+    None if mask is None else row_sum(jnp.broadcast_to(mask, cost.shape).astype(dtype)),
+  )
 
 
 def cost_of(label: jax.Array, cost: jax.Array) -> jax.Array:
@@ -65,25 +101,9 @@ def cost_of(label: jax.Array, cost: jax.Array) -> jax.Array:
   return jnp.where((label == 0) & (cost == jnp.inf), jnp.zeros_like(cost), cost)
 
 
-def class_count(
-  mask: jax.Array | None, shape: tuple[int, ...], axes: Axes, dtype: DTypeLike
-) -> int | jax.Array:
-  """The number of unmasked classes of each row, at least 1."""
-  if mask is None:
-    return max(1, math.prod(shape[axis] for axis in axes))
-  full = tuple(n if axis in axes else mask.shape[axis] for axis, n in enumerate(shape))
-  count = jnp.sum(jnp.broadcast_to(mask, full), axis=axes, keepdims=True)
-  return jnp.maximum(count, 1).astype(dtype)
-
-
 def uniform_label(
-  weights: jax.Array | None,
-  mask: jax.Array | None,
-  shape: tuple[int, ...],
-  axes: Axes,
-  dtype: DTypeLike,
+  weights: jax.Array | None, mask: jax.Array | None, divisor: jax.Array | int, like: jax.Array
 ) -> jax.Array:
-  """The uniform distribution over the unmasked classes, times the weights of the classes."""
-  if weights is None:
-    weights = jnp.ones([n if axis in axes else 1 for axis, n in enumerate(shape)], dtype)
-  return masked(weights / class_count(mask, shape, axes, dtype), mask, 0)
+  """The uniform label u, the weights of the classes divided by ``divisor``; 0 where masked."""
+  u = (jnp.ones((), like.dtype) if weights is None else weights) / divisor
+  return masked(jnp.broadcast_to(u, like.shape), mask, 0)

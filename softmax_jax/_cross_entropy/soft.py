@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Literal, NamedTuple, overload
 
 import jax
@@ -11,30 +12,32 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from softmax_jax import _arguments as arguments
+from softmax_jax import _devices as devices
 from softmax_jax._arguments import Axis
 from softmax_jax._cross_entropy import options
 from softmax_jax._cross_entropy.options import CrossEntropyAux, Reduction
 from softmax_jax._cross_entropy.rows import (
   PerRow,
-  class_count,
+  UniformSums,
   cost_of,
   inverse_sum,
   minus_log_softmax,
   uniform_label,
-  uniform_loss,
+  uniform_sums,
 )
+from softmax_jax._devices import AxisName
 from softmax_jax._forward_mode import enable_forward_mode, varying_alike
 from softmax_jax._normalizer import (
   Axes,
   Normalizer,
-  any_entry,
+  add_up,
   broadcast,
   compiled,
   entries,
   exp_of_difference,
   few,
   masked,
-  normalizer,
+  own_sum,
   unbroadcast,
   where_needed,
 )
@@ -46,11 +49,15 @@ class _Residuals(NamedTuple):
   mask: jax.Array | None
   weights: jax.Array | None
   normalizer: Normalizer
+  total: jax.Array | None
+  uniform: UniformSums | None
 
 
 class _Static(NamedTuple):
   axes: Axes
+  num_classes: int  # on all devices
   smoothed: bool
+  axis_name: AxisName | None = None
 
 
 def _weighted_label(
@@ -74,7 +81,7 @@ def _likelihood(
   def likelihood(careful, logits, labels, mask, weights, s):
     dtype = s.shift.dtype
     p = _weighted_label(labels, mask, weights, dtype)
-    cost = minus_log_softmax(entries(logits, mask, axes, dtype), s)
+    cost = minus_log_softmax(entries(logits, mask, s.any, dtype), s)
     return jnp.sum(p * (cost_of(p, cost) if careful else cost), axis=axes, keepdims=True)
 
   operands = logits, labels, mask, weights, s
@@ -109,15 +116,28 @@ def _fwd(
   weights: jax.Array | None,
   static: _Static,
 ) -> tuple[PerRow, _Residuals]:
-  axes, smoothed = static
+  axes, axis_name = static.axes, static.axis_name
   dtype = arguments.compute_dtype(logits.dtype, labels.dtype)
-  s = normalizer(logits, mask, axes, dtype)
+  own = own_sum(logits, mask, axes, dtype, axis_name)
+  likelihood = functools.partial(_likelihood, logits, labels, mask, weights)
+  nll = total = uniform = None
+  if axis_name is not None:  # what there is without log S, which this device does not know yet
+    nll = likelihood(Normalizer(own.shift, jnp.zeros_like(own.rest), own.any), axes)
+    p = jnp.broadcast_to(_weighted_label(labels, mask, weights, dtype), logits.shape)
+    total = jnp.sum(p, axis=axes, keepdims=True)
+  if static.smoothed:
+    uniform = uniform_sums(weights, logits, mask, own.shift, own.any, axes)
+  s, (nll, total, uniform) = add_up(own, (nll, total, uniform), axis_name)
 
-  nll = _likelihood(logits, labels, mask, weights, s, axes)
-  uniform = uniform_loss(weights, logits, mask, s, axes) if smoothed else None
+  nll = likelihood(s, axes) if axis_name is None else nll + total * s.log_sum()
+  uniform_loss = None
+  if uniform is not None:
+    uniform_loss = uniform.loss(s, static.num_classes)
+    uniform = uniform._replace(cost=None)
   # A row without any class does not count; its labels are all 0.
-  lse = masked(s.shift + s.log_sum(), any_entry(mask, axes), 0)
-  return PerRow(nll, lse, uniform), _Residuals(logits, labels, mask, weights, s)
+  lse = masked(s.shift + s.log_sum(), s.any, 0)
+  per_row = PerRow(nll, lse, uniform_loss, masked(jnp.ones_like(nll), s.any, 0))
+  return per_row, _Residuals(logits, labels, mask, weights, s, total, uniform)
 
 
 # With p = w t the weighted label and u the weighted uniform one, nll = -sum_k p_k log a_k for any
@@ -128,19 +148,20 @@ def _fwd(
 def _bwd(
   static: _Static, residuals: _Residuals, bars: PerRow
 ) -> tuple[jax.Array, jax.Array, None, jax.Array | None]:
-  axes, smoothed = static
-  logits, labels, mask, weights, s = residuals
+  axes, num_classes, smoothed, _ = static
+  logits, labels, mask, weights, s, total, uniform = residuals
   dtype = s.shift.dtype
-  z = entries(logits, mask, axes, dtype)
+  z = entries(logits, mask, s.any, dtype)
   p = jnp.broadcast_to(_weighted_label(labels, mask, weights, dtype), z.shape)
   cost = minus_log_softmax(z, s)
   e, inverse = exp_of_difference(z, s.shift), inverse_sum(s)
   g = bars.lse
   if smoothed:
-    u = uniform_label(weights, mask, z.shape, axes, dtype)
-    g = g + bars.uniform * jnp.sum(u, axis=axes, keepdims=True)
+    divisor = uniform.divisor(num_classes)
+    u = uniform_label(weights, mask, divisor, z)
+    g = g + bars.uniform * uniform.label_sum(num_classes)
   scale = bars.nll * inverse
-  total = jnp.sum(p, axis=axes, keepdims=True) * scale
+  total = (jnp.sum(p, axis=axes, keepdims=True) if total is None else total) * scale
   total, scale, g, rest = jax.lax.optimization_barrier((total, scale, g * inverse, s.rest * scale))
   z_bar = (e * total - p * scale) + (e * g - p * rest)
   if smoothed:
@@ -152,8 +173,7 @@ def _bwd(
   if weights is not None:
     weights_bar = p_bar * masked(labels.astype(dtype), mask, 0)
     if smoothed:
-      u_bar = masked(cost_of(u, cost) * bars.uniform, mask, 0)
-      weights_bar = weights_bar + u_bar / class_count(mask, z.shape, axes, dtype)
+      weights_bar = weights_bar + masked(cost_of(u, cost) * bars.uniform, mask, 0) / divisor
     weights_bar = unbroadcast(weights_bar, weights.shape)
   return (
     masked(z_bar, mask, 0).astype(logits.dtype),
@@ -172,27 +192,29 @@ def _bwd(
 def _tangent(
   static: _Static, residuals: _Residuals, args_dot: tuple[jax.Array | None, ...]
 ) -> PerRow:
-  axes, smoothed = static
-  logits, labels, mask, weights, s = residuals
+  axes, num_classes, smoothed, axis_name = static
+  logits, labels, mask, weights, s, _, uniform = residuals
   logits_dot, labels_dot, _, weights_dot = args_dot
   dtype = s.shift.dtype
-  z = entries(logits, mask, axes, dtype)
-  row_sum = lambda x: jnp.sum(x, axis=axes, keepdims=True)
-  nll_dot = lse_dot = jnp.zeros_like(s.shift)
-  uniform_dot = jnp.zeros_like(s.shift) if smoothed else None
+  z = entries(logits, mask, s.any, dtype)
+  sums = lambda *xs: devices.add_up(
+    [jnp.sum(jnp.broadcast_to(x, z.shape), axis=axes, keepdims=True) for x in xs], axis_name
+  )
+  nll_dot = uniform_dot = jnp.zeros_like(z)
+  lse_dot = jnp.zeros_like(s.shift)
   p = _weighted_label(labels, mask, weights, dtype)
-  u = uniform_label(weights, mask, z.shape, axes, dtype) if smoothed else None
+  u = uniform_label(weights, mask, uniform.divisor(num_classes), z) if smoothed else None
 
   if logits_dot is not None:
     z_dot = masked(logits_dot.astype(dtype), mask, 0)
     a = exp_of_difference(z, s.shift) * inverse_sum(s)
-    lse_dot = row_sum(a * z_dot)
+    (lse_dot,) = sums(a * z_dot)
     v = z_dot - lse_dot
     for _ in range(2):
-      v = v - row_sum(a * v)
-    nll_dot -= row_sum(p * v)
+      v = v - sums(a * v)[0]
+    nll_dot -= p * v
     if smoothed:
-      uniform_dot -= row_sum(u * v)
+      uniform_dot -= u * v
   if labels_dot is not None or weights_dot is not None:
     cost = minus_log_softmax(z, s)
     p_dot = jnp.zeros_like(z)
@@ -200,11 +222,12 @@ def _tangent(
       p_dot += _weighted_label(labels_dot, mask, weights, dtype)
     if weights_dot is not None:
       p_dot += _weighted_label(labels, mask, weights_dot, dtype)
-    nll_dot += row_sum(cost_of(p, cost) * masked(p_dot, mask, 0))
+    nll_dot += cost_of(p, cost) * masked(p_dot, mask, 0)
     if smoothed and weights_dot is not None:
-      u_dot = uniform_label(weights_dot, mask, z.shape, axes, dtype)
-      uniform_dot += row_sum(cost_of(u, cost) * u_dot)
-  return PerRow(nll_dot, lse_dot, uniform_dot)
+      u_dot = uniform_label(weights_dot, mask, uniform.divisor(num_classes), z)
+      uniform_dot += cost_of(u, cost) * u_dot
+  nll_dot, uniform_dot = sums(nll_dot, uniform_dot)
+  return PerRow(nll_dot, lse_dot, uniform_dot if smoothed else None, None)
 
 
 _rule = jax.custom_vjp(_primal, nondiff_argnums=(4,))
@@ -223,6 +246,7 @@ def softmax_cross_entropy(
   z_loss: ArrayLike = 0.0,
   class_weights: ArrayLike | None = None,
   reduction: Reduction = "none",
+  axis_name: AxisName | None = None,
   return_aux: Literal[False] = False,
 ) -> jax.Array: ...
 
@@ -238,6 +262,7 @@ def softmax_cross_entropy(
   z_loss: ArrayLike = 0.0,
   class_weights: ArrayLike | None = None,
   reduction: Reduction = "none",
+  axis_name: AxisName | None = None,
   return_aux: Literal[True],
 ) -> tuple[jax.Array, CrossEntropyAux]: ...
 
@@ -252,6 +277,7 @@ def softmax_cross_entropy(
   z_loss: ArrayLike = 0.0,
   class_weights: ArrayLike | None = None,
   reduction: Reduction = "none",
+  axis_name: AxisName | None = None,
   return_aux: bool = False,
 ) -> jax.Array | tuple[jax.Array, CrossEntropyAux]:
   r"""Cross-entropy between the softmax of logits and a distribution over the classes.
@@ -286,6 +312,10 @@ def softmax_cross_entropy(
       ``axis`` is a tuple), differentiable.
     reduction: "none" for one loss per row, "sum", or "mean": the sum divided by the number of rows
       that count (whatever their labels sum to, and also with class weights), or 0 without any.
+    axis_name: inside `jax.shard_map`, the name (or names) of the mesh axis over whose devices the
+      classes are spread: each device holds a slice of the logits, of the labels, of ``where`` and
+      of ``class_weights``. The loss is the same on all of these devices. One reduction of one or
+      two numbers per row and one of four to seven make it, and none its gradient.
     return_aux: whether to return a `CrossEntropyAux` with the log-normalizer, the part that the
       z-loss adds and the number of rows that count too. They are differentiable like the loss.
 
@@ -299,7 +329,9 @@ def softmax_cross_entropy(
       is not boolean, a coefficient not a real scalar, or ``axis`` not a static int, tuple of ints
       or None.
     ValueError: if ``axis`` is out of range or repeats an axis, the shapes do not fit, ``reduction``
-      is unknown, or ``label_smoothing`` is known while tracing and outside [0, 1].
+      is unknown, ``label_smoothing`` is known while tracing and outside [0, 1], or ``axis_name`` is
+      no axis of a surrounding `jax.shard_map` with ``check_vma=True`` over which the logits are
+      spread.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -337,11 +369,15 @@ def softmax_cross_entropy(
   if where is not None:
     mask = arguments.as_mask(name, where, "logits", shape, row_axes=axes)
 
-  static = _Static(axes, smoothed=chosen.label_smoothing is not None)
+  if axis_name is not None:
+    axis_name = arguments.as_axis_name(name, axis_name, "logits", logits)
+
+  static = _Static(
+    axes,
+    num_classes=math.prod(shape[a] for a in axes) * devices.count(axis_name),
+    smoothed=chosen.label_smoothing is not None,
+    axis_name=axis_name,
+  )
   per_row = _soft_cross_entropy(*varying_alike(logits, labels, mask, weights), static)
-  row_weights = jnp.ones_like(per_row.nll)
-  if mask is not None:
-    row_weights = masked(row_weights, any_entry(mask, axes), 0)
-  squeezed = jax.tree.map(lambda x: jnp.squeeze(x, axes), (per_row, row_weights))
-  loss, aux = options.combine(chosen, *squeezed)
+  loss, aux = options.combine(chosen, jax.tree.map(lambda x: jnp.squeeze(x, axes), per_row))
   return (loss, aux) if return_aux else loss

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from softmax_jax import _arguments as arguments
+from softmax_jax import _devices as devices
 from softmax_jax._cross_entropy import options
-from softmax_jax._cross_entropy.integer import IGNORED, class_index
+from softmax_jax._cross_entropy.integer import IGNORED, class_index, weight_of_label
 from softmax_jax._cross_entropy.options import Reduction
 from softmax_jax._cross_entropy.rows import PerRow
+from softmax_jax._devices import AxisName
 from softmax_jax._forward_mode import varying_alike
 from softmax_jax._linear_cross_entropy import rules
 from softmax_jax._linear_cross_entropy.chunks import default_chunk_size
@@ -34,6 +36,8 @@ def linear_softmax_cross_entropy(
   ignore_index: ArrayLike | None = None,
   reduction: Reduction = "mean",
   chunk_size: int | None = None,
+  num_classes: int | None = None,
+  axis_name: AxisName | None = None,
 ) -> jax.Array:
   r"""Cross-entropy of a linear layer with one correct class per token; the logits are never held.
 
@@ -79,6 +83,15 @@ def linear_softmax_cross_entropy(
       (twice those with a softcap), and 12 MiB or an eighth of those of the weight, whatever T;
       where the gradients are of sixteen bits, also those of their sums in float32. A
       Hessian-vector product takes about six times the logits of a chunk.
+    num_classes: how many columns of the weight are classes, a static int; None stands for all. The
+      columns after them are padding: they take no part, and their gradients are 0. They have to
+      hold finite numbers.
+    axis_name: inside `jax.shard_map`, the name (or names) of the mesh axis over whose devices the
+      classes are spread: each device holds a slice of the weight, of the bias and of
+      ``class_weights``, all slices of one size (pad them and pass ``num_classes`` where it does not
+      divide). x and the labels, which count the classes of all devices, are the same on all of
+      them, and so is the loss. For each chunk it takes one reduction of one number per token and
+      one of three to five; class weights take one more, and the gradient one of x's cotangent.
 
   Returns:
     The loss, one number or ``[*B]``, in float32 (float64 where an argument has it). The products
@@ -88,10 +101,12 @@ def linear_softmax_cross_entropy(
 
   Raises:
     TypeError: if x, weight or bias are not of a floating dtype, the labels or ``ignore_index`` not
-      of an integer dtype, a coefficient not a real scalar, or ``vocab_axis`` or ``chunk_size`` not
-      static ints.
+      of an integer dtype, a coefficient not a real scalar, or ``vocab_axis``, ``chunk_size`` or
+      ``num_classes`` not static ints.
     ValueError: if the shapes do not fit, ``reduction`` is unknown, ``chunk_size`` is not positive,
-      or a coefficient is known while tracing and out of its range.
+      a coefficient is known while tracing and out of its range, or ``axis_name`` is no axis of a
+      surrounding `jax.shard_map` with ``check_vma=True`` over which the weight, but not x and the
+      labels, are spread.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -117,10 +132,10 @@ def linear_softmax_cross_entropy(
   x, weight = arguments.promoted(name, "x", x, "weight", weight)
   vocab_axis = arguments.as_vocab_axis(name, vocab_axis, weight.shape)
   arguments.check_features(name, x.shape, weight.shape, vocab_axis)
-  rows, num_classes = x.shape[:-1], weight.shape[vocab_axis]
+  rows, size = x.shape[:-1], weight.shape[vocab_axis]
   dtypes = [x.dtype]
   if bias is not None:
-    bias = arguments.as_bias(name, bias, (num_classes,))
+    bias = arguments.as_bias(name, bias, (size,))
     dtypes.append(bias.dtype)
   dtype = arguments.compute_dtype(*dtypes)
   x, weight = (arguments.cast(a, dtype) if dtype == jnp.float64 else a for a in (x, weight))
@@ -129,51 +144,79 @@ def linear_softmax_cross_entropy(
     softcap = arguments.as_softcap(name, softcap, dtype)
   weights = None
   if class_weights is not None:
-    weights = arguments.as_class_weights(name, class_weights, (num_classes,)).astype(dtype)
+    weights = arguments.as_class_weights(name, class_weights, (size,)).astype(dtype)
   labels = arguments.as_class_indices(name, labels)
   arguments.check_labels_of_tokens(name, labels.shape, x.shape)
   if chunk_size is not None:
     chunk_size = arguments.as_chunk_size(name, chunk_size)
+  if axis_name is not None:
+    axis_name = arguments.as_axis_name(name, axis_name, "weight", weight, labels=labels, x=x)
+  num_columns = size * devices.count(axis_name)
+  if num_classes is None:
+    num_classes = num_columns
+  else:
+    num_classes = arguments.as_num_classes(name, num_classes, num_columns)
 
   num_tokens = math.prod(rows)
   if num_tokens == 0 or num_classes == 0:
     return jnp.zeros(rows if reduction == "none" else (), dtype)
   if chunk_size is None:
-    chunk_size = default_chunk_size(num_tokens, x.shape[-1], num_classes, dtype.itemsize)
+    chunk_size = default_chunk_size(num_tokens, x.shape[-1], size, dtype.itemsize)
 
   index = class_index(name, labels, ignore_index, num_classes).reshape(num_tokens, 1)
   smoothed = chosen.label_smoothing is not None
   row_weights = jnp.ones(index.shape, dtype)
   if weights is not None:
-    row_weights = weights[jnp.maximum(index, 0)]
+    row_weights = weight_of_label(weights[None], index, 1, axis_name)
   counted = jnp.where(index == IGNORED, 0, row_weights)
+  padded = num_classes < num_columns
+  spread = None if weights is None else weights[None]
+  if padded:
+    classes = devices.first_entry(size, axis_name) + jnp.arange(size)[None]
+    spread = jnp.where(classes < num_classes, 1 if spread is None else spread, 0).astype(dtype)
   inputs = Inputs(
     x=x.reshape(num_tokens, x.shape[-1]),
     weight=weight,
     bias=None if bias is None else bias.astype(dtype),
     softcap=softcap,
-    spread=weights[None] if smoothed and weights is not None else None,
+    spread=spread if smoothed else None,
   )
   static = rules.Static(
-    Projection(vocab_axis, dtype), chunk_size, smoothed, ignores=ignore_index is not None
+    Projection(vocab_axis, dtype),
+    chunk_size,
+    num_classes,
+    padded,
+    smoothed,
+    ignores=ignore_index is not None,
+    axis_name=axis_name,
   )
 
   if reduction == "none":
-    per_row = rules.losses(*_alike(inputs, index), static)
+    inputs, index = _alike(inputs, index, axis_name)
+    per_row = rules.losses(inputs, index, static)._replace(weight=counted)
     if weights is not None:
       per_row = per_row._replace(nll=options.times(row_weights, per_row.nll))
-    return options.combine(chosen, per_row, counted)[0].reshape(rows)
-  shares = PerRow(nll=row_weights, lse=None, uniform=None)
+    return options.combine(chosen, per_row)[0].reshape(rows)
+  shares = PerRow(nll=row_weights, lse=None, uniform=None, weight=None)
   if smoothed:
     alpha = chosen.label_smoothing
-    shares = PerRow((1 - alpha) * row_weights, None, jnp.broadcast_to(alpha, index.shape))
+    shares = shares._replace(
+      nll=(1 - alpha) * row_weights, uniform=jnp.broadcast_to(alpha, index.shape)
+    )
   if chosen.z_loss is not None:
     shares = shares._replace(lse=jnp.broadcast_to(chosen.z_loss, index.shape))
-  total = rules.sum_of_losses(*_alike(inputs, shares, index), static)
+  inputs, (shares, index) = _alike(inputs, (shares, index), axis_name)
+  total = rules.sum_of_losses(inputs, shares, index, static)
   return options._mean(total, jnp.sum(counted)) if reduction == "mean" else total
 
 
-def _alike(*args: Any) -> tuple[Any, ...]:
-  """``args``, whose arrays all vary over the same axes of a `jax.shard_map`."""
-  leaves, structure = jax.tree.flatten(args)
-  return structure.unflatten(varying_alike(*leaves))
+def _alike(inputs: Inputs, per_row: Any, axis_name: AxisName | None) -> tuple[Inputs, Any]:
+  """The arguments, varying over the same axes of a `jax.shard_map` as far as the rules need it.
+
+  The inputs vary over ``axis_name`` too, over which the cotangents of those that are the same on
+  all devices are thereby summed; the numbers per row do not.
+  """
+  leaves, structure = jax.tree.flatten((inputs, per_row))
+  inputs, per_row = structure.unflatten(varying_alike(*leaves, without=axis_name))
+  leaves, structure = jax.tree.flatten(inputs)
+  return structure.unflatten(varying_alike(*leaves)), per_row

@@ -18,8 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from softmax_jax import _devices as devices
 from softmax_jax._cross_entropy import integer, options
-from softmax_jax._cross_entropy.rows import PerRow, cost_of, minus_log_softmax
+from softmax_jax._cross_entropy.rows import PerRow, UniformSums, cost_of, minus_log_softmax
+from softmax_jax._devices import AxisName
 from softmax_jax._forward_mode import enable_forward_mode
 from softmax_jax._linear_cross_entropy.chunks import block_size, over_blocks, over_chunks
 from softmax_jax._linear_cross_entropy.projection import (
@@ -39,19 +41,31 @@ class Static(NamedTuple):
   Attributes:
     projection: how features become logits.
     chunk_size: the number of tokens whose logits are held at a time.
+    num_classes: the number of classes on all devices, without padding.
+    padded: whether there are columns of the weight that are no class.
     smoothed: whether the loss against the uniform label is needed.
     ignores: whether there may be rows that do not count.
+    axis_name: the mesh axis over whose devices the classes are spread, if any.
   """
 
   projection: Projection
   chunk_size: int
+  num_classes: int
+  padded: bool
   smoothed: bool
   ignores: bool
+  axis_name: AxisName | None
 
   @property
   def dense(self) -> integer._Static:
     """The same for the rule of the dense loss; rows that do not count come to it as zeros."""
-    return integer._Static(axis=1, smoothed=self.smoothed, ignores=False)
+    return integer._Static(
+      axis=1,
+      num_classes=self.num_classes,
+      smoothed=self.smoothed,
+      ignores=False,
+      axis_name=self.axis_name,
+    )
 
 
 @jax.tree_util.register_static
@@ -99,11 +113,21 @@ def _chunk_logits(inputs: Inputs, index: jax.Array, static: Static) -> tuple[Any
     z_block = capped(lax.dynamic_slice_in_dim(y, first, size, 1), inputs.softcap)
     return lax.dynamic_update_slice_in_dim(z, z_block, first, 1)
 
+  # Padding has the probability 0.
+  def pad(z, first, size):
+    z_block = lax.dynamic_slice_in_dim(z, first, size, 1)
+    classes = devices.first_entry(z.shape[1], static.axis_name) + first + jnp.arange(size)
+    z_block = jnp.where(classes < static.num_classes, z_block, -jnp.inf)
+    return lax.dynamic_update_slice_in_dim(z, z_block, first, 1)
+
   if inputs.bias is not None:
     y = over_blocks(add_bias, y, y.shape[1], size)
-  if inputs.softcap is None:
-    return inputs, y, y
-  return inputs, y, over_blocks(cap, jnp.zeros_like(y), y.shape[1], size)
+  z = y
+  if inputs.softcap is not None:
+    z = over_blocks(cap, jnp.zeros_like(y), y.shape[1], size)
+  if static.padded:
+    z = over_blocks(pad, z, y.shape[1], size)
+  return inputs, y, z
 
 
 def _scale(dtype: jnp.dtype, bars: PerRow, u: jax.Array | None) -> jax.Array | float:
@@ -138,6 +162,7 @@ def _chunk_gradients(
   y: jax.Array,
   z: jax.Array,
   s: Normalizer,
+  uniform_sum: jax.Array | float,
   bars: PerRow,
   sums: Inputs,
   first_row: Any,
@@ -147,12 +172,12 @@ def _chunk_gradients(
   num_classes = y.shape[1]
   # A row without a valid label has no gradient here; what NaN there must be is put in at the end.
   bars = jax.tree.map(lambda bar: jnp.where(index >= 0, bar, jnp.zeros_like(bar)), bars)
-  label = jnp.maximum(index, 0)
+  label = jnp.maximum(index, 0) - devices.first_entry(num_classes, static.axis_name)
   g, u = bars.lse, None
   if static.smoothed:
     ones = jnp.ones((1, num_classes), y.dtype)
-    u = (ones if inputs.spread is None else inputs.spread) / num_classes
-    g = g + bars.uniform * jnp.sum(u)
+    u = (ones if inputs.spread is None else inputs.spread) / static.num_classes
+    g = g + bars.uniform * uniform_sum
   scale = _scale(inputs.x.dtype, bars._replace(lse=g), u)
 
   def block(sums, first, size):
@@ -160,9 +185,10 @@ def _chunk_gradients(
     add = lambda x, part, axis: lax.dynamic_update_slice_in_dim(x, cut(x, axis) + part, first, axis)
     y_block, z_block = cut(y), cut(z)
     here = (label >= first) & (label < first + size)
-    block_bars = PerRow(jnp.where(here, bars.nll, 0), jnp.where(here, g, g + bars.nll), None)
-    residuals = integer._Residuals(z_block, jnp.where(here, label - first, 0), None, None, s)
-    z_bar = integer._bwd(integer._Static(1, False, False), residuals, block_bars)[0]
+    block_bars = PerRow(jnp.where(here, bars.nll, 0), jnp.where(here, g, g + bars.nll), None, None)
+    index = jnp.where(here, label - first, 0)
+    residuals = integer._Residuals(z_block, index, None, None, s, None)
+    z_bar = integer._bwd(integer._Static(1, size, False, False), residuals, block_bars)[0]
     if static.smoothed:
       z_bar = z_bar - cut(u) * bars.uniform
     y_bar = z_bar
@@ -171,7 +197,7 @@ def _chunk_gradients(
     if wanted.spread:
       cost = cost_of(cut(u), minus_log_softmax(z_block, s))
       u_bar = jnp.sum(cost * bars.uniform, axis=0, keepdims=True)
-      sums = sums._replace(spread=add(sums.spread, u_bar / num_classes, 1))
+      sums = sums._replace(spread=add(sums.spread, u_bar / static.num_classes, 1))
     if wanted.softcap:
       c_bar = jnp.sum(z_bar * cap_slope_by_softcap(y_block, inputs.softcap))
       sums = sums._replace(softcap=sums.softcap + c_bar)
@@ -223,25 +249,39 @@ def _rows_primal(inputs: Inputs, index: jax.Array, static: Static) -> PerRow:
   return _rows_forward(inputs, index, static)[0]
 
 
-def _rows_forward(inputs: Inputs, index: jax.Array, static: Static) -> tuple[PerRow, Normalizer]:
+def _rows_forward(
+  inputs: Inputs, index: jax.Array, static: Static
+) -> tuple[PerRow, Normalizer, jax.Array | None]:
   def body(_, rows, first):
     x, index = rows
     chunk, _, z = _chunk_logits(inputs._replace(x=x), index, static)
     per_row, residuals = integer._fwd(z, index, None, chunk.spread, static.dense)
-    return (), (per_row, residuals.normalizer)
+    return (), (
+      per_row._replace(weight=None),
+      residuals.normalizer,
+      _uniform_sum(residuals, static),
+    )
 
   return over_chunks(body, (), (inputs.x, index), static.chunk_size)[1]
+
+
+def _uniform_sum(residuals: integer._Residuals, static: Static) -> jax.Array | None:
+  """The sum over the uniform label, for each row."""
+  if not static.smoothed:
+    return None
+  total = residuals.uniform.label_sum(static.num_classes)
+  return jnp.broadcast_to(total, residuals.index.shape)
 
 
 def _rows_fwd(inputs: Any, index: Any, static: Static) -> tuple[PerRow, Any]:
   wanted = _Wanted.of(inputs)
   inputs, index = _values((inputs, index))
-  per_row, normalizer = _rows_forward(inputs, index, static)
-  return per_row, (wanted, inputs, index, normalizer)
+  per_row, normalizer, uniform_sum = _rows_forward(inputs, index, static)
+  return per_row, (wanted, inputs, index, normalizer, uniform_sum)
 
 
 def _rows_bwd(static: Static, residuals: Any, bars: Any) -> tuple[Inputs, None]:
-  wanted, inputs, index, normalizer = residuals
+  wanted, inputs, index, normalizer, uniform_sum = residuals
   bars = jax.tree.map(
     lambda bar: jnp.zeros(bar.shape, bar.dtype) if type(bar) is SymbolicZero else bar,
     bars,
@@ -249,32 +289,38 @@ def _rows_bwd(static: Static, residuals: Any, bars: Any) -> tuple[Inputs, None]:
   )
 
   def body(sums, rows, first):
-    x, index, s, bars = rows
+    x, index, s, uniform_sum, bars = rows
     chunk, y, z = _chunk_logits(inputs._replace(x=x), index, static)
-    return _chunk_gradients(wanted.inputs, static, chunk, index, y, z, s, bars, sums, first), None
+    of_chunk = chunk, index, y, z, s, uniform_sum, bars
+    return _chunk_gradients(wanted.inputs, static, *of_chunk, sums, first), None
 
   sums = _zeros(wanted.inputs, inputs, static)
-  gradients, _ = over_chunks(body, sums, (inputs.x, index, normalizer, bars), static.chunk_size)
+  rows = inputs.x, index, normalizer, uniform_sum, bars
+  gradients, _ = over_chunks(body, sums, rows, static.chunk_size)
   return _as_gradients(gradients, inputs, _poison(index, bars)), None
 
 
 # The tangent of the logits goes through the tangent rule of the dense loss, chunk by chunk.
 def _rows_tangent(static: Static, residuals: Any, args_dot: tuple[Any, ...]) -> PerRow:
-  _, inputs, index, normalizer = residuals
+  _, inputs, index, normalizer, uniform_sum = residuals
   dots = Inputs(*args_dot[0])
 
   def body(_, rows, first):
-    x, x_dot, index, normalizer = rows
+    x, x_dot, index, normalizer, uniform_sum = rows
     chunk, y, z = _chunk_logits(inputs._replace(x=x), index, static)
     chunk_dots = dots
     if x_dot is not None:
       chunk_dots = dots._replace(x=_features(x_dot, index, static))
     y_dot = static.projection.linear_tangent(chunk, chunk_dots)
     z_dot = capped_tangent(y, y_dot, chunk, chunk_dots)
-    dense = integer._Residuals(z, index, None, chunk.spread, normalizer)
-    return (), integer._tangent(static.dense, dense, (z_dot, None, None, dots.spread))
+    uniform = (
+      None if uniform_sum is None else UniformSums(None, uniform_sum * static.num_classes, None)
+    )
+    dense = integer._Residuals(z, index, None, chunk.spread, normalizer, uniform)
+    per_row = integer._tangent(static.dense, dense, (z_dot, None, None, dots.spread))
+    return (), per_row._replace(weight=None)
 
-  rows = (inputs.x, dots.x, index, normalizer)
+  rows = (inputs.x, dots.x, index, normalizer, uniform_sum)
   return over_chunks(body, (), rows, static.chunk_size)[1]
 
 
@@ -309,9 +355,8 @@ def _sum_fwd(inputs: Any, weights: Any, index: Any, static: Static) -> tuple[jax
     per_row, dense = integer._fwd(z, index, None, chunk.spread, static.dense)
     lse_bar = jnp.zeros_like(per_row.lse) if weights.lse is None else 2 * weights.lse * per_row.lse
     bars = weights._replace(lse=lse_bar)
-    s = dense.normalizer
-    sums = _chunk_gradients(wanted, static, chunk, index, y, z, s, bars, sums, first)
-    return sums, per_row
+    of_chunk = chunk, index, y, z, dense.normalizer, _uniform_sum(dense, static), bars
+    return _chunk_gradients(wanted, static, *of_chunk, sums, first), per_row._replace(weight=None)
 
   sums = _zeros(wanted, inputs, static)
   gradients, per_row = over_chunks(body, sums, (inputs.x, weights, index), static.chunk_size)
@@ -342,6 +387,7 @@ def _sum_tangent(static: Static, residuals: Any, args_dot: tuple[Any, ...]) -> j
   for gradient, dot in zip(gradients, dots, strict=True):
     if dot is not None:
       total += jnp.sum(gradient * dot.astype(gradient.dtype))
+  total = devices.add_up(total, static.axis_name)
   if any(dot is not None for dot in dots):
     total += jnp.sum(_poison(index, weights))
   moving = [
