@@ -344,6 +344,27 @@ def check_labels_of_tokens(function: str, labels: tuple[int, ...], x: tuple[int,
     )
 
 
+def check_placement(
+  function: str, x: Any, weight: Any, rows: tuple[str, ...], classes: tuple[str, ...]
+) -> None:
+  """Raises unless tokens and classes are spread over different mesh axes, and features over none.
+
+  ``x`` and ``weight`` are the mesh axes of the features of each.
+  """
+  for name, spread in (("x", x), ("weight", weight)):
+    if spread is not None:
+      raise ValueError(
+        f"{function} expected all features of {name} on each device, got them spread over the mesh "
+        f"axis {spread!r}. Pass jax.sharding.reshard({name}, ...)."
+      )
+  both = set(rows) & set(classes)
+  if both:
+    raise ValueError(
+      f"{function} expected the rows of x and the classes of weight on different mesh axes, got "
+      f"both on {', '.join(map(repr, sorted(both)))}. Pass jax.sharding.reshard(x, ...)."
+    )
+
+
 def as_bias(function: str, value: Any, shape: tuple[int, ...]) -> jax.Array:
   """``value`` as an array with one number per class."""
   x = as_logits(function, "bias", value)

@@ -11,6 +11,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 
 AxisName = str | tuple[str, ...]
 
@@ -50,6 +51,7 @@ def count(axis_name: AxisName | None) -> int:
   return 1 if axis_name is None else lax.axis_size(axis_name)
 
 
-def is_explicitly_sharded(x: jax.Array) -> bool:
-  """Whether the type of ``x`` says how it is spread, which an axis of a mesh can be made to do."""
-  return any(part is not None for part in jax.typeof(x).sharding.spec)
+def explicit_sharding(x: jax.Array) -> NamedSharding | None:
+  """How ``x`` is spread where its type says so, as `jax.sharding.AxisType.Explicit` makes it."""
+  sharding = jax.typeof(x).sharding
+  return sharding if any(part is not None for part in sharding.spec) else None

@@ -90,7 +90,7 @@ class _Label(NamedTuple):
 
   def take(self, x: jax.Array, axis: int, elsewhere: float = 0) -> jax.Array:
     """The entries of ``x`` at the labels, ``axis`` kept."""
-    if devices.is_explicitly_sharded(x):  # where JAX does not index
+    if devices.explicit_sharding(x):  # where JAX does not index
       found = jnp.where(_classes(x, axis) == self.position, x, jnp.zeros_like(x))
       x_t = jnp.sum(found, axis=axis, keepdims=True)
     elif self.here is None:
@@ -99,26 +99,31 @@ class _Label(NamedTuple):
       x_t = jnp.take_along_axis(x, self.position, axis=axis, mode="clip")
     return masked(x_t, self.here, elsewhere)
 
-  def take_weight(self, weights: jax.Array, axis: int) -> jax.Array:
-    """The weights of the labels, from an array with one weight per class along ``axis``."""
-    if devices.is_explicitly_sharded(self.position) or devices.is_explicitly_sharded(weights):
-      shape = list(self.position.shape)
-      shape[axis] = weights.size
-      return self.take(jnp.broadcast_to(weights, shape), axis)
+  def take_weight(self, weights: jax.Array, axis: int, like: jax.Array | None) -> jax.Array:
+    """The weights of the labels, from an array with one weight per class along ``axis``.
+
+    ``like`` are the logits, whose shape the weights are brought to where JAX does not index.
+    """
+    if like is not None and devices.explicit_sharding(like):
+      return self.take(weights + jnp.zeros_like(like, weights.dtype), axis)
     return masked(weights.ravel().at[self.position].get(mode="clip"), self.here, 0)
 
 
 def weight_of_label(
-  weights: jax.Array, index: jax.Array, axis: int, axis_name: AxisName | None
+  weights: jax.Array,
+  index: jax.Array,
+  axis: int,
+  axis_name: AxisName | None,
+  like: jax.Array | None = None,
 ) -> jax.Array:
   """The weight of the label of each row, from an array with one per class along ``axis``."""
   label = _Label.of(index, weights.shape[axis], axis_name)
-  return devices.add_up(label.take_weight(weights, axis), axis_name)
+  return devices.add_up(label.take_weight(weights, axis, like), axis_name)
 
 
 def _classes(x: jax.Array, axis: int) -> jax.Array:
   """The index of the class of each entry of ``x``."""
-  return lax.broadcasted_iota(jnp.int32, x.shape, axis)
+  return lax.broadcasted_iota(jnp.int32, x.shape, axis, out_sharding=devices.explicit_sharding(x))
 
 
 def _by_row(index: jax.Array, valid: jax.Array) -> jax.Array:
@@ -158,7 +163,7 @@ def _fwd(
   z_t = label.take(entries(logits, mask, own.any, dtype), axis)
   w_t = None
   if weights is not None:
-    w_t = label.take_weight(weights, axis)
+    w_t = label.take_weight(weights, axis, logits)
   uniform = None
   if static.smoothed:
     uniform = uniform_sums(weights, logits, mask, own.shift, own.any, (axis,))
@@ -198,7 +203,9 @@ def _bwd(
   if weights is not None:
     weight_bar = jnp.where(index == IGNORED, 0, bars.weight)
     weight_bar, _ = varying_alike(weight_bar, weights)
-    (weights_bar,) = jax.linear_transpose(lambda w: label.take_weight(w, axis), weights)(weight_bar)
+    (weights_bar,) = jax.linear_transpose(lambda w: label.take_weight(w, axis, z), weights)(
+      weight_bar
+    )
   if static.smoothed:
     uniform_bar = _bar_by_row(index, bars.uniform)
     divisor = uniform.divisor(static.num_classes)
@@ -237,7 +244,7 @@ def _tangent(static: _Static, residuals: _Residuals, args_dot: tuple[Any, ...]) 
     nll_dot = row_sum(a * (z_dot - z_dot_t), (axis,), axis_name)
     lse_dot = nll_dot + z_dot_t
   if weights_dot is not None:
-    weight_dot = weight_of_label(weights_dot, index, axis, axis_name)
+    weight_dot = weight_of_label(weights_dot, index, axis, axis_name, z)
     weight_dot = jnp.where(index == IGNORED, 0, weight_dot)
   if static.smoothed:
     divisor = uniform.divisor(static.num_classes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from softmax_jax._devices import AxisName
 from softmax_jax._forward_mode import varying_alike
 from softmax_jax._linear_cross_entropy import rules
 from softmax_jax._linear_cross_entropy.chunks import default_chunk_size
+from softmax_jax._linear_cross_entropy.mesh import Arrays, on_mesh
 from softmax_jax._linear_cross_entropy.projection import Inputs, Projection
 
 
@@ -157,57 +158,107 @@ def linear_softmax_cross_entropy(
   else:
     num_classes = arguments.as_num_classes(name, num_classes, num_columns)
 
-  num_tokens = math.prod(rows)
-  if num_tokens == 0 or num_classes == 0:
+  if math.prod(rows) == 0 or num_classes == 0:
     return jnp.zeros(rows if reduction == "none" else (), dtype)
-  if chunk_size is None:
-    chunk_size = default_chunk_size(num_tokens, x.shape[-1], size, dtype.itemsize)
-
-  index = class_index(name, labels, ignore_index, num_classes).reshape(num_tokens, 1)
-  smoothed = chosen.label_smoothing is not None
-  row_weights = jnp.ones(index.shape, dtype)
-  if weights is not None:
-    row_weights = weight_of_label(weights[None], index, 1, axis_name)
-  counted = jnp.where(index == IGNORED, 0, row_weights)
-  padded = num_classes < num_columns
-  spread = None if weights is None else weights[None]
-  if padded:
-    classes = devices.first_entry(size, axis_name) + jnp.arange(size)[None]
-    spread = jnp.where(classes < num_classes, 1 if spread is None else spread, 0).astype(dtype)
-  inputs = Inputs(
-    x=x.reshape(num_tokens, x.shape[-1]),
+  arrays = Arrays(
+    x=x,
+    index=class_index(name, labels, ignore_index, num_classes),
     weight=weight,
     bias=None if bias is None else bias.astype(dtype),
+    class_weights=weights,
     softcap=softcap,
-    spread=spread if smoothed else None,
+    label_smoothing=chosen.label_smoothing,
+    z_loss=chosen.z_loss,
   )
-  static = rules.Static(
+  settings = _Settings(
     Projection(vocab_axis, dtype),
     chunk_size,
     num_classes,
-    padded,
-    smoothed,
+    padded=num_classes < num_columns,
     ignores=ignore_index is not None,
     axis_name=axis_name,
   )
-
   if reduction == "none":
-    inputs, index = _alike(inputs, index, axis_name)
-    per_row = rules.losses(inputs, index, static)._replace(weight=counted)
-    if weights is not None:
-      per_row = per_row._replace(nll=options.times(row_weights, per_row.nll))
-    return options.combine(chosen, per_row)[0].reshape(rows)
-  shares = PerRow(nll=row_weights, lse=None, uniform=None, weight=None)
-  if smoothed:
-    alpha = chosen.label_smoothing
-    shares = shares._replace(
-      nll=(1 - alpha) * row_weights, uniform=jnp.broadcast_to(alpha, index.shape)
-    )
-  if chosen.z_loss is not None:
-    shares = shares._replace(lse=jnp.broadcast_to(chosen.z_loss, index.shape))
-  inputs, (shares, index) = _alike(inputs, (shares, index), axis_name)
-  total = rules.sum_of_losses(inputs, shares, index, static)
-  return options._mean(total, jnp.sum(counted)) if reduction == "mean" else total
+    return on_mesh(name, _losses, arrays, settings, summed=False)
+  total, counted = on_mesh(name, _sums, arrays, settings, summed=True)
+  return options._mean(total, counted) if reduction == "mean" else total
+
+
+class _Settings(NamedTuple):
+  """What is static, as in `rules.Static`; ``chunk_size`` may be None."""
+
+  projection: Projection
+  chunk_size: int | None
+  num_classes: int
+  padded: bool
+  ignores: bool
+  axis_name: AxisName | None
+
+
+class _Rows(NamedTuple):
+  """The arguments of the rules, and the weights of the rows, by which a mean divides."""
+
+  inputs: Inputs
+  index: jax.Array
+  weight: jax.Array
+  counted: jax.Array
+  static: rules.Static
+
+
+def _rows(arrays: Arrays, settings: _Settings) -> _Rows:
+  axis_name, dtype = settings.axis_name, settings.projection.dtype
+  num_features = arrays.x.shape[-1]
+  x, index = arrays.x.reshape(-1, num_features), arrays.index.reshape(-1, 1)
+  size = arrays.weight.shape[settings.projection.vocab_axis]
+  chunk_size = settings.chunk_size
+  if chunk_size is None:
+    chunk_size = default_chunk_size(x.shape[0], num_features, size, dtype.itemsize)
+
+  weight = jnp.ones(index.shape, dtype)
+  spread = None
+  if arrays.class_weights is not None:
+    spread = arrays.class_weights[None]
+    weight = weight_of_label(spread, index, 1, axis_name)
+  if settings.padded:
+    classes = devices.first_entry(size, axis_name) + jnp.arange(size)[None]
+    spread = jnp.where(classes < settings.num_classes, 1 if spread is None else spread, 0)
+    spread = spread.astype(dtype)
+  smoothed = arrays.label_smoothing is not None
+  inputs = Inputs(x, arrays.weight, arrays.bias, arrays.softcap, spread if smoothed else None)
+  static = rules.Static(
+    settings.projection,
+    chunk_size,
+    settings.num_classes,
+    settings.padded,
+    smoothed,
+    settings.ignores,
+    axis_name,
+  )
+  return _Rows(inputs, index, weight, jnp.where(index == IGNORED, 0, weight), static)
+
+
+def _losses(arrays: Arrays, settings: _Settings) -> jax.Array:
+  """The loss of each token."""
+  inputs, index, weight, counted, static = _rows(arrays, settings)
+  inputs, index = _alike(inputs, index, static.axis_name)
+  per_row = rules.losses(inputs, index, static)._replace(weight=counted)
+  if arrays.class_weights is not None:
+    per_row = per_row._replace(nll=options.times(weight, per_row.nll))
+  chosen = options.Options(arrays.label_smoothing, arrays.z_loss, "none")
+  return options.combine(chosen, per_row)[0].reshape(arrays.index.shape)
+
+
+def _sums(arrays: Arrays, settings: _Settings) -> tuple[jax.Array, jax.Array]:
+  """The sum of the losses and that of the weights of the tokens that count."""
+  inputs, index, weight, counted, static = _rows(arrays, settings)
+  shares = PerRow(nll=weight, lse=None, uniform=None, weight=None)
+  if arrays.label_smoothing is not None:
+    alpha = arrays.label_smoothing
+    shares = shares._replace(nll=(1 - alpha) * weight, uniform=jnp.broadcast_to(alpha, index.shape))
+  if arrays.z_loss is not None:
+    shares = shares._replace(lse=jnp.broadcast_to(arrays.z_loss, index.shape))
+  inputs, (shares, index) = _alike(inputs, (shares, index), static.axis_name)
+  return rules.sum_of_losses(inputs, shares, index, static), jnp.sum(counted)
 
 
 def _alike(inputs: Inputs, per_row: Any, axis_name: AxisName | None) -> tuple[Inputs, Any]:

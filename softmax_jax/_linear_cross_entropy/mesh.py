@@ -1,0 +1,88 @@
+"""Arguments whose types say how they are spread over a mesh (explicit sharding).
+
+Chunks of tokens are then cut on each device from its own, in a `jax.shard_map` around the loss: cut
+from all tokens, they would be gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from softmax_jax import _arguments as arguments
+from softmax_jax import _devices as devices
+
+
+class Arrays(NamedTuple):
+  """The arrays among the arguments of the loss, None where there is no such argument.
+
+  Attributes:
+    x: ``[*B, H]``.
+    index: the labels, ``[*B]``.
+    weight: ``[H, V]`` or ``[V, H]``.
+    bias: ``[V]``.
+    class_weights: ``[V]``.
+    softcap, label_smoothing, z_loss: scalars.
+  """
+
+  x: Any
+  index: Any
+  weight: Any
+  bias: Any
+  class_weights: Any
+  softcap: Any
+  label_smoothing: Any
+  z_loss: Any
+
+
+def on_mesh(
+  function: str, f: Callable[..., Any], arrays: Arrays, settings: Any, summed: bool
+) -> Any:
+  """``f(arrays, settings)``, on each device for its tokens and classes where these are spread.
+
+  ``f`` returns one number per token or, if ``summed``, a pair of sums over the tokens.
+  """
+  x_spec, weight_spec = (_spec(a) for a in (arrays.x, arrays.weight))
+  if not any((*x_spec, *weight_spec)):
+    return f(arrays, settings)
+  *rows, features = x_spec
+  vocab = weight_spec[settings.projection.vocab_axis]
+  over_rows, over_classes = _names(*rows), _names(vocab)
+  arguments.check_placement(
+    function, features, weight_spec[1 - settings.projection.vocab_axis], over_rows, over_classes
+  )
+  spec = PartitionSpec
+  specs = Arrays(
+    x=spec(*rows, None),
+    index=spec(*rows),
+    weight=spec(*weight_spec),
+    bias=spec(vocab),
+    class_weights=spec(vocab),
+    softcap=spec(),
+    label_smoothing=spec(),
+    z_loss=spec(),
+  )
+  specs = Arrays(*(None if a is None else s for a, s in zip(arrays, specs, strict=True)))
+  arrays = jax.tree.map(jax.sharding.reshard, arrays, specs)
+
+  def on_device(arrays):
+    out = f(arrays, settings._replace(axis_name=over_classes or None))
+    return lax.psum(out, over_rows) if summed and over_rows else out
+
+  out_specs = (spec(), spec()) if summed else spec(*rows)
+  return jax.jit(jax.shard_map(on_device, in_specs=(specs,), out_specs=out_specs))(arrays)
+
+
+def _spec(x: jax.Array) -> tuple[Any, ...]:
+  sharding = devices.explicit_sharding(x)
+  return (None,) * x.ndim if sharding is None else tuple(sharding.spec)
+
+
+def _names(*parts: Any) -> tuple[str, ...]:
+  """The mesh axes in the parts of a `PartitionSpec`."""
+  names = (p if isinstance(p, tuple) else (p,) for p in parts if p is not None)
+  return tuple(name for group in names for name in group)
