@@ -9,7 +9,7 @@ below.
 This is the one module of the library that goes beyond JAX's documented public API. It uses the
 extension points `jax.extend.core` (`Primitive`, `unmapped_aval`, `jaxpr_as_fun`, the current trace
 and its `parent_trace`), `jax.interpreters` (`ad`, `batching`, `mlir`, `partial_eval.JaxprTracer`),
-the types that `jax.typeof` returns, and the attributes `fwd`, `bwd`, `symbolic_zeros` and
+the types that `jax.typeof` returns, and the attributes `fun`, `fwd`, `bwd`, `symbolic_zeros` and
 `nondiff_argnums` of a `jax.custom_vjp` object.
 """
 
@@ -226,7 +226,8 @@ def enable_forward_mode(
     )
   name = getattr(f, "__name__", "f")
   nondiff_argnums: tuple[int, ...] = f.nondiff_argnums
-  g = jax.custom_jvp(f, nondiff_argnums=nondiff_argnums)
+  # Not differentiated, it needs no rule; an eager shard_map refuses those with symbolic zeros.
+  g = jax.custom_jvp(f.fun, nondiff_argnums=nondiff_argnums)
 
   def jvp(*args):
     *static, primals, tangents = args
