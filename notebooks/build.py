@@ -28,7 +28,7 @@ Notebook = dict[str, Any]
 
 def main(prefixes: list[str]) -> None:
   """Executes the notebooks whose names begin with one of the prefixes, or all."""
-  os.environ.setdefault("JAX_PLATFORMS", "cpu")
+  os.environ.update(JAX_PLATFORMS="cpu", JAX_PPRINT_USE_COLOR="0")
   paths = [path for path in sources() if path.name.startswith(tuple(prefixes) or "")]
   if not paths:
     raise SystemExit(f"no notebook begins with {' or '.join(prefixes)}")
