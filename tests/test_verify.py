@@ -20,6 +20,9 @@ from softmax_jax.verify.problem import Problem
 X = np.random.default_rng(0).standard_normal((2, 3)).astype(np.float32)
 
 
+ORDERS = ("forward over reverse", "reverse over reverse")
+
+
 def statuses(report):
   return {row.check: row.status for row in report.rows}
 
@@ -165,6 +168,16 @@ def test_jit_finds_a_rule_that_is_wrong_without_it():
     with_rule(jnp.sin, bwd), X, checks=["vjp", "finite_differences", "jit"]
   )
   assert [row.check for row in report.failed] == ["jit"]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_second_order_finds_a_rule_that_is_constant_in_its_cotangent(order):
+  """It is right in the first order, and in the second as long as the cotangent is held fixed."""
+  f = with_rule(jnp.sin, lambda x, u: jax.lax.stop_gradient(u) * jnp.cos(x))
+  report = check_derivatives(f, X, checks=["finite_differences", "vjp", "second_order"])
+  wrong = {row.check: row.of for row in report.failed}
+  assert wrong.keys() <= {f"second_order: {order}" for order in ORDERS}
+  assert wrong[f"second_order: {order}"].startswith("derivative by u, ")
 
 
 def test_structure_finds_a_weakly_typed_cotangent():

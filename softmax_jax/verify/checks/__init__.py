@@ -15,12 +15,12 @@ from softmax_jax.verify.checks.first_order import (
   vjp,
 )
 from softmax_jax.verify.checks.jacobians import jacobian
+from softmax_jax.verify.checks.second_order import second_order
 from softmax_jax.verify.checks.structure import residuals, structure, traces
 from softmax_jax.verify.checks.transformed import (
   checkpoint,
   jit,
   scan,
-  second_order,
   vmap_batch,
   vmap_each_argument,
 )

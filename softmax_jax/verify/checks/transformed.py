@@ -1,4 +1,4 @@
-"""First derivatives under the transformations of JAX, and second derivatives."""
+"""First derivatives under the transformations of JAX."""
 
 from __future__ import annotations
 
@@ -172,47 +172,3 @@ def _batch_comparisons(
     )
     comparisons += v.of_outputs("tangent of ", dots, wanted, slack)
   return comparisons
-
-
-def second_order(v: Verifier) -> list[Row]:
-  """The derivative of x -> J(x)^T u along v, forward over reverse and reverse over reverse.
-
-  Both are the Hessian of <u, f> times v. The reference is a finite difference of float64
-  cotangents.
-  """
-  v.need_derivatives()
-  problem = v.problem
-  cotangent = lambda xs, ns, us: problem.vjp_of(xs, ns, us)[2]
-
-  def forward_over_reverse(xs, ns, us, vs):
-    return jax.jvp(lambda *xs: cotangent(xs, ns, us), tuple(xs), tuple(vs))[1]
-
-  def reverse_over_reverse(xs, ns, us, vs):
-    return list(jax.vjp(lambda *xs: cotangent(xs, ns, us), *xs)[1](list(vs)))
-
-  known: dict[Any, Any] = {}
-
-  def reference(point):
-    if point.key not in known:
-      known[point.key] = v.oracle.hvp(point.xs, point.us, point.vs)
-    return known[point.key]
-
-  def rows_of(name, program):
-    def evaluate(probe, near):
-      point = problem.point(probe, near)
-      bars = program(point.xs, problem.ns, point.us, point.vs)
-      pairs = zip(v.cotangents(bars, reference(point)[0]), reference(point)[1], strict=True)
-      return [c._replace(of=f"Hv, {c.of}", slack=slack) for c, slack in pairs]
-
-    return v.measure("second_order", evaluate, probes=2, near=3, transformation=name)
-
-  rows = []
-  for name, program in (
-    ("forward over reverse", forward_over_reverse),
-    ("reverse over reverse", reverse_over_reverse),
-  ):
-    rows += v.run(
-      f"second_order: {name}",
-      lambda v, name=name, program=program: rows_of(name, v.program(name, program)),
-    )
-  return rows
