@@ -37,7 +37,8 @@ def largest(
   """The largest over the devices of numbers per row, and whether any device has ``any_``."""
   if any_ is None:
     return lax.pmax(top, axis_name), None
-  top, any_ = lax.pmax(jnp.stack((top, any_.astype(top.dtype))), axis_name)
+  both = jnp.broadcast_arrays(top, any_.astype(top.dtype))
+  top, any_ = lax.pmax(jnp.stack(both), axis_name)
   return top, any_ > 0
 
 

@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 
 from softmax_jax import _devices as devices
 from softmax_jax._devices import AxisName
+from softmax_jax._forward_mode import varying_axes
 
 Axes = tuple[int, ...]
 
@@ -52,8 +53,9 @@ class OwnSum(NamedTuple):
 
   Attributes:
     shift: that of the `Normalizer`.
-    rest: the sum over the entries of this device but the largest of the row, if it is here.
-    tops: whether it is here, as a number; None where one device has the whole row.
+    rest: the sum over the entries of this device, but for what is left out.
+    tops: what has been left out, ``exp(z - shift)`` of the largest entry here if that is at least
+      `_DOMINATED`, otherwise 0; None where one device has the whole row.
     any: that of the `Normalizer`.
   """
 
@@ -69,8 +71,8 @@ def compiled(rule: Callable, static_argnums: int) -> Callable:
 
 
 # Where the others sum to less than this, S - 1 would have lost digits of them. (Where another entry
-# is as large as the largest, they sum to 1 or more.)
-_DOMINATED = 0.99
+# is nearly as large as the largest, they sum to more.)
+_DOMINATED = 0.75
 
 # Up to this many entries XLA:CPU unrolls a row, and both sums at once are cheaper than one.
 _FEW = 16
@@ -93,7 +95,7 @@ def add_up(
   """The normalizer, and the sums over the devices of ``others``, which are numbers per row."""
   if own.tops is None:
     return Normalizer(own.shift, own.rest, own.any), others
-  # Devices with entries tied with the largest each leave one of them out.
+  # Where the largest entry alone is left out, `tops` add up to 1.
   rest, tops, others = devices.add_up((own.rest, own.tops, others), axis_name)
   return Normalizer(own.shift, rest + (tops - 1), own.any), others
 
@@ -108,25 +110,27 @@ def own_sum(
 ) -> OwnSum:
   """The sum of ``exp(z - shift)`` over the entries z on this device, all but the largest.
 
-  The largest e is exactly 1. Added to the others it wipes out their digits where it holds nearly
-  all of the sum, so there the others are summed alone: ``e - floor(e)`` is 0 for the largest and e
-  for the others. (It is 0, too, for entries tied with the largest, but then S >= 2.)
+  The largest e is 1. Added to the others it wipes out their digits where it holds nearly all of the
+  sum, so there the others are summed alone (`_if_small`).
   """
   z, top, any_ = entries_and_largest(x, mask, axes, dtype, axis_name)
   shift = jnp.where(jnp.isfinite(top), top, jnp.zeros_like(top))
   own_top = top if axis_name is None else largest(z, axes)
-  tops = None if axis_name is None else (own_top == top).astype(dtype)
+  tops = None
+  if axis_name is not None:
+    own_largest = jnp.exp(own_top - shift)
+    tops = own_largest - _if_small(own_largest)
   left_out = 1 if tops is None else tops
   if few(x.shape, axes):
     e = exp_of_difference(z, shift)
-    total, others = _sums(e, e - jnp.floor(e), axes)
+    total, others = _sums(e, _if_small(e), axes)
     rest = total - left_out
   else:
-    rest = jnp.sum(jnp.exp(z - shift), axis=axes, keepdims=True) - left_out
+    rest = jnp.sum(jnp.exp(difference(z, shift)), axis=axes, keepdims=True) - left_out
 
     def sum_of_others(x, mask, any_, shift, rest):
       e = exp_of_difference(entries(x, mask, any_, dtype), shift)
-      return jnp.sum(e - jnp.floor(e), axis=axes, keepdims=True)
+      return jnp.sum(_if_small(e), axis=axes, keepdims=True)
 
     others = where_needed(
       jnp.any(_dominated(rest)),
@@ -160,6 +164,11 @@ def _dominated(rest: jax.Array) -> jax.Array:
   return jnp.abs(rest) < _DOMINATED
 
 
+def _if_small(e: jax.Array) -> jax.Array:
+  """``e`` where it is below `_DOMINATED`, 0 where it is more; without a select, for the speed."""
+  return e * (1 - jnp.floor(e + (1 - _DOMINATED)))
+
+
 def largest(z: jax.Array, axes: Axes) -> jax.Array:
   """The largest entry of each row, a constant for every derivative."""
   return lax.stop_gradient(jnp.max(z, axis=axes, keepdims=True, initial=-jnp.inf))
@@ -187,8 +196,19 @@ def exp_of_difference(x: jax.Array, shift: jax.Array) -> jax.Array:
   d = y - shift
   back = d - y
   error = (y - (d - back)) - (shift + back)
-  e = jnp.exp(x - shift)  # as it stands in `normalizer`, so that XLA computes it once for both
+  e = jnp.exp(difference(x, shift))  # as in `own_sum`, so that XLA computes it once for both
   return e + e * error
+
+
+def difference(x: jax.Array, shift: jax.Array) -> jax.Array:
+  """``x - shift``, with ``x`` rounded before.
+
+  Where x is a product that XLA fuses with this, a scale times the logits say, the CPU and the GPU
+  would subtract from the exact product: more exact, but not 0 for the x that is ``shift``. So the
+  product is added to a zero first, one that the compiler does not know.
+  """
+  zero = lax.optimization_barrier(0 * shift)
+  return (x + zero) - shift
 
 
 def vanishing(shift: jax.Array) -> jax.Array:
@@ -206,8 +226,10 @@ def where_needed(
 
   A second pass over an array costs as much as the first where arithmetic is the limit, as on a CPU:
   there it is left out if no row needs it. Elsewhere it is fused with the first, and a branch would
-  only part them.
+  only part them. Inside `jax.shard_map` there is none either: JAX cannot vmap it there.
   """
+  if any(varying_axes(x) for x in jax.tree.leaves(args)):
+    return yes(*args)
   return lax.platform_dependent(
     needed,
     *args,

@@ -21,6 +21,7 @@ from softmax_jax._normalizer import (
   Normalizer,
   broadcast,
   compiled,
+  difference,
   entries,
   entries_and_largest,
   exp_of_difference,
@@ -193,7 +194,7 @@ def _log_softmax_fwd(
   # On a CPU they would be put into memory, repeated along the row, without the barrier.
   shift, log_sum = lax.optimization_barrier((s.shift, log_sum))
   # Both terms are at most 0, so that nothing cancels.
-  y = masked(((z - shift) - log_sum).astype(x.dtype), mask, -jnp.inf)
+  y = masked((difference(z, shift) - log_sum).astype(x.dtype), mask, -jnp.inf)
   return y, _LogSoftmaxResiduals(y, mask)
 
 

@@ -18,6 +18,7 @@ from softmax_jax._cross_entropy.options import CrossEntropyAux, Reduction
 from softmax_jax._cross_entropy.rows import (
   PerRow,
   UniformSums,
+  batched_like,
   cost_of,
   inverse_sum,
   minus_log_softmax,
@@ -178,7 +179,7 @@ def _fwd(
   if uniform is not None:
     uniform_loss = _by_row(index, uniform.loss(s, static.num_classes))
     uniform = uniform._replace(cost=None)
-  per_row = PerRow(nll, lse, uniform_loss, weight)
+  per_row = PerRow(nll, lse, uniform_loss, batched_like(weight, lse))
   return per_row, _Residuals(logits, index, mask, weights, s, uniform)
 
 

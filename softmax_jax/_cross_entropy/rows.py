@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from softmax_jax._normalizer import Axes, Normalizer, entries, masked
+from softmax_jax._normalizer import Axes, Normalizer, difference, entries, masked
 
 
 class PerRow(NamedTuple):
@@ -30,6 +30,15 @@ class PerRow(NamedTuple):
   weight: jax.Array
 
 
+def batched_like(weight: jax.Array, x: jax.Array) -> jax.Array:
+  """``weight``, which `jax.vmap` takes to depend on ``x``.
+
+  JAX 0.10 to 0.12 mix up shapes where a compiled custom_jvp function is batched, differentiated and
+  has an output that is not batched with the others.
+  """
+  return jnp.where(x == x, weight, weight)
+
+
 def inverse_sum(s: Normalizer) -> jax.Array:
   """``1 / S``; it makes every probability NaN in a row with +inf or of -inf alone."""
   return jnp.where(s.rest == jnp.inf, jnp.nan, 1 / (1 + s.rest))
@@ -39,7 +48,7 @@ def minus_log_softmax(z: jax.Array, s: Normalizer) -> jax.Array:
   """``-log a``, as a sum of two terms that are at least 0."""
   # A shift that two sums along the row share is put into memory, repeated along it, on a CPU.
   shift = jax.lax.optimization_barrier(s.shift)
-  return (shift - z) + s.log_sum()
+  return s.log_sum() - difference(z, shift)
 
 
 class UniformSums(NamedTuple):
@@ -83,7 +92,7 @@ def uniform_sums(
   """The sums over the classes of one device; ``shift`` and ``any_`` are of the `Normalizer`."""
   dtype = shift.dtype
   row_sum = lambda x: jnp.sum(x, axis=axes, keepdims=True)
-  cost = shift - entries(logits, mask, any_, dtype)
+  cost = -difference(entries(logits, mask, any_, dtype), shift)
   if weights is None and mask is None:
     return UniformSums(row_sum(cost), None, None)
   w = masked(jnp.ones(()) if weights is None else weights, mask, 0)

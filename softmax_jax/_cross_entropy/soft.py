@@ -19,6 +19,7 @@ from softmax_jax._cross_entropy.options import CrossEntropyAux, Reduction
 from softmax_jax._cross_entropy.rows import (
   PerRow,
   UniformSums,
+  batched_like,
   cost_of,
   inverse_sum,
   minus_log_softmax,
@@ -136,7 +137,8 @@ def _fwd(
     uniform = uniform._replace(cost=None)
   # A row without any class does not count; its labels are all 0.
   lse = masked(s.shift + s.log_sum(), s.any, 0)
-  per_row = PerRow(nll, lse, uniform_loss, masked(jnp.ones_like(nll), s.any, 0))
+  weight = batched_like(masked(jnp.ones_like(nll), s.any, 0), lse)
+  per_row = PerRow(nll, lse, uniform_loss, weight)
   return per_row, _Residuals(logits, labels, mask, weights, s, total, uniform)
 
 

@@ -1,0 +1,218 @@
+"""Logits spread over a mesh without shard_map: JAX partitions the program, and gathers no logits.
+
+With automatic axes of the mesh the compiler decides how; with explicit ones the types say it.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from collectives import collectives
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from oracle import random, relative_error
+
+from softmax_jax import (
+  linear_softmax_cross_entropy,
+  log_softmax,
+  logsumexp,
+  softmax,
+  softmax_cross_entropy,
+  softmax_cross_entropy_with_integer_labels,
+)
+
+T, H, V = 8, 6, 160  # on a 2 x 4 mesh 4 tokens and 40 classes on each device
+OPTIONS = {"label_smoothing": 0.1, "z_loss": 0.2}
+VALUES = {
+  "logits": random(0, (T, V)),
+  "y_bar": random(1, (T, V)),
+  "probabilities": np.abs(random(2, (T, V))),
+  "mask": np.random.default_rng(3).random((T, V)) < 0.9,
+  "labels": np.random.default_rng(4).integers(0, V, T),
+  "class_weights": np.abs(random(5, V)),
+  "x": random(6, (T, H)),
+  "weight": random(7, (H, V)),
+  "bias": random(8, V),
+}
+SPECS = {
+  "labels": P("d"),
+  "class_weights": P("v"),
+  "x": P("d", None),
+  "weight": P(None, "v"),
+  "bias": P("v"),
+}
+
+
+def integer(logits, labels):
+  return softmax_cross_entropy_with_integer_labels(logits, labels).sum()
+
+
+def integer_with_options(logits, class_weights, mask, labels):
+  return softmax_cross_entropy_with_integer_labels(
+    logits, labels, class_weights=class_weights, where=mask, reduction="sum", **OPTIONS
+  )
+
+
+def soft(logits, probabilities):
+  return softmax_cross_entropy(logits, probabilities).sum()
+
+
+def soft_with_options(logits, probabilities, class_weights, mask):
+  return softmax_cross_entropy(
+    logits, probabilities, class_weights=class_weights, where=mask, reduction="mean", **OPTIONS
+  )
+
+
+def linear(x, weight, labels):
+  return linear_softmax_cross_entropy(x, weight, labels)
+
+
+def linear_with_options(x, weight, bias, class_weights, labels):
+  return linear_softmax_cross_entropy(
+    x, weight, labels, bias=bias, class_weights=class_weights, softcap=20.0, **OPTIONS
+  )
+
+
+def linear_losses(x, weight, labels):
+  losses = linear_softmax_cross_entropy(x, weight, labels, reduction="none")
+  return jnp.sum(jnp.sin(losses))
+
+
+FUNCTIONS = {  # each with the arguments it is differentiated by, and the others
+  "softmax": (lambda z, c: jnp.sum(softmax(z) * c), ["logits"], ["y_bar"]),
+  "masked softmax": (
+    lambda z, c, m: jnp.sum(softmax(z, where=m) * c),
+    ["logits"],
+    ["y_bar", "mask"],
+  ),
+  "log_softmax": (lambda z, c: jnp.sum(log_softmax(z) * c), ["logits"], ["y_bar"]),
+  "logsumexp": (lambda z: logsumexp(z, -1).sum(), ["logits"], []),
+  "logsumexp with coefficients": (
+    lambda a, b: logsumexp(a, -1, b=b).sum(),
+    ["logits", "probabilities"],
+    [],
+  ),
+  "integer labels": (integer, ["logits"], ["labels"]),
+  "integer labels, options": (
+    integer_with_options,
+    ["logits", "class_weights"],
+    ["mask", "labels"],
+  ),
+  "soft labels": (soft, ["logits", "probabilities"], []),
+  "soft labels, options": (
+    soft_with_options,
+    ["logits", "probabilities", "class_weights"],
+    ["mask"],
+  ),
+  "linear": (linear, ["x", "weight"], ["labels"]),
+  "linear, options": (linear_with_options, ["x", "weight", "bias", "class_weights"], ["labels"]),
+  "linear, one loss per token": (linear_losses, ["x", "weight"], ["labels"]),
+}
+AXIS_TYPES = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
+
+
+def mesh_of(axis_type):
+  return jax.make_mesh((2, 4), ("d", "v"), axis_types=(axis_type,) * 2)
+
+
+def placed(mesh, names):
+  specs = (SPECS.get(name, P("d", "v")) for name in names)
+  return tuple(
+    jax.device_put(VALUES[name], NamedSharding(mesh, spec))
+    for name, spec in zip(names, specs, strict=True)
+  )
+
+
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_no_logits_are_gathered_and_the_numbers_are_those_of_one_device(name, axis_type):
+  f, by, others = FUNCTIONS[name]
+  mesh = mesh_of(AXIS_TYPES[axis_type])
+  g = jax.jit(jax.value_and_grad(f, tuple(range(len(by)))))
+  names = by + others
+  with jax.set_mesh(mesh):
+    args = placed(mesh, names)
+    value, grads = g(*args)
+    programs = collectives(f, *args), collectives(g, *args)
+  expected, expected_grads = g(*(jnp.asarray(VALUES[name]) for name in names))
+  assert relative_error(value, expected) < 1e-6
+  for a, e, arg in zip(grads, expected_grads, args, strict=False):
+    assert relative_error(a, e) < 2e-6
+    assert a.sharding.is_equivalent_to(arg.sharding, a.ndim)
+  for program in programs:
+    assert program
+    kinds = {kind for kind, _ in program}
+    assert kinds == {"all-reduce"}
+    for _, shapes in program:
+      # A gradient of what all tokens share is added up over the devices that hold tokens.
+      assert not any({V, V // 4} & {*shape} and {T, T // 2} & {*shape} for shape in shapes)
+
+
+def test_rows_may_be_spread_alone():
+  mesh = mesh_of(AxisType.Explicit)
+  with jax.set_mesh(mesh):
+    logits = jax.device_put(VALUES["logits"], NamedSharding(mesh, P(("d", "v"), None)))
+    labels = jax.device_put(VALUES["labels"], NamedSharding(mesh, P(("d", "v"))))
+    g = jax.value_and_grad(integer)
+    value, grad = jax.jit(g)(logits, labels)
+    assert not any(len(s) > 1 for _, shapes in collectives(g, logits, labels) for s in shapes)
+  expected, expected_grad = g(VALUES["logits"], VALUES["labels"])
+  assert relative_error(value, expected) < 1e-6
+  assert relative_error(grad, expected_grad) < 1e-6
+
+
+def test_forward_mode_and_second_order_with_explicit_axes():
+  mesh = mesh_of(AxisType.Explicit)
+
+  def derivatives(z, p, labels, z_dot):
+    losses = lambda z: (
+      softmax_cross_entropy(z, p),
+      softmax_cross_entropy_with_integer_labels(z, labels),
+    )
+    total = lambda z: sum(jnp.sum(loss**2) for loss in losses(z))
+    return jax.jvp(losses, (z,), (z_dot,))[1], jax.jvp(jax.grad(total), (z,), (z_dot,))[1]
+
+  names = "logits", "probabilities", "labels", "y_bar"
+  with jax.set_mesh(mesh):
+    actual = jax.jit(derivatives)(*placed(mesh, names))
+  expected = derivatives(*(VALUES[name] for name in names))
+  for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+    assert relative_error(a, e) < 2e-6
+
+
+@pytest.mark.parametrize("axis", [0, -1])
+def test_the_linear_loss_takes_chunks_of_the_tokens_of_each_device(axis):
+  mesh = mesh_of(AxisType.Explicit)
+  weight = VALUES["weight"] if axis else VALUES["weight"].T
+  spec = P(None, "v") if axis else P("v", None)
+
+  def loss(x, weight, labels):
+    return linear_softmax_cross_entropy(x, weight, labels, vocab_axis=axis, chunk_size=3)
+
+  shape = (2, T // 2, H)  # two axes of tokens, of which the second is spread
+  x, labels = VALUES["x"].reshape(shape), VALUES["labels"].reshape(shape[:2])
+  with jax.set_mesh(mesh):
+    put = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))
+    args = put(x, P(None, "d", None)), put(weight, spec), put(labels, P(None, None))
+    value, grads = jax.value_and_grad(loss, (0, 1))(*args)
+  expected, expected_grads = jax.value_and_grad(loss, (0, 1))(x, weight, labels)
+  assert relative_error(value, expected) < 1e-6
+  for a, e in zip(grads, expected_grads, strict=True):
+    assert relative_error(a, e) < 2e-6
+
+
+@pytest.mark.parametrize(
+  "x_spec, weight_spec, message",
+  [
+    (P(None, "d"), P(None, "v"), "all features of x on each device"),
+    (P("d", None), P("v", None), "all features of weight on each device"),
+    (P("v", None), P(None, "v"), "on different mesh axes, got both on 'v'"),
+  ],
+)
+def test_arguments_spread_in_a_way_that_does_not_fit_are_refused(x_spec, weight_spec, message):
+  mesh = mesh_of(AxisType.Explicit)
+  with jax.set_mesh(mesh):
+    x = jax.device_put(np.zeros((8, 8), np.float32), NamedSharding(mesh, x_spec))
+    weight = jax.device_put(np.zeros((8, V), np.float32), NamedSharding(mesh, weight_spec))
+    with pytest.raises(ValueError, match=message):
+      linear_softmax_cross_entropy(x, weight, np.zeros(8, int))
