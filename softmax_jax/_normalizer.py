@@ -165,8 +165,12 @@ def _dominated(rest: jax.Array) -> jax.Array:
 
 
 def _if_small(e: jax.Array) -> jax.Array:
-  """``e`` where it is below `_DOMINATED`, 0 where it is more; without a select, for the speed."""
-  return e * (1 - jnp.floor(e + (1 - _DOMINATED)))
+  """``e`` where it is below `_DOMINATED`, 0 where it is more; without a select, for the speed.
+
+  The derivative is that of ``e`` everywhere: what is left out is the 1 in S - 1, a constant, but
+  its entry is part of S.
+  """
+  return e - lax.stop_gradient(e) * jnp.floor(e + (1 - _DOMINATED))
 
 
 def largest(z: jax.Array, axes: Axes) -> jax.Array:

@@ -208,11 +208,12 @@ class _Rows(NamedTuple):
 def _rows(arrays: Arrays, settings: _Settings) -> _Rows:
   axis_name, dtype = settings.axis_name, settings.projection.dtype
   num_features = arrays.x.shape[-1]
-  x, index = arrays.x.reshape(-1, num_features), arrays.index.reshape(-1, 1)
+  num_tokens = arrays.index.size
+  x, index = arrays.x.reshape(num_tokens, num_features), arrays.index.reshape(num_tokens, 1)
   size = arrays.weight.shape[settings.projection.vocab_axis]
   chunk_size = settings.chunk_size
   if chunk_size is None:
-    chunk_size = default_chunk_size(x.shape[0], num_features, size, dtype.itemsize)
+    chunk_size = default_chunk_size(num_tokens, num_features, size, dtype.itemsize)
 
   weight = jnp.ones(index.shape, dtype)
   spread = None
