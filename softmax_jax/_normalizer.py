@@ -118,7 +118,7 @@ def own_sum(
   own_top = top if axis_name is None else largest(z, axes)
   tops = None
   if axis_name is not None:
-    own_largest = jnp.exp(own_top - shift)
+    own_largest = jnp.exp(jnp.minimum(own_top, shift) - shift)
     tops = own_largest - _if_small(own_largest)
   left_out = 1 if tops is None else tops
   if few(x.shape, axes):
