@@ -66,6 +66,7 @@ def judge(
   size: int,
   bound: float | None = None,
   useless: float = USELESS,
+  floor: float = 0.0,
 ) -> Verdict:
   """Judges the errors of one array.
 
@@ -78,10 +79,12 @@ def judge(
     size: the number of entries of its largest array.
     bound: a relative bound in place of the derived one.
     useless: the derived bound from which on a comparison says nothing.
+    floor: the least size that errors are measured by.
   """
   error, near = errors[0], errors[1:]
   if error.size and np.isnan(expected).all():
     return Verdict(math.nan, math.nan, (), True, "the reference is not a number anywhere")
+  only_zeros = np.isnan(expected).any() and not np.any(np.nan_to_num(expected))
   error = np.where(np.isnan(expected), 0, error)
   wrong = ~np.isfinite(error)
   if wrong.any():
@@ -105,6 +108,7 @@ def judge(
       continue
     total = lambda x, others=others: np.atleast_1d(np.sum(x, axis=others))
     size_g = np.sqrt(np.maximum(total(scale**2), (_FLOOR * typical) ** 2 * count))
+    size_g = np.maximum(size_g, floor)
     if bound is None:
       limit = (
         NOISE * np.sqrt(total(squared_noise))
@@ -134,4 +138,6 @@ def judge(
     size_of = np.where(inside, size_of, -1)
   index = tuple(int(i) for i in np.unravel_index(int(np.argmax(size_of)), size_of.shape))
   passed = bool(worst[0] <= 1)
+  if only_zeros:
+    reason = "the reference is not a number anywhere but where it is 0"
   return Verdict(float(relative), float(allowed), index, passed, reason if passed else "")

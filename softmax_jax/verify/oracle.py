@@ -10,6 +10,9 @@ entry of f the T is taken that differs least from those it is made of, a differe
 estimates its error. Large steps win where f is smooth or its values are noisy (float32 inside),
 small ones near kinks: the step is chosen by the noise that f shows and not by the name of a dtype.
 For smooth f about 1e-10 remains. Entries at a kink (of a relu, say) have no derivative: NaN.
+Where that leaves much unknown, steps 2^-8 of these are tried, unless f rounds to a dtype below
+float64 inside: there, and already in steps of these lengths where it rounds to sixteen bits, values
+are a staircase with slopes of 0.
 
 Source: C. J. F. Ridders, "Accurate computation of F'(x) and F'(x) F''(x)", Advances in Engineering
 Software 4 (1982).
@@ -24,12 +27,23 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from softmax_jax.verify.problem import Arrays, Point, Problem, compiled, split, widened
+from softmax_jax.verify.problem import (
+  Arrays,
+  Point,
+  Problem,
+  coarsest,
+  compiled,
+  rounded_to,
+  split,
+  widened,
+)
+from softmax_jax.verify.report import Skip
 
 _STEPS = 2.0**-3 * 4.0 ** -np.arange(8)
-_SHIFTS = np.concatenate([_STEPS, -_STEPS, [0.0]])
+_FINE = 2.0**-8  # times the steps, for values that vary fast
 # What is known worse than this, relative to the typical entry, is left out if little is.
 _KNOWN = 1e-3
 
@@ -49,6 +63,7 @@ class Oracle:
       the check `finite_differences` has to confirm.
     narrow: why f could not be evaluated in float64, or "". It is then evaluated in its own dtype,
       and its own rule is no reference for itself.
+    inside: the coarsest dtype that values are rounded to on their way.
   """
 
   def __init__(self, problem: Problem, reference: Callable[..., Any] | None):
@@ -68,13 +83,17 @@ class Oracle:
     self._outputs = outputs
     try:
       with exact():
-        ys, others = jax.eval_shape(outputs, self._wide(problem.xs), problem.ns)
+        jaxpr, (ys, others) = jax.make_jaxpr(outputs, return_shape=True)(
+          self._wide(problem.xs), problem.ns
+        )
     except Exception as error:
       if self.given:
         raise
       self.narrow = f"f does not run in float64 ({first_line(error)})"
       self._outputs = narrow_outputs
+      self.inside = coarsest(problem.unit_dtypes)
     else:
+      self.inside = coarsest([np.float64, *rounded_to(jaxpr.jaxpr)])
       self._check_shapes(ys, others)
     self._value = compiled(self._outputs)
     self._values = compiled(self._values_of)
@@ -91,7 +110,7 @@ class Oracle:
   @property
   def own_dtype(self) -> bool:
     """Whether the reference is f itself in its own dtype, which proves nothing about f."""
-    wide = all(d == np.float64 for d in self.problem.unit_dtypes)
+    wide = all(d == np.float64 for d in self.problem.float_dtypes)
     return bool(self.narrow) or (wide and not self.given)
 
   def value(self, xs: Sequence[np.ndarray]) -> tuple[Arrays, Arrays]:
@@ -137,23 +156,45 @@ class Oracle:
     self, xs: Sequence[np.ndarray], us: Sequence[np.ndarray], vs: Sequence[np.ndarray]
   ) -> tuple[Arrays, Arrays]:
     """The derivative of `vjp_at` by xs along vs, and what it may be wrong by."""
-    moved = self._moved(xs, vs)
-    stacks = zip(
-      *(self.vjp_at([x[i] for x in moved], us) for i in range(len(_SHIFTS))), strict=True
-    )
-    return _derivatives([np.stack(bars) for bars in stacks])
+
+    def values(moved):
+      at = [self.vjp_at([x[i] for x in moved], us) for i in range(2 * len(_STEPS) + 1)]
+      return [np.stack(bars) for bars in zip(*at, strict=True)]
+
+    return self._derivatives(values, xs, vs)
 
   def differences(
     self, xs: Sequence[np.ndarray], vs: Sequence[np.ndarray]
   ) -> tuple[Arrays, Arrays]:
     """The derivative of the outputs at xs along vs by differences, and its estimated error."""
-    with exact():
-      return _derivatives(self._values(self._moved(xs, vs), self.problem.ns))
 
-  def _moved(self, xs: Sequence[np.ndarray], vs: Sequence[np.ndarray]) -> Arrays:
+    def values(moved):
+      with exact():
+        return self._values(moved, self.problem.ns)
+
+    return self._derivatives(values, xs, vs)
+
+  def _derivatives(
+    self, values: Callable[[Arrays], Any], xs: Sequence[np.ndarray], vs: Sequence[np.ndarray]
+  ) -> tuple[Arrays, Arrays]:
+    """The derivatives of ``values`` at xs along vs."""
+    if jnp.finfo(self.inside).bits < 32:
+      raise Skip(f"f rounds to {self.inside} inside, too coarse for differences")
+    found = _derivatives(values(self._moved(xs, vs, _STEPS)), _STEPS)
+    if self.inside == np.float64 and any(_unknown(*pair) > _KNOWN for pair in found):
+      steps = _FINE * _STEPS
+      fine = _derivatives(values(self._moved(xs, vs, steps)), steps)
+      found = [
+        min(pairs, key=lambda pair: _unknown(*pair)) for pairs in zip(found, fine, strict=True)
+      ]
+    return [d for d, _ in found], [error for _, error in found]
+
+  def _moved(self, xs: Sequence[np.ndarray], vs: Sequence[np.ndarray], steps: np.ndarray) -> Arrays:
+    """The arguments after the steps forth, those back, and none, stacked."""
+    shifts = np.concatenate([steps, -steps, [0.0]])
     with np.errstate(invalid="ignore"):
       return [
-        x + _SHIFTS.reshape(-1, *(1,) * x.ndim) * v
+        x + shifts.reshape(-1, *(1,) * x.ndim) * v
         for x, v in zip(self._wide(xs), self._wide(vs), strict=True)
       ]
 
@@ -181,22 +222,30 @@ class Oracle:
       )
 
 
-def _derivatives(values: Sequence[Any]) -> tuple[Arrays, Arrays]:
-  """Derivatives and their errors from values at `_SHIFTS`, which the first axis stands for."""
+def _derivatives(values: Sequence[Any], steps: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+  """Derivatives and their errors, from values after the shifts that `Oracle._moved` stacks."""
   found = []
   with np.errstate(invalid="ignore", over="ignore"):
     for y in values:
       y = np.asarray(y, np.float64)
-      up, down, here = y[: len(_STEPS)], y[len(_STEPS) : -1], y[-1]
-      half_steps = 2 * _STEPS.reshape(-1, *(1,) * here.ndim)
-      best, error, step = _extrapolated(list((up - down) / half_steps))
-      bends = np.abs(up - 2 * here + down) / half_steps
-      found.append(_without_kinks(best, error, bends, step))
-  return [d for d, _ in found], [error for _, error in found]
+      up, down, here = y[: len(steps)], y[len(steps) : -1], y[-1]
+      half_steps = 2 * steps.reshape(-1, *(1,) * here.ndim)
+      best, error, step = _extrapolated(list((up - down) / half_steps), steps)
+      bends = (up - 2 * here + down) / half_steps
+      found.append(_without_kinks(best, error, bends, step, steps[-1]))
+  return found
+
+
+def _unknown(best: np.ndarray, error: np.ndarray) -> float:
+  """How much of derivatives is not known: the share of the entries, or of the norm."""
+  nan = np.isnan(best)
+  norm = math.sqrt(np.sum(best[~nan] ** 2))
+  of_norm = math.sqrt(np.sum(error[~nan] ** 2)) / norm if norm > 0 else 0.0
+  return max(of_norm, float(nan.mean()) if nan.mean() > 0.1 else 0.0) if best.size else 0.0
 
 
 def _without_kinks(
-  best: np.ndarray, error: np.ndarray, bends: np.ndarray, step: np.ndarray
+  best: np.ndarray, error: np.ndarray, bends: np.ndarray, step: np.ndarray, smallest: float
 ) -> tuple[np.ndarray, np.ndarray]:
   """The derivatives with NaN for those at a kink, where there is none, and their errors.
 
@@ -207,7 +256,7 @@ def _without_kinks(
   finite = np.isfinite(best)
   typical = math.sqrt(np.mean(best[finite] ** 2)) if finite.any() else 0.0
   rough = _KNOWN * np.maximum(typical, np.abs(best))
-  before, after = bends[3:-1], bends[4:]
+  before, after = np.abs(bends[3:-1]), np.abs(bends[4:])
   kink = np.any((after > rough) & (before / 2 < after) & (after < 1.5 * before), axis=0)
   unknown = finite & (kink | (error > rough))
   if unknown.sum() > 0.1 * finite.sum():
@@ -216,19 +265,21 @@ def _without_kinks(
   known = finite & ~unknown
   if not known.any():
     return best, error
-  # What bends at the smallest step is noise of the values, or at most that. And two extrapolations
-  # agree by chance in some entries: none is better known than is typical.
-  noise = math.sqrt(np.mean(bends[-1][known] ** 2)) * _STEPS[-1]
+  # What does not shrink to a quarter at the smallest step is noise of the values. And two
+  # extrapolations agree by chance in some entries: none is better known than is typical.
+  noise = math.sqrt(np.mean((bends[-1] - bends[-2] / 4)[known] ** 2)) * smallest
   return best, 3 * error + math.sqrt(np.mean(error[known] ** 2)) + 2 * noise / step
 
 
-def _extrapolated(differences: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _extrapolated(
+  differences: list[np.ndarray], steps: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """For each entry the extrapolation with the smallest estimated error, that error, the step."""
   finite = np.isfinite(differences[-1])  # Where f is infinite it has no derivative.
   best, error = differences[-1], np.full(finite.shape, np.inf)
-  chosen = np.full(finite.shape, _STEPS[-1])
+  chosen = np.full(finite.shape, steps[-1])
   previous: list[np.ndarray] = []
-  for difference, step in zip(differences, _STEPS, strict=True):
+  for difference, step in zip(differences, steps, strict=True):
     current = [difference]
     for j, before in enumerate(previous[:4], 1):
       current.append(current[-1] + (current[-1] - before) / (16.0**j - 1))

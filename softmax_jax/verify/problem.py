@@ -78,16 +78,19 @@ class Problem:
     self.ns = [self.leaves[i] for i in other]
     self.dtypes = [x.dtype for x in self.xs]
 
-    outs, _ = jax.tree_util.tree_flatten_with_path(
-      jax.eval_shape(lambda xs, ns: self.call(f, self.kwargs, xs, ns), self.xs, self.ns)
-    )  # with types in place of arrays
+    jaxpr, out = jax.make_jaxpr(
+      lambda xs, ns: self.call(f, self.kwargs, xs, ns), return_shape=True
+    )(self.xs, self.ns)
+    outs, _ = jax.tree_util.tree_flatten_with_path(out)  # with types in place of arrays
     self.num_outs = len(outs)
     self.float_outs = [i for i, (_, y) in enumerate(outs) if _is_float(y.dtype)]
     self.out_types = [outs[i][1] for i in self.float_outs]
     self.out_names = [f"out{jax.tree_util.keystr(outs[i][0])}" for i in self.float_outs]
     self.masks: list[np.ndarray] | None = None  # of the outputs: where they are finite
     self.size = max((math.prod(a.shape) for a in (*self.xs, *self.out_types)), default=0)
-    self.unit_dtypes = [*self.dtypes, *(y.dtype for y in self.out_types)]
+    self.float_dtypes = [*self.dtypes, *(y.dtype for y in self.out_types)]
+    self.unit_dtypes = [*self.float_dtypes, *rounded_to(jaxpr.jaxpr)]
+    self._coarsest = coarsest(self.unit_dtypes)
 
   def at(self, args: Sequence[Any], seed: int) -> tuple[Problem, bool]:
     """The same function at other arguments, and whether its compiled programs are the same."""
@@ -147,10 +150,11 @@ class Problem:
 
   # --- points -------------------------------------------------------------------------------------
 
-  def point(self, probe: int = 0, near: int = 0, row: int = 0) -> Point:
+  def point(self, probe: int = 0, near: int = 0, row: int = 0, wide: bool = False) -> Point:
     """A point: a random number ``probe`` of cotangents and tangents at the arguments.
 
-    With ``near`` > 0 everything is moved at random by a few ulps. With ``row`` > 0 the arguments
+    With ``near`` > 0 everything is moved at random by a few ulps, if ``wide`` by those of float64,
+    which then is the dtype of all. With ``row`` > 0 the arguments
     are other ones, within 10 % of those given, so that signs and infinities stay. Cotangents are
     normal numbers around 1 or -1 (in one of four probes around 0), so that a term with the sum of
     the cotangents shows; they are 0 where the output is infinite or NaN. Tangents are normal
@@ -165,10 +169,13 @@ class Problem:
       xs = [_moved(x, 0.1, rng) for x in xs]
     if near:
       rng = np.random.default_rng([self.seed, probe, row, near])
-      xs, us, vs = ([_moved(a, _few_ulps(a.dtype), rng) for a in group] for group in (xs, us, vs))
+      ulps = _few_ulps(np.float64 if wide else self._coarsest)
+      if wide:
+        xs, us, vs = ([a.astype(np.float64) for a in group] for group in (xs, us, vs))
+      xs, us, vs = ([_moved(a, ulps, rng) for a in group] for group in (xs, us, vs))
     if self.masks is not None:
       us = [np.where(mask, u, np.zeros_like(u)) for u, mask in zip(us, self.masks, strict=True)]
-    return Point((probe, near, row), xs, us, vs)
+    return Point((probe, near, row, wide), xs, us, vs)
 
 
 def split(outs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -182,6 +189,26 @@ def compiled(f: Callable[..., Any]) -> Callable[..., Any]:
   """``f`` compiled, with NumPy arrays as results."""
   program = jax.jit(f)
   return lambda *args: jax.device_get(program(*args))
+
+
+def rounded_to(jaxpr: Any) -> set[Any]:
+  """The floating dtypes that a program rounds values of wider ones to."""
+  found = set()
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "convert_element_type":
+      old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
+      if _is_float(old) and _is_float(new) and jnp.finfo(new).eps > jnp.finfo(old).eps:
+        found.add(new)
+    for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+      inner = getattr(value, "jaxpr", value)  # of a loop, a branch, a function with a rule
+      if hasattr(inner, "eqns"):
+        found |= rounded_to(inner)
+  return found
+
+
+def coarsest(dtypes: Sequence[Any]) -> Any:
+  """The dtype with the largest unit roundoff."""
+  return np.dtype(max(dtypes, key=lambda dtype: float(jnp.finfo(dtype).eps), default=np.float64))
 
 
 def _few_ulps(dtype: Any) -> float:

@@ -17,6 +17,15 @@ class DerivativeError(AssertionError):
   """Raised by `Report.raise_if_failed`; its text is the table of what failed."""
 
 
+class Skip(Exception):
+  """A check does not apply; its text is the reason."""
+
+
+# What says nothing of derivatives, and what compares f's derivatives with themselves.
+_NO_DERIVATIVES = ("value", "structure", "residuals", "traces")
+_OWN_DERIVATIVES = ("dot_product", "linearity")
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
   """What one check found.
@@ -65,7 +74,10 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """The rows of a verification. It is true if none failed and at least one passed.
+  """The rows of a verification. It is true if none failed and enough passed.
+
+  Enough is, for each function, one row in which a derivative agreed with something other than the
+  function's own rules; or any row, where no such check was asked for.
 
   `str` gives it as a table, `to_dict` as plain data; in a notebook it renders as a table.
   """
@@ -78,8 +90,16 @@ class Report:
     return tuple(row for row in self.rows if row.status == "failed")
 
   def __bool__(self) -> bool:
-    """Whether no check failed and at least one passed."""
-    return not self.failed and any(row.status == "passed" for row in self.rows)
+    """Whether no check failed and enough passed."""
+    functions = dict.fromkeys(row.function for row in self.rows)
+    return bool(functions) and not self.failed and all(map(self._enough, functions))
+
+  def _enough(self, function: str) -> bool:
+    rows = [row for row in self.rows if row.function == function]
+    others = (*_NO_DERIVATIVES, *_OWN_DERIVATIVES)
+    # What tells is the check itself, also at an edge point ("edge_points: 0: value").
+    telling = [row for row in rows if row.check.split(": ")[-1] not in others]
+    return any(row.status == "passed" for row in telling or rows)
 
   def __add__(self, other: Report) -> Report:
     """The rows of both."""
@@ -89,12 +109,14 @@ class Report:
     """Returns the report itself if it is true.
 
     Raises:
-      DerivativeError: an `AssertionError` with the rows that failed, or with all of them if every
-        one was skipped.
+      DerivativeError: an `AssertionError` with the rows that failed, or with all of them if none
+        failed but no derivative was confirmed.
     """
     if self:
       return self
-    raise DerivativeError("\n" + self._text(self.failed or self.rows))
+    if self.failed:
+      raise DerivativeError("\n" + self._text(self.failed))
+    raise DerivativeError(f"no derivative was confirmed\n{self._text(self.rows)}")
 
   def summary(self) -> str:
     """How many checks passed, failed and were skipped, in one line."""

@@ -13,25 +13,31 @@ import numpy as np
 from softmax_jax.verify import bounds
 from softmax_jax.verify.oracle import Oracle, first_line
 from softmax_jax.verify.problem import Arrays, Problem, compiled
-from softmax_jax.verify.report import Row
+from softmax_jax.verify.report import Row, Skip
 
 # With more entries than this in an array fewer probes do, and then fewer points near each.
 _MANY = 10_000
 _LARGE = 1_000_000
 
 
-class Skip(Exception):
-  """A check does not apply; its text is the reason."""
-
-
 class Comparison(NamedTuple):
-  """One array, what it should be, and what that may be wrong by."""
+  """One array, what it should be, and what that may be wrong by.
+
+  ``floor`` is a size beside which no difference matters, of a single number. If ``unknown`` is a
+  reason why ``expected`` proves nothing, agreement with it is skipped and not passed.
+  """
 
   of: str
   dtype: Any
   actual: Any
   expected: Any
   slack: Any = 0.0
+  floor: float = 0.0
+  unknown: str = ""
+
+
+# A comparison, the shape of its array, and the verdict on it.
+Judged = tuple[Comparison, tuple[int, ...], bounds.Verdict]
 
 
 class Verifier:
@@ -53,6 +59,7 @@ class Verifier:
     self.jacobian, self.edge_points = jacobian, edge_points
     self.limits, self.max_residual_bytes = dict(limits or {}), max_residual_bytes
     self._programs: dict[str, Callable[..., Any]] = {}
+    self.known: dict[str, Any] = {}  # what checks found out at these arguments
     self._mask_outputs()
 
   @functools.cached_property
@@ -61,7 +68,7 @@ class Verifier:
     # Some reasons only show when JAX compiles.
     try:
       self.problem.jvp(self.problem.xs, self.problem.ns, self.problem.xs)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
       return not_offered(error)
     return ""
 
@@ -74,6 +81,7 @@ class Verifier:
       other._programs = {}
       other.__dict__.pop("forward", None)
     other.oracle = self.oracle.at(other.problem)
+    other.known = {}
     other._mask_outputs()
     return other
 
@@ -87,12 +95,19 @@ class Verifier:
 
   # --- conditions ---------------------------------------------------------------------------------
 
-  def need_derivatives(self) -> None:
+  def need_floats(self) -> None:
     """Skips where there is nothing to differentiate."""
     if not self.problem.xs:
       raise Skip("no argument has a floating dtype")
     if not self.problem.out_types:
       raise Skip("no output has a floating dtype")
+
+  def need_derivatives(self) -> None:
+    """Skips where there is no derivative."""
+    self.need_floats()
+    masks = self.problem.masks or []
+    if any(mask.size for mask in masks) and not any(mask.any() for mask in masks):
+      raise Skip("no output is finite at these arguments")
 
   def need_oracle(self) -> None:
     """Skips where f compiled would be compared with itself."""
@@ -110,7 +125,9 @@ class Verifier:
 
   # --- comparisons --------------------------------------------------------------------------------
 
-  def cotangents(self, actual: Sequence[Any], expected: Arrays, note: str = "") -> list[Comparison]:
+  def of_arguments(
+    self, actual: Sequence[Any], expected: Arrays, note: str = ""
+  ) -> list[Comparison]:
     """Comparisons of cotangents of the arguments."""
     return [
       Comparison(f"cotangent of {name}{note}", x.dtype, a, e)
@@ -137,13 +154,25 @@ class Verifier:
     probes: int = 4,
     near: int = 4,
     transformation: str = "",
-    useless: float = bounds.USELESS,
-    unit: float | None = None,
   ) -> list[Row]:
     """Evaluates a check at several probes and near them, and judges it: a row for the worst array.
 
     Arrays of which nothing can be said because their noise is too large get a row of their own.
     """
+    judged = self.judge(check, evaluate, probes, near)
+    return self.rows(f"{check}: {transformation}" if transformation else check, judged)
+
+  def judge(
+    self,
+    check: str,
+    evaluate: Callable[[int, int], list[Comparison]],
+    probes: int,
+    near: int,
+    *,
+    useless: float = bounds.USELESS,
+    unit: float | None = None,
+  ) -> list[Judged]:
+    """What `measure` finds of each array."""
     if self.problem.size > _MANY:
       probes = min(probes, 2)
     if self.problem.size > _LARGE:
@@ -174,15 +203,19 @@ class Verifier:
         size=self.problem.size,
         bound=self.limits.get(check),
         useless=useless,
+        floor=max(run[place].floor for run in runs[0]),
       )
+      if verdict.passed and first.unknown:
+        verdict = verdict._replace(useless=first.unknown)
       judged.append((first, expected.shape[1:], verdict))
-    label = f"{check}: {transformation}" if transformation else check
-    return self._rows(label, judged)
+    return judged
 
-  def _rows(self, label: str, judged: list[Any]) -> list[Row]:
+  def rows(self, label: str, judged: Sequence[Judged]) -> list[Row]:
+    """A row for the worst array, and one for each of which nothing can be said."""
     rows = []
     telling = [j for j in judged if not j[2].useless]
-    for of, shape, verdict in (j for j in judged if j[2].useless):
+    silent = {(j[0].of, j[2].useless): j for j in judged if j[2].useless}
+    for of, shape, verdict in silent.values():
       rows.append(
         Row(
           self.name, label, "skipped", of.of, str(np.dtype(of.dtype)), shape,
@@ -215,14 +248,14 @@ class Verifier:
       return function(self)
     except Skip as skip:
       return [Row(self.name, check, "skipped", reason=str(skip))]
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # A rule may do anything.
       reason = not_offered(error)
       if reason:
         return [Row(self.name, check, "skipped", reason=reason)]
       return [Row(self.name, check, "failed", reason=first_line(error))]
 
 
-def not_offered(error: Exception) -> str:
+def not_offered(error: BaseException) -> str:
   """Why JAX cannot transform a function that way, or "" if ``error`` says something else."""
   text = str(error)
   if isinstance(error, TypeError) and ("forward-mode" in text or "in forward mode" in text):

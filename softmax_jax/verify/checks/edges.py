@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from softmax_jax.verify.checks.first_order import finite_differences, jvp, value, vjp
-from softmax_jax.verify.report import Row
-from softmax_jax.verify.verifier import Skip, Verifier
+from softmax_jax.verify.report import Row, Skip
+from softmax_jax.verify.verifier import Verifier
 
 
 def edge_points(v: Verifier) -> list[Row]:
@@ -21,7 +21,7 @@ def edge_points(v: Verifier) -> list[Row]:
   """
   if not v.edge_points:
     raise Skip("none was named with edge_points=")
-  v.need_derivatives()
+  v.need_floats()
   rows = []
   for place, args in enumerate(v.edge_points):
     rows += v.run(f"edge_points: {place}", lambda v, place=place, args=args: _edge(v, place, args))

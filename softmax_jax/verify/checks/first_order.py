@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from softmax_jax.verify.checks.common import directions, inner, one_by_one, pulled
-from softmax_jax.verify.report import Row
-from softmax_jax.verify.verifier import Comparison, Skip, Verifier
+from softmax_jax.verify.checks.confirmation import cotangents, differences
+from softmax_jax.verify.report import Row, Skip
+from softmax_jax.verify.verifier import Comparison, Verifier
 
 
 def value(v: Verifier) -> list[Row]:
@@ -39,9 +40,14 @@ def vjp(v: Verifier) -> list[Row]:
     point = v.problem.point(probe, near)
     ys, _, bars = v.problem.vjp(point.xs, v.problem.ns, point.us)
     outputs = v.of_outputs("value under vjp of ", ys, v.oracle.value(point.xs)[0])
-    return v.cotangents(bars, v.oracle.vjp(point)) + outputs
+    return cotangents(v, bars, v.oracle.vjp(point)) + outputs
 
-  return v.measure("vjp", evaluate)
+  judged = v.judge("vjp", evaluate, 4, 4)
+  number = len(v.problem.names)
+  rows = v.rows("vjp", judged[:number])
+  if all(row.status == "skipped" for row in rows):  # Values alone do not make this check pass.
+    return rows + v.rows("vjp: value", judged[number:])
+  return v.rows("vjp", judged)
 
 
 def each_output(v: Verifier) -> list[Row]:
@@ -56,7 +62,7 @@ def each_output(v: Verifier) -> list[Row]:
     comparisons = []
     for note, us in one_by_one(v, point.us):
       bars = problem.vjp(point.xs, problem.ns, us)[2]
-      comparisons += v.cotangents(bars, v.oracle.vjp(point, us), note)
+      comparisons += cotangents(v, bars, v.oracle.vjp(point, us), note)
     return comparisons
 
   return v.measure("each_output", evaluate, probes=2, near=4)
@@ -65,40 +71,14 @@ def each_output(v: Verifier) -> list[Row]:
 def finite_differences(v: Verifier) -> list[Row]:
   """The rule of f in float64: <J^T u, v> = <u, Jv>, with Jv by differences of the values alone.
 
-  That makes f in float64 a reference for its own derivatives in all other checks. v moves one
-  argument at a time, and all together; so does u among several outputs.
+  v moves one argument at a time, and all together; so does u among several outputs. What passes
+  makes f in float64 a reference for its own derivatives in other checks. Those run this one for
+  themselves where it was not asked for, and are skipped where it fails or cannot tell.
   """
   v.need_derivatives()
   if v.oracle.given:
     raise Skip("the reference that was given takes their place")
-  problem = v.problem
-
-  def evaluate(probe, near):
-    point = problem.point(probe, near)
-    comparisons = []
-    for name, vs in directions(v, point):
-      dots, slack = v.oracle.differences(point.xs, vs)
-      kinks = [np.isnan(dot) & (u != 0) for u, dot in zip(point.us, dots, strict=True)]
-      us = point.us
-      if any(kink.any() for kink in kinks):
-        us = [np.where(kink, 0, u).astype(u.dtype) for u, kink in zip(us, kinks, strict=True)]
-      for out, chosen in [("", us), *one_by_one(v, us)]:
-        bars = v.oracle.vjp(point, None if chosen is point.us else chosen)
-        comparisons.append(
-          Comparison(
-            f"<cotangent, tangent> of {name}{out}",
-            np.float64,
-            inner(bars, vs),
-            inner(chosen, dots),
-            sum(
-              float(np.sum(np.abs(u.astype(float)) * s)) for u, s in zip(chosen, slack, strict=True)
-            ),
-          )
-        )
-    return comparisons
-
-  unit = 2.0**-53 if not v.oracle.narrow else None
-  return v.measure("finite_differences", evaluate, near=2, useless=0.05, unit=unit)
+  return v.rows("finite_differences", [judged for _, judged in differences(v)])
 
 
 def jvp(v: Verifier) -> list[Row]:
@@ -157,8 +137,8 @@ def linearity(v: Verifier) -> list[Row]:
     expected = [2 * a - 4 * b for a, b in zip(first, second, strict=True)]
     zero = pull([np.zeros_like(u) for u in us])
     return [
-      *v.cotangents(pull(combined), expected),
-      *v.cotangents(zero, [np.zeros(x.shape) for x in point.xs], " by zeros"),
+      *v.of_arguments(pull(combined), expected),
+      *v.of_arguments(zero, [np.zeros(x.shape) for x in point.xs], " by zeros"),
     ]
 
   return v.measure("linearity", evaluate, probes=2, near=4)

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from softmax_jax.verify.problem import Point
-from softmax_jax.verify.report import Row
-from softmax_jax.verify.verifier import Comparison, Skip, Verifier
+from softmax_jax.verify.report import Row, Skip
+from softmax_jax.verify.verifier import Comparison, Verifier
 
 # The largest Jacobian that is compared, and the largest that is drawn, in entries.
 _JACOBIAN_ENTRIES = 4096

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from softmax_jax.verify.checks.confirmation import cotangents
 from softmax_jax.verify.report import Row
 from softmax_jax.verify.verifier import Verifier
 
@@ -21,14 +22,14 @@ def second_order(v: Verifier) -> list[Row]:
   v.need_derivatives()
   problem = v.problem
 
-  def cotangents(ns):
+  def backward(ns):
     return lambda xs, us: problem.vjp_of(xs, ns, us)[2]
 
   def forward_over_reverse(xs, ns, us, vs, ws):
-    return jax.jvp(cotangents(ns), (xs, us), (vs, ws))[1]
+    return jax.jvp(backward(ns), (xs, us), (vs, ws))[1]
 
   def reverse_over_reverse(xs, ns, us, vs):
-    return jax.vjp(cotangents(ns), xs, us)[1](vs)
+    return jax.vjp(backward(ns), xs, us)[1](vs)
 
   known: dict[Any, Any] = {}
 
@@ -39,7 +40,7 @@ def second_order(v: Verifier) -> list[Row]:
 
   def products(point, bars):
     pairs = zip(
-      v.cotangents(bars, hessian_product(point)[0]), hessian_product(point)[1], strict=True
+      cotangents(v, bars, hessian_product(point)[0]), hessian_product(point)[1], strict=True
     )
     return [c._replace(of=f"Hv, {c.of}", slack=slack) for c, slack in pairs]
 
@@ -49,7 +50,7 @@ def second_order(v: Verifier) -> list[Row]:
       zeros = lambda arrays: [np.zeros_like(a) for a in arrays]
       run = lambda vs, ws: program(point.xs, problem.ns, point.us, vs, ws)
       # One at a time: neither term hides an error of the other.
-      by_u = v.cotangents(run(zeros(point.vs), other.us), v.oracle.vjp(point, other.us))
+      by_u = cotangents(v, run(zeros(point.vs), other.us), v.oracle.vjp(point, other.us))
       return [
         *products(point, run(point.vs, zeros(point.us))),
         *(c._replace(of=f"derivative by u, {c.of}") for c in by_u),

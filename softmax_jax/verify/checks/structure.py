@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softmax_jax.verify.report import Row
-from softmax_jax.verify.verifier import Skip, Verifier
+from softmax_jax.verify.report import Row, Skip
+from softmax_jax.verify.verifier import Verifier
 
 
 def structure(v: Verifier) -> list[Row]:
   """Cotangents have shape, dtype and weak type of their arguments; those of integers are float0."""
-  v.need_derivatives()
+  v.need_floats()
   problem = v.problem
   places = sorted(problem.float_places + problem.other_places)
 
@@ -44,7 +44,7 @@ def structure(v: Verifier) -> list[Row]:
 
 def residuals(v: Verifier) -> list[Row]:
   """The bytes of what the backward pass holds beside the arguments and the outputs."""
-  v.need_derivatives()
+  v.need_floats()
   problem = v.problem
   xs = [jnp.asarray(x) for x in problem.xs]
   ys, pull = jax.vjp(lambda *xs: problem.outputs(xs, problem.ns)[0], *xs)
@@ -63,7 +63,7 @@ def traces(v: Verifier) -> list[Row]:
 
   It is traced once; a cotangent of another dtype makes JAX trace and compile again.
   """
-  v.need_derivatives()
+  v.need_floats()
   problem, number = v.problem, 0
 
   @jax.jit

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from softmax_jax.verify.checks.common import MAX_ARGUMENTS, pulled
+from softmax_jax.verify.checks.confirmation import cotangents
 from softmax_jax.verify.problem import Point
 from softmax_jax.verify.report import Row
 from softmax_jax.verify.verifier import Comparison, Verifier
@@ -37,7 +38,7 @@ def jit(v: Verifier) -> list[Row]:
         first[row] = bars, without_jit(point)
       # Without jit loops compile again in each call: the noise is that of the compiled program.
       bars = [e + (bar - b) for bar, b, e in zip(bars, *first[row], strict=True)]
-      comparisons += v.cotangents(bars, v.oracle.vjp(point), " without jit")
+      comparisons += cotangents(v, bars, v.oracle.vjp(point), " without jit")
     return comparisons
 
   return v.measure("jit", evaluate, probes=1, near=6)
@@ -118,7 +119,7 @@ def checkpoint(v: Verifier) -> list[Row]:
   def evaluate(probe, near):
     point = problem.point(probe, near)
     bars = program(point.xs, problem.ns, point.us)
-    return v.cotangents(bars, v.oracle.vjp(point), " under checkpoint")
+    return cotangents(v, bars, v.oracle.vjp(point), " under checkpoint")
 
   return v.measure("checkpoint", evaluate, probes=2)
 
@@ -164,7 +165,9 @@ def _batched(points: list[Point]) -> tuple[list[np.ndarray], list[np.ndarray]]:
 def _batch_comparisons(
   v: Verifier, points: list[Point], expected: list[Any], bars: Any, dots: Any, note: str
 ) -> list[Comparison]:
-  comparisons = v.cotangents(bars, [np.stack(group) for group in zip(*expected, strict=True)], note)
+  comparisons = cotangents(
+    v, bars, [np.stack(group) for group in zip(*expected, strict=True)], note
+  )
   if dots is not None:
     pairs = [v.oracle.jvp_at(p) for p in points]
     wanted, slack = (
