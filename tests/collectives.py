@@ -11,9 +11,13 @@ _COLLECTIVE = re.compile(
 
 def collectives(f, *args):
   """The kind of each collective of ``jit(f)(*args)``, and the shapes of what it returns."""
-  text = jax.jit(f).lower(*args).compile().as_text()
+  return found_in(jax.jit(f).lower(*args).compile().as_text())
+
+
+def found_in(program):
+  """The same of the text of a compiled program."""
   found = []
-  for line in text.splitlines():
+  for line in program.splitlines():
     if match := _COLLECTIVE.search(line):
       shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
       found.append((match[2], [tuple(int(n) for n in s.split(",") if n) for s in shapes]))

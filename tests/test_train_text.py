@@ -10,6 +10,7 @@ import sysconfig
 import types
 import zlib
 
+import collectives
 import commands
 import jax
 import numpy as np
@@ -217,7 +218,7 @@ def test_unigram_perplexity():
 
 def test_seed_decides_everything(passed, text):
   shown = []
-  again = task._train(options(), text, lambda *words: shown.append(words))
+  again = task._train(options(), text, task._mesh(1), lambda *words: shown.append(words))
   for name in ("test_curve", "train_perplexity"):
     assert json.loads(json.dumps(again.summary[name])) == passed[1][name]
   assert [done for done, _ in shown] == list(range(1, SMALL["steps"] + 1))
@@ -251,7 +252,7 @@ def test_loss_is_that_of_float64():
   features = np.float64(task._features(weights, words, positions))
   logits = features @ np.float64(weights.head).T + np.float64(weights.bias)
   expected = np.mean(np.log(np.exp(logits).sum(axis=-1)) - logits[np.arange(100), words[positions]])
-  for cross_entropy in (task._linear(32), task._dense):
+  for cross_entropy in (task._linear(32, 50, task._mesh(1)), task._dense(50)):
     loss = task._loss(cross_entropy, weights, words, positions)
     assert float(loss) == pytest.approx(expected, rel=1e-6)
 
@@ -263,7 +264,8 @@ def test_step_donates_and_its_memory_is_that_of_the_program(passed, text):
   state = (weights, optimizer.init(weights))
   positions = np.arange(4, 260, dtype=np.int32)
   memory = {}
-  for name, cross_entropy in (("linear", task._linear(64)), ("dense", task._dense)):
+  losses = {"linear": task._linear(64, 1000, task._mesh(1)), "dense": task._dense(1000)}
+  for name, cross_entropy in losses.items():
     step = task._compiled_step(optimizer, cross_entropy, state, text.train_words, positions)
     memory[name] = task._bytes(step)
     sizes = step.memory_analysis()
@@ -283,15 +285,57 @@ def test_step_donates_and_its_memory_is_that_of_the_program(passed, text):
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(weights))
 
 
+# --- several devices -----------------------------------------------------------------------------
+
+
+def test_losses_on_several_devices_are_those_on_one(text):
+  """Three devices do not divide 1000 classes."""
+  curves, memory = [], []
+  for count in (1, 3, 8):
+    trained = task._train(options(steps=8, devices=count), text, task._mesh(count), lambda *_: None)
+    curves.append(np.log(trained.train_curve[:, 1]))
+    memory.append(trained.summary["memory_bytes"]["linear"]["total"])
+    head = trained.weights.head
+    assert head.addressable_shards[0].data.shape[0] == -(-1000 // count)
+  for curve in curves[1:]:
+    np.testing.assert_allclose(curve, curves[0], rtol=2e-6)
+  assert memory[0] > memory[1] > memory[2]
+
+
+def test_a_step_on_a_mesh_sends_no_logits_and_nothing_of_the_size_of_the_classes(text):
+  mesh, optimizer = task._mesh(8), optax.adam(0.1)
+  weights = jax.eval_shape(lambda: task._initial_weights(jax.random.key(0), 1000))
+  state = weights, jax.eval_shape(optimizer.init, weights)
+  spread = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+  state = jax.tree.map(spread, state, task._shardings(state, mesh))
+  linear = task._linear(256, 1000, mesh)
+  step = task._compiled_step(
+    optimizer, linear, state, text.train_words, np.arange(4, 260, dtype=np.int32)
+  )
+  program = collectives.found_in(step.as_text())
+  assert {kind for kind, _ in program} == {"all-reduce"}
+  sizes = {size for _, shapes in program for shape in shapes for size in shape}
+  assert not sizes & {1000, 125}
+
+
+def test_more_devices_than_there_are_is_bad_usage(capsys):
+  code, out, err = run(capsys, *command(devices=9))
+  assert (code, out) == (2, "")
+  assert "argument --devices: expected at most 8, the devices that JAX has, got 9" in err
+  code, _, err = commands.run(capsys, "train", "--devices=2")
+  assert code == 2
+  assert "argument --devices: only with --task text" in err
+
+
 # --- what is refused, and what fails -------------------------------------------------------------
 
 
 def test_a_perplexity_above_that_of_the_frequencies_fails(capsys, monkeypatch, passed):
   keys, initial_weights = [], task._initial_weights
 
-  def watched_weights(key, vocabulary):
+  def watched_weights(key, *sizes):
     keys.append(key)
-    return initial_weights(key, vocabulary)
+    return initial_weights(key, *sizes)
 
   monkeypatch.setattr(task, "_initial_weights", watched_weights)
   monkeypatch.setattr(task, "_unigram_perplexity", lambda *_: 2.0)

@@ -93,6 +93,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   add("--json", action="store_true", help="print one JSON object in place of the tables")
   add(
+    "--devices",
+    type=whole_number(1, 4096),
+    metavar="N",
+    help="devices that the classes are spread over, with --task text; on a CPU as many as asked "
+    f"for, the losses are the same (default: {text.DEFAULTS['devices']})",
+  )
+  add(
     "--plot",
     type=picture,
     metavar="FILE.png",

@@ -3,10 +3,12 @@
 A neural language model (Bengio et al., 2003): the embeddings of the words before, a matrix for each
 of their places, one hidden layer, and a last layer over the whole vocabulary, which holds most of
 the weights and takes most of the time. Its logits are never held: the loss is
-`linear_softmax_cross_entropy`.
+`linear_softmax_cross_entropy`. On several devices each holds a slice of the classes of the last
+layer; the rest of the network is on all of them.
 """
 
 import argparse
+import contextlib
 import functools
 import math
 import pathlib
@@ -20,6 +22,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from softmax_jax import linear_softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
 from softmax_jax._command_line import progress_bar
@@ -32,6 +36,7 @@ DEFAULTS = {
   "learning_rate": 3e-3,
   "vocabulary": VOCABULARY,
   "chunk_size": 256,
+  "devices": 1,
 }
 EXTRAS = ("optax", "rich")
 
@@ -49,6 +54,7 @@ _MEASUREMENTS = 10
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
   """Trains and measures; the report, whose failures are the checks that did not hold."""
+  mesh = _mesh(args.devices)
   text = _read_text(args.seed, args.vocabulary)
   positions = len(text.train_words) - _CONTEXT
   if args.batch_size > positions:
@@ -58,7 +64,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
       f"{args.batch_size}",
     )
   with progress_bar(args.steps) as show:
-    training = _train(args, text, show)
+    training = _train(args, text, mesh, show)
 
   report = {
     "task": "text",
@@ -70,6 +76,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     "seed": args.seed,
     "jax": jax.__version__,
     "device": jax.devices()[0].device_kind,
+    "devices": args.devices,
     "train_files": text.train_files,
     "test_files": text.test_files,
     "train_words": len(text.train_words),
@@ -83,6 +90,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     _draw(args.plot, training, report)
     report["plot"] = str(args.plot)
   return report
+
+
+def _mesh(count: int) -> jax.sharding.Mesh:
+  """A mesh of so many devices, over which the classes are spread."""
+  with contextlib.suppress(RuntimeError):  # JAX has started already, with the devices it has.
+    jax.config.update("jax_num_cpu_devices", count)
+  devices = jax.devices()
+  if count > len(devices):
+    raise argparse.ArgumentError(
+      None,
+      f"argument --devices: expected at most {len(devices)}, the devices that JAX has, got {count}",
+    )
+  return jax.make_mesh((count,), ("vocab",), axis_types=(AxisType.Auto,), devices=devices[:count])
 
 
 def _failures(report: dict[str, Any]) -> list[str]:
@@ -191,8 +211,26 @@ class _Weights(NamedTuple):
   bias: jax.Array  # [V]
 
 
-def _initial_weights(key: jax.Array, vocabulary: int) -> _Weights:
-  """The last layer is zero: at first every word is equally likely."""
+# What each device holds a slice of, also of the state of the optimizer.
+_SPREAD = ("head", "bias")
+
+
+def _shardings(state: Any, mesh: jax.sharding.Mesh) -> Any:
+  """How the leaves of weights, or of an optimizer's state, are spread over the mesh."""
+
+  def sharding(path, _):
+    names = {getattr(key, "name", None) for key in path}
+    return NamedSharding(mesh, P("vocab") if names & {*_SPREAD} else P())
+
+  return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def _initial_weights(key: jax.Array, vocabulary: int, rows: int | None = None) -> _Weights:
+  """The last layer is zero: at first every word is equally likely.
+
+  It has so many rows, of which those after the vocabulary are padding.
+  """
+  rows = vocabulary if rows is None else rows
   shapes = [
     (vocabulary, _FEATURES),
     (_CONTEXT, _FEATURES, _FEATURES),
@@ -206,8 +244,8 @@ def _initial_weights(key: jax.Array, vocabulary: int) -> _Weights:
       scale * jax.random.normal(key, shape, jnp.float32)
       for key, shape, scale in zip(keys, shapes, scales, strict=True)
     ),
-    head=jnp.zeros((vocabulary, _FEATURES), jnp.float32),
-    bias=jnp.zeros(vocabulary, jnp.float32),
+    head=jnp.zeros((rows, _FEATURES), jnp.float32),
+    bias=jnp.zeros(rows, jnp.float32),
   )
 
 
@@ -226,17 +264,36 @@ def _features(weights: _Weights, words: jax.Array, positions: jax.Array) -> jax.
 _CrossEntropy = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def _linear(chunk_size: int) -> _CrossEntropy:
+def _linear(chunk_size: int, vocabulary: int, mesh: jax.sharding.Mesh) -> _CrossEntropy:
   """The loss in chunks of so many words; the logits are never whole."""
-  return lambda x, head, bias, labels: linear_softmax_cross_entropy(
-    x, head, labels, bias=bias, vocab_axis=0, chunk_size=chunk_size
-  )
+
+  def on_device(x, head, bias, labels):
+    return linear_softmax_cross_entropy(
+      x,
+      head,
+      labels,
+      bias=bias,
+      vocab_axis=0,
+      chunk_size=chunk_size,
+      num_classes=vocabulary,
+      axis_name="vocab",
+    )
+
+  specs = P(), P("vocab"), P("vocab"), P()
+  return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=P())
 
 
-def _dense(x: jax.Array, head: jax.Array, bias: jax.Array, labels: jax.Array) -> jax.Array:
+def _dense(vocabulary: int) -> _CrossEntropy:
   """The same loss of the logits [T, V]."""
-  logits = x @ head.T + bias
-  return softmax_cross_entropy_with_integer_labels(logits, labels, reduction="mean")
+
+  def cross_entropy(x, head, bias, labels):
+    logits = x @ head.T + bias
+    where = None
+    if logits.shape[1] > vocabulary:
+      where = jnp.arange(logits.shape[1])[None] < vocabulary
+    return softmax_cross_entropy_with_integer_labels(logits, labels, where=where, reduction="mean")
+
+  return cross_entropy
 
 
 def _loss(
@@ -252,11 +309,14 @@ def _compiled_step(
   """The compiled training step `(state, words, positions) -> (state, loss)`.
 
   The state, which is donated, is the pair of the weights and the optimizer's own. The arguments
-  here may be arrays or stand for them by shape and dtype.
+  here may be arrays or stand for them by shape, dtype and sharding.
   """
   import optax
 
-  @functools.partial(jax.jit, donate_argnums=0)  # The new state takes the memory of the old one.
+  # The new state takes the memory of the old one, and its place.
+  shardings = jax.tree.map(lambda x: x.sharding, state), None
+
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
   def step(state, words, positions):
     weights, optimizer_state = state
     loss, weights_bar = jax.value_and_grad(functools.partial(_loss, cross_entropy))(
@@ -286,7 +346,9 @@ class _Training(NamedTuple):
   summary: dict[str, Any]
 
 
-def _train(args: argparse.Namespace, text: _Text, show: Callable[[int, str], None]) -> _Training:
+def _train(
+  args: argparse.Namespace, text: _Text, mesh: jax.sharding.Mesh, show: Callable[[int, str], None]
+) -> _Training:
   """Trains for `args.steps` steps, telling `show` how far it is after each."""
   import optax
 
@@ -299,28 +361,36 @@ def _train(args: argparse.Namespace, text: _Text, show: Callable[[int, str], Non
 
   key = jax.random.key(args.seed)
 
+  rows = -(-args.vocabulary // mesh.size) * mesh.size
+
   def initial_state():
-    weights = _initial_weights(key, args.vocabulary)
+    weights = _initial_weights(key, args.vocabulary, rows)
     return weights, optimizer.init(weights)
 
-  words, test = jax.device_put((text.train_words, (text.test_words, text.test_positions)))
+  everywhere = NamedSharding(mesh, P())
+  words, *test = jax.device_put(
+    (text.train_words, text.test_words, text.test_positions), everywhere
+  )
+  state = jax.eval_shape(initial_state)
+  shardings = _shardings(state, mesh)
+  like = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
   shapes = (
-    jax.eval_shape(initial_state),
-    jax.typeof(words),
-    jax.ShapeDtypeStruct((args.batch_size,), jnp.int32),
+    jax.tree.map(like, state, shardings),
+    like(words, everywhere),
+    jax.ShapeDtypeStruct((args.batch_size,), jnp.int32, sharding=everywhere),
   )
   clock = time.perf_counter()
-  linear = _linear(args.chunk_size)
+  linear = _linear(args.chunk_size, args.vocabulary, mesh)
   step = _compiled_step(optimizer, linear, *shapes)
   compile_seconds = time.perf_counter() - clock
   memory = {
     "linear": _bytes(step),
-    "dense": _bytes(_compiled_step(optimizer, _dense, *shapes)),
+    "dense": _bytes(_compiled_step(optimizer, _dense(args.vocabulary), *shapes)),
     "logits": 4 * args.batch_size * args.vocabulary,
   }
 
   measure = jax.jit(functools.partial(_loss, linear))
-  state = jax.jit(initial_state)()
+  state = jax.jit(initial_state, out_shardings=shardings)()
   weights_count = sum(leaf.size for leaf in jax.tree.leaves(state[0]))
   batches = common.batches(args.seed, len(text.train_words) - _CONTEXT, args.batch_size)
   marks = {round(args.steps * i / _MEASUREMENTS) for i in range(1, _MEASUREMENTS + 1)}
@@ -393,7 +463,8 @@ def print_tables(report: dict[str, Any]) -> None:
   memory = report["memory_bytes"]
   rows = {"linear_softmax_cross_entropy": "linear", "dense loss of x @ weight": "dense"}
   common.print_table(
-    f"Memory of the compiled training step, {batch_size:,} words",
+    f"Memory of the compiled training step, {batch_size:,} words"
+    + (f", on each of {report['devices']} devices" if report["devices"] > 1 else ""),
     ("", "in all, MB", "beside weights and data, MB"),
     (
       (name, f"{memory[key]['total'] / 1e6:,.1f}", f"{memory[key]['temporary'] / 1e6:,.1f}")
