@@ -196,7 +196,7 @@ def test_every_check_passes_on_softmax_with_everything_given():
   )
   report.raise_if_failed()
   skipped = [row.check for row in report.rows if row.status == "skipped"]
-  assert skipped == ["each_output", "finite_differences"]
+  assert skipped == ["each_output", "each_argument", "finite_differences"]
   assert {row.check.partition(":")[0] for row in report.rows} == set(CHECKS)
 
 
@@ -250,6 +250,69 @@ def test_dropped_cotangent_of_one_of_two_outputs_is_named():
   ):
     (row,) = check_derivatives(f, X, checks=[checks], **options).failed
     assert "by out['z']" in row.of
+
+
+def one_argument_alone(wrong_mode):
+  """x y with a rule that forgets a factor where only one argument is differentiated."""
+  f = lambda x, y: x * y
+  if wrong_mode == "reverse":
+    rule = jax.custom_vjp(f)
+
+    def fwd(x, y):
+      return x.value * y.value, (x.value, y.value, x.perturbed and y.perturbed)
+
+    def bwd(residuals, u):
+      x, y, both = residuals
+      return (u * y, u * x) if both else (u * y, u)
+
+    rule.defvjp(fwd, bwd, symbolic_zeros=True)
+  else:
+    rule = jax.custom_jvp(f)
+    zero = lambda dot: isinstance(dot, jax.custom_derivatives.SymbolicZero)
+
+    def jvp(args, dots):
+      (x, y), (x_dot, y_dot) = args, dots
+      if zero(x_dot):
+        return x * y, y_dot
+      return x * y, x_dot * y + (0 if zero(y_dot) else x * y_dot)
+
+    rule.defjvp(jvp, symbolic_zeros=True)
+  return rule
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_rule_that_is_wrong_by_one_argument_alone_is_found(mode):
+  f = one_argument_alone(mode)
+  assert {row.check for row in check_derivatives(f, X, X[::-1] + 2).failed} <= {
+    "each_argument: args[1]",
+    "vmap_each_argument: args[1]",
+  }
+  report = check_derivatives(f, X, X[::-1] + 2, checks=["each_argument"])
+  assert statuses(report) == {
+    "each_argument: args[0]": "passed",
+    "each_argument: args[1]": "failed",
+  }
+
+
+def test_rule_that_is_wrong_by_one_output_alone_is_found():
+  f = jax.custom_vjp(lambda x: (jnp.sin(x), jnp.cos(x)))
+
+  def bwd(x, us):
+    zero = [isinstance(u, jax.custom_derivatives.SymbolicZero) for u in us]
+    a, b = (0.0 if z else u for z, u in zip(zero, us, strict=True))
+    return (a * jnp.cos(x) - (2 if zero[0] else 1) * b * jnp.sin(x),)
+
+  f.defvjp(lambda x: (f(x.value), x.value), bwd, symbolic_zeros=True)
+  report = check_derivatives(f, X, checks=["vjp", "finite_differences", "each_output"])
+  (row,) = report.failed
+  assert (row.check, row.of) == ("each_output", "cotangent of args[0] by out[1] alone")
+
+
+def test_arguments_taken_one_by_one_are_a_few():
+  f = lambda xs: sum(jnp.sin(x) for x in xs)
+  report = check_derivatives(f, [X[0, 0]] * 10, checks=["each_argument"]).raise_if_failed()
+  assert len(report.rows) == 9
+  assert "only 8 of 10 arguments" in report.rows[-1].reason
 
 
 def test_wrong_gradient_of_one_argument_of_a_pytree_is_named():
@@ -489,3 +552,57 @@ def test_import_needs_no_extra():
   code = "import sys, softmax_jax.verify; print({'rich', 'matplotlib', 'optax'} & set(sys.modules))"
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
   assert done.stdout.strip() == "set()"
+
+
+def one_sided(primal):
+  """x y, whose rule is wrong if only one argument is differentiated."""
+  f = jax.custom_vjp(lambda x, y: x * y)
+
+  def fwd(x, y):
+    alone = not (x.perturbed and y.perturbed)
+    return x.value * y.value, (x.value, y.value, np.float32(primal if alone else 1))
+
+  f.defvjp(fwd, lambda r, u: (r[2] * r[1] * u, r[0] * u), symbolic_zeros=True)
+  return f
+
+
+def test_a_rule_that_is_wrong_for_one_argument_alone_fails():
+  options = {"reference": lambda x, y: x * y}
+  found = check_derivatives(one_sided(0.5), X, X[::-1], **options).failed
+  assert {row.check.partition(":")[0] for row in found} == {"each_argument"}
+  assert check_derivatives(one_sided(1), X, X[::-1], **options)
+
+
+def test_one_argument_alone_in_forward_mode():
+  right, wrong = (lambda x, y: x * y), jax.custom_jvp(lambda x, y: x * y)
+
+  def rule(primals, tangents):
+    (x, y), zero = primals, jax.custom_derivatives.SymbolicZero
+    alone = any(type(dot) is zero for dot in tangents)
+    dots = [jnp.zeros_like(x) if type(dot) is zero else dot for dot in tangents]
+    return x * y, (0.5 if alone else 1) * (dots[0] * y + x * dots[1])
+
+  wrong.defjvp(rule, symbolic_zeros=True)
+  rows = check_derivatives(wrong, X, X[::-1], reference=right).failed
+  assert "each_argument" in {row.check.partition(":")[0] for row in rows}
+
+
+@pytest.mark.parametrize(
+  "f, args",
+  [
+    (lambda x, flag: x if flag else -x, (X, True)),
+    (lambda x, axis: jnp.sum(x, axis), (X, 1)),
+    (lambda x, n: x * range(n)[-1], (X, 3)),
+  ],
+  ids=["flag", "axis", "size"],
+)
+def test_an_argument_that_must_not_be_traced_is_to_be_passed_by_name(f, args):
+  with pytest.raises(TypeError, match="pass it in kwargs="):
+    check_derivatives(f, *args)
+
+
+def test_what_is_too_large_or_complex_is_refused():
+  with pytest.raises(TypeError, match="integers of at most 32 bits"):
+    check_derivatives(lambda x, n: x, X, 2**40)
+  with pytest.raises(TypeError, match="real numbers, got complex ones"):
+    check_derivatives(lambda x: x + 1j, X)

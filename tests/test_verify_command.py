@@ -33,6 +33,16 @@ def module(tmp_path, monkeypatch):
 
       wrong.defvjp(lambda x: (wrong(x),) * 2, lambda a, u: (a * u,))
       number = 3
+
+      def chatty(x):
+        print("called")
+        return jnp.sin(x)
+
+      def exits(x):
+        raise SystemExit(3)
+
+      def flagged(x, flag):
+        return x if flag else -x
     """)
   )
   monkeypatch.chdir(tmp_path)
@@ -153,3 +163,38 @@ def test_help_in_a_process_of_its_own():
   done = subprocess.run(words, capture_output=True, text=True, check=True)
   assert "MODULE:FUNCTION" in done.stdout
   assert done.stderr == ""
+
+
+def test_json_is_alone_on_stdout_whatever_the_module_prints(capsys, module):
+  code, out, err = commands.run(capsys, "verify", f"{module}:chatty", "--checks=vjp", "--json")
+  assert code == 0
+  assert json.loads(out)["passed"]
+  assert "called" in err
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    (["{}:exits"], "SystemExit: 3"),
+    (["{}:flagged", "--args", "4", "():bool"], "pass it in kwargs="),
+    (["{}:chatty", "--checks", "value", "--skip", "value"], "argument --skip: leaves no check"),
+    (["{}:chatty", "--shape=-1,3"], "argument --shape: expected sizes"),
+  ],
+  ids=["exit", "flag", "no check", "negative size"],
+)
+def test_what_cannot_be_verified_is_bad_usage_in_one_line(capsys, module, options, message):
+  code, _, err = commands.run(capsys, "verify", *(o.format(module) for o in options))
+  assert code == 2
+  assert message in err.splitlines()[-1]
+
+
+def test_nothing_to_differentiate_is_not_passed(capsys, module):
+  code, out, _ = commands.run(capsys, "verify", f"{module}:chatty", "--dtype=int32")
+  assert code == 1
+  assert "no argument has a floating dtype" in " ".join(out.split())
+
+
+def test_a_picture_without_a_jacobian_is_refused_in_plain_words(capsys, module):
+  code, _, err = commands.run(capsys, "verify", f"{module}:chatty", "--dtype=int32", "--plot=a.png")
+  assert code == 2
+  assert "no Jacobian to draw: no argument" in err

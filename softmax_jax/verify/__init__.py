@@ -52,18 +52,21 @@ def check_derivatives(
   stand for the Jacobian wherever that has more than 4096 entries.
 
   A derivative of which rounding leaves no digit counts as wrong: that of `jax.nn.softmax` where one
-  probability rounds to 1, say.
+  probability rounds to 1, say. So does one that is right up to the tolerance of a solver only, as
+  that of an ODE by its adjoint: give ``bounds``.
 
   Args:
     f: any function of arrays that JAX can differentiate, in whatever way it is differentiated.
       Random numbers must be arguments: those that JAX draws differ between dtypes.
-    *args: its arguments: arrays, Python numbers and pytrees of them. What has a floating dtype is
-      differentiated by; integers and booleans are passed along, and anything else is left as it is.
+    *args: its arguments: arrays, Python numbers and pytrees of them, all of which are traced. What
+      has a floating dtype is differentiated by; integers and booleans are passed along, and
+      anything else is left as it is.
     reference: a function with the arguments and outputs of ``f`` that is known to be right, in
       plain JAX. It is evaluated in float64 and differentiated by JAX.
     jacobian: the closed form of ``jax.jacobian(f)``: a function with the arguments of ``f`` that
       returns the derivatives of the first floating output by the first floating argument.
-    kwargs: keyword arguments for ``f``, ``reference`` and ``jacobian``. They are held fixed.
+    kwargs: keyword arguments for ``f``, ``reference`` and ``jacobian``. They are held fixed and not
+      traced: the place for flags, axes and sizes.
     edge_points: other tuples of arguments, at which there must be no NaN in the value and the
       derivatives, beside agreement with the reference: rows with -inf, say, or huge numbers. A rule
       that is wrong only at special arguments can only be found out at arguments of that kind.
@@ -77,10 +80,12 @@ def check_derivatives(
 
   Returns:
     A `Report` with a row per check, or several where a check has parts, each passed, failed or
-    skipped with its reason. It is true if none failed and at least one passed.
+    skipped with its reason. It is true if none failed and a derivative agreed with something else
+    than the rules of ``f`` itself (or any check passed, if ``checks`` asks for none of these).
 
   Raises:
-    TypeError: if ``f`` is not callable or an argument is complex.
+    TypeError: if ``f`` is not callable, an argument or a result is complex, or ``f`` needs the
+      value of an argument.
     ValueError: if a check has no such name, or ``reference`` returns other shapes than ``f``.
     Whatever ``f`` raises at its arguments, or ``reference`` in float64. What they raise when they
     are differentiated or transformed is a row that failed.

@@ -10,8 +10,8 @@ the current directory can be imported from:
 Without --reference derivatives are compared with finite differences in float64. Arguments are drawn
 from a normal distribution; integers lie below the size of the class axis (--axis) of the first one.
 
-Exit code: 0 if no check failed, 1 if one did, 2 for a bad option, a function that cannot be
-imported or does not accept the arguments, or a missing package.
+Exit code: 0 if no check failed, 1 if one did or no derivative could be confirmed, 2 for a bad
+option, a function that cannot be imported or does not accept the arguments, or a missing package.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import ast
 import concurrent.futures
+import contextlib
 import importlib
 import itertools
 import math
@@ -38,6 +39,7 @@ from softmax_jax import _command_line as command_line
 from softmax_jax.verify import CHECKS, Report, chosen_checks, library, run_checks, verifier
 from softmax_jax.verify.checks.jacobians import jacobian_pair
 from softmax_jax.verify.oracle import first_line
+from softmax_jax.verify.report import Skip
 
 _DTYPES = (
   *("float16", "bfloat16", "float32", "float64", "bool"),
@@ -152,7 +154,9 @@ def run(args: argparse.Namespace) -> int:
   # Every extra now: better to hear of a missing one before the work than after it.
   for extra in ("rich", *(["matplotlib"] if args.plot else [])):
     importlib.import_module(extra)
-  report = _library(args) if args.function is None else _function(args)
+  # What f and its module print is not to be mistaken for the report.
+  with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+    report = _library(args) if args.function is None else _function(args)
   seconds = time.perf_counter() - start
   if args.json:
     about = {"jax": jax.__version__, "seed": args.seed, "seconds": seconds}
@@ -236,6 +240,9 @@ def _function(args: argparse.Namespace) -> Report:
     for name in ("shape", "dtype"):
       if getattr(args, name) is not None:
         raise argparse.ArgumentError(None, f"argument --{name}: not allowed with --args")
+  chosen = chosen_checks(args.checks, args.skip)
+  if not chosen:
+    raise argparse.ArgumentError(None, "argument --skip: leaves no check of --checks to run")
   f = _imported("MODULE:FUNCTION", args.function)
   reference = None
   if args.reference is not None:
@@ -252,14 +259,13 @@ def _function(args: argparse.Namespace) -> Report:
       v = verifier(
         f, *arrays, reference=reference, kwargs=kwargs, name=args.function, seed=args.seed
       )
-    except Exception as error:
+    except (Exception, SystemExit) as error:
       shapes = ", ".join(f"{dtype}{list(shape)}" for shape, dtype in specs)
       raise argparse.ArgumentError(
         None, f"cannot verify {args.function} on ({shapes}): {first_line(error)}"
       ) from error
     if args.plot:
       pair = _pair_to_draw(v)
-    chosen = chosen_checks(args.checks, args.skip)
     report = Report(())
     with command_line.progress_bar(len(chosen)) as show:
       for done, check in enumerate(chosen, 1):
@@ -313,10 +319,9 @@ def _random_arguments(args: argparse.Namespace, specs: list[Any]) -> list[jax.Ar
 def _pair_to_draw(v: Any) -> tuple[np.ndarray, np.ndarray]:
   try:
     return jacobian_pair(v)
-  except Exception as error:
-    raise argparse.ArgumentError(
-      None, f"argument --plot: no Jacobian to draw: {first_line(error)}"
-    ) from error
+  except (Exception, SystemExit) as error:
+    why = str(error) if isinstance(error, Skip) else first_line(error)
+    raise argparse.ArgumentError(None, f"argument --plot: no Jacobian to draw: {why}") from error
 
 
 def _draw(

@@ -45,6 +45,16 @@ class Point:
     return [v if i == index else np.zeros_like(v) for i, v in enumerate(self.vs)]
 
 
+# What a function raises that needs the value of a traced number.
+_NEEDS_VALUES = (
+  jax.errors.ConcretizationTypeError,
+  jax.errors.NonConcreteBooleanIndexError,
+  jax.errors.TracerArrayConversionError,
+  jax.errors.TracerBoolConversionError,
+  jax.errors.TracerIntegerConversionError,
+)
+
+
 class Problem:
   """``f(*args, **kwargs)`` as a function of its floating leaves ``xs`` and its other arrays ``ns``.
 
@@ -62,9 +72,15 @@ class Problem:
     """Of ``f(*args, **kwargs)``; ``seed`` decides its points."""
     self.f, self.kwargs, self.seed = f, dict(kwargs), seed
     paths, self.tree = jax.tree_util.tree_flatten_with_path(tuple(args))
-    self.leaves = [
-      jnp.asarray(leaf) if _is_array(leaf) else leaf for _, leaf in paths
-    ]  # in the dtypes that JAX gives them
+    try:
+      self.leaves = [
+        jnp.asarray(leaf) if _is_array(leaf) else leaf for _, leaf in paths
+      ]  # in the dtypes that JAX gives them
+    except OverflowError as error:
+      raise TypeError(
+        f"check_derivatives expected integers of at most 32 bits ({error}). Pass what is no array "
+        "in kwargs=."
+      ) from error
     dtypes = [leaf.dtype if isinstance(leaf, jax.Array) else None for leaf in self.leaves]
     if any(d is not None and jnp.issubdtype(d, jnp.complexfloating) for d in dtypes):
       raise TypeError("check_derivatives expected real arguments, got a complex one.")
@@ -78,10 +94,17 @@ class Problem:
     self.ns = [self.leaves[i] for i in other]
     self.dtypes = [x.dtype for x in self.xs]
 
-    jaxpr, out = jax.make_jaxpr(
-      lambda xs, ns: self.call(f, self.kwargs, xs, ns), return_shape=True
-    )(self.xs, self.ns)
+    try:
+      jaxpr, out = jax.make_jaxpr(
+        lambda xs, ns: self.call(f, self.kwargs, xs, ns), return_shape=True
+      )(self.xs, self.ns)
+    except _NEEDS_VALUES as error:
+      raise TypeError(
+        "f needs the value of an argument, which check_derivatives traces; pass it in kwargs=."
+      ) from error
     outs, _ = jax.tree_util.tree_flatten_with_path(out)  # with types in place of arrays
+    if any(jnp.issubdtype(y.dtype, jnp.complexfloating) for _, y in outs):
+      raise TypeError("check_derivatives expected f to return real numbers, got complex ones.")
     self.num_outs = len(outs)
     self.float_outs = [i for i, (_, y) in enumerate(outs) if _is_float(y.dtype)]
     self.out_types = [outs[i][1] for i in self.float_outs]

@@ -7,6 +7,7 @@ J the Jacobian. Unless it says otherwise a check compares with the float64 refer
 from softmax_jax.verify.checks.edges import edge_points
 from softmax_jax.verify.checks.first_order import (
   dot_product,
+  each_argument,
   each_output,
   finite_differences,
   jvp,
@@ -26,7 +27,17 @@ from softmax_jax.verify.checks.transformed import (
 )
 
 _ORDER = (
-  *(value, vjp, each_output, finite_differences, jvp, dot_product, linearity, jacobian),
+  *(
+    value,
+    vjp,
+    each_output,
+    each_argument,
+    finite_differences,
+    jvp,
+    dot_product,
+    linearity,
+    jacobian,
+  ),
   *(jit, vmap_each_argument, vmap_batch, checkpoint, scan, second_order),
   *(structure, residuals, traces, edge_points),
 )

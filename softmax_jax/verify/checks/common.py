@@ -29,12 +29,12 @@ def directions(v: Verifier, point: Point) -> list[tuple[str, list[np.ndarray]]]:
   return directions
 
 
-def one_by_one(v: Verifier, us: list[np.ndarray]) -> list[tuple[str, list[np.ndarray]]]:
+def one_by_one(v: Verifier, us: list[np.ndarray]) -> list[tuple[int, str, list[np.ndarray]]]:
   """The cotangents with all but one of them 0, for each of several outputs that are finite."""
   if len(us) < 2:
     return []
   return [
-    (f" by {name}", [u if i == j else np.zeros_like(u) for j, u in enumerate(us)])
+    (i, f" by {name}", [u if i == j else np.zeros_like(u) for j, u in enumerate(us)])
     for i, name in enumerate(v.problem.out_names[:MAX_ARGUMENTS])
     if us[i].size == 0 or v.problem.masks is None or v.problem.masks[i].any()
   ]

@@ -50,7 +50,7 @@ def _differences(v: Verifier) -> list[tuple[str, Judged]]:
       us = point.us
       if any(kink.any() for kink in kinks):
         us = [np.where(kink, 0, u).astype(u.dtype) for u, kink in zip(us, kinks, strict=True)]
-      for out, chosen in [("", us), *one_by_one(v, us)]:
+      for _, out, chosen in [(-1, "", us), *one_by_one(v, us)]:
         bars = v.oracle.vjp(point, None if chosen is point.us else chosen)
         sizes = [np.abs(u.astype(np.float64)) for u in chosen]
         some = not any(u.size for u in chosen) or any(u.any() for u in chosen)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 
-from softmax_jax.verify.checks.common import directions, inner, one_by_one, pulled
+from softmax_jax.verify.checks.common import MAX_ARGUMENTS, directions, inner, one_by_one, pulled
 from softmax_jax.verify.checks.confirmation import cotangents, differences
 from softmax_jax.verify.report import Row, Skip
 from softmax_jax.verify.verifier import Comparison, Verifier
@@ -51,21 +52,73 @@ def vjp(v: Verifier) -> list[Row]:
 
 
 def each_output(v: Verifier) -> list[Row]:
-  """Reverse mode with a cotangent for one output at a time, so that none can hide another."""
+  """Reverse mode with a cotangent for one output at a time, so that none can hide another.
+
+  The others have cotangents of zeros, and none at all (`jax.custom_vjp` may tell these apart).
+  """
   v.need_oracle()
   problem = v.problem
   if len(problem.out_types) < 2:
     raise Skip("f has one output, to which vjp applies")
 
+  def program_of(place):
+    def program(xs, ns, u):
+      return list(jax.vjp(lambda *xs: problem.outputs(xs, ns)[0][place], *xs)[1](u))
+
+    return v.program(f"each_output {place}", program)
+
   def evaluate(probe, near):
     point = problem.point(probe, near)
     comparisons = []
-    for note, us in one_by_one(v, point.us):
+    for place, note, us in one_by_one(v, point.us):
+      expected = v.oracle.vjp(point, us)
       bars = problem.vjp(point.xs, problem.ns, us)[2]
-      comparisons += cotangents(v, bars, v.oracle.vjp(point, us), note)
+      comparisons += cotangents(v, bars, expected, note)
+      bars = program_of(place)(point.xs, problem.ns, us[place])
+      comparisons += cotangents(v, bars, expected, f"{note} alone")
     return comparisons
 
   return v.measure("each_output", evaluate, probes=2, near=4)
+
+
+def each_argument(v: Verifier) -> list[Row]:
+  """J^T u and Jv by one argument at a time, where the others are not differentiated at all.
+
+  `jax.custom_vjp` and `jax.custom_jvp` may tell that (symbolic_zeros) from tangents of zeros.
+  """
+  v.need_oracle()
+  problem, forward = v.problem, not v.forward
+  names = problem.names
+  if len(names) == 1:
+    raise Skip("f has one floating argument, to which vjp and jvp apply")
+
+  def rows_of(j):
+    def program(xs, ns, us, tangent):
+      f = lambda x: problem.outputs([*xs[:j], x, *xs[j + 1 :]], ns)[0]
+      (bar,) = jax.vjp(f, xs[j])[1](us)
+      return bar, jax.jvp(f, (xs[j],), (tangent,))[1] if forward else None
+
+    program = v.program(f"each_argument {j}", program)
+
+    def evaluate(probe, near):
+      point = problem.point(probe, near)
+      bar, dots = program(list(point.xs), problem.ns, list(point.us), point.vs[j])
+      bars = [bar if i == j else None for i in range(len(names))]
+      comparisons = [cotangents(v, bars, v.oracle.vjp(point))[j]]
+      if dots is not None:
+        expected, slack = v.oracle.jvp(point.xs, point.only_argument(j))
+        comparisons += v.of_outputs("tangent of ", dots, expected, slack)
+      return comparisons
+
+    return v.measure("each_argument", evaluate, probes=2, near=4, transformation=names[j])
+
+  rows = []
+  for j, name in enumerate(names[:MAX_ARGUMENTS]):
+    rows += v.run(f"each_argument: {name}", lambda v, j=j: rows_of(j))
+  if len(names) > MAX_ARGUMENTS:
+    reason = f"only {MAX_ARGUMENTS} of {len(names)} arguments are taken one by one"
+    rows.append(Row(v.name, "each_argument: the others", "skipped", reason=reason))
+  return rows
 
 
 def finite_differences(v: Verifier) -> list[Row]:
