@@ -36,6 +36,7 @@ def code_cells(path):
   return [cell for cell in build.read(path)["cells"] if cell["cell_type"] == "code"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_code_runs_and_displays_what_is_committed(path, monkeypatch):
   monkeypatch.setenv("MPLBACKEND", "agg")

@@ -54,6 +54,7 @@ def test_two_processes_of_four_devices_learn_what_one_device_does():
       np.testing.assert_allclose(losses(process, timeout=120), expected, rtol=2e-6)
 
 
+@pytest.mark.long
 def test_a_process_that_dies_ends_the_other_with_an_error():
   with started(2, 1, steps=10**6) as (first, second):
     for line in first.stdout:

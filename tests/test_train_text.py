@@ -288,6 +288,7 @@ def test_step_donates_and_its_memory_is_that_of_the_program(passed, text):
 # --- several devices -----------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_losses_on_several_devices_are_those_on_one(text):
   """Three devices do not divide 1000 classes."""
   curves, memory = [], []

@@ -62,10 +62,20 @@ def draw(specs, seed, dtype="float32", scale=1):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
+def test_passes_with_some_seeds(name):
+  passes_with_seeds(name, 3)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_passes_with_many_seeds(name):
+  passes_with_seeds(name, 10 if name in FEWER_SEEDS else 100)
+
+
+def passes_with_seeds(name, count):
   f, specs = FUNCTIONS[name]
   v = verifier(f, *draw(specs, 0))
-  for seed in range(10 if name in FEWER_SEEDS else 100):
+  for seed in range(count):
     checks = OFTEN if seed < 10 else OFTEN[:4]
     report = run_checks(v.at(draw(specs, seed), seed), checks).raise_if_failed()
     assert {row.check for row in report.rows if row.status == "passed"} == set(checks)

@@ -9,6 +9,7 @@ from softmax_jax.verify import CHECKS, library
 CASES = [case for case in library.cases() if case.dtype == "float32"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_derivatives(case):
   report = case.run().raise_if_failed()
