@@ -9,8 +9,11 @@ in Jupyter or as text; this command puts its outputs, cell numbers and metadata 
 Where there is a ``NAME.zh.md``, the notebook ``NAME.zh.ipynb`` is made from it: code and outputs
 are those of ``NAME.ipynb``, and each Markdown cell is replaced with the next section of the
 Markdown file, whose sections are separated by lines ``<!-- next cell -->``.
+
+The first picture of a notebook in `PICTURES` is also written to a file, which the README shows.
 """
 
+import base64
 import copy
 import hashlib
 import json
@@ -22,6 +25,7 @@ from typing import Any
 
 FOLDER = pathlib.Path(__file__).parent
 SEPARATOR = "<!-- next cell -->"
+PICTURES = {"05_numbers": "errors.png"}
 
 Notebook = dict[str, Any]
 
@@ -38,6 +42,8 @@ def main(prefixes: list[str]) -> None:
     write(path, notebook)
     if prose(path).exists():
       write(translation(path), translated(notebook, prose(path).read_text(encoding="utf-8")))
+    if path.stem in PICTURES:
+      (FOLDER / PICTURES[path.stem]).write_bytes(first_picture(notebook))
     print(f"{path.name}: {time.perf_counter() - start:.1f} s, {path.stat().st_size / 1000:.0f} kB")
 
 
@@ -87,6 +93,13 @@ def executed(notebook: Notebook) -> Notebook:
     "nbformat": 4,
     "nbformat_minor": 5,
   }
+
+
+def first_picture(notebook: Notebook) -> bytes:
+  """The first picture that the notebook shows, as a PNG."""
+  outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+  pictures = (output.get("data", {}).get("image/png") for output in outputs)
+  return base64.b64decode(next(filter(None, pictures)))
 
 
 def fingerprint(notebook: Notebook) -> str:

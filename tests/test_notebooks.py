@@ -116,6 +116,14 @@ def test_translation_is_the_same_notebook_with_other_prose(path):
   assert build.read(build.translation(path)) == build.translated(build.read(path), markdown)
 
 
+@pytest.mark.parametrize("stem", build.PICTURES)
+def test_picture_of_the_readme_is_that_of_the_notebook(stem):
+  """Run `python notebooks/build.py` if this fails."""
+  file = build.PICTURES[stem]
+  assert (FOLDER / file).read_bytes() == build.first_picture(build.read(FOLDER / f"{stem}.ipynb"))
+  assert f"](notebooks/{file})" in (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+
+
 def test_every_notebook_is_a_source_or_made_from_one():
   assert {*SOURCES, *map(build.translation, TRANSLATED)} == set(EVERY)
   assert TRANSLATED
