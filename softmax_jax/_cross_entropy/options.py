@@ -15,15 +15,32 @@ Reduction = Literal["none", "sum", "mean"]
 
 
 class CrossEntropyAux(NamedTuple):
-  """What a loss returns beside its value with ``return_aux=True``; as differentiable as the value.
+  r"""What a loss returns beside its value with ``return_aux=True``; as differentiable as the value.
+
+  .. math:: \mathrm{nll} = \mathrm{lse} - z_t, \qquad
+    \mathrm{lse} = \log \sum_k e^{z_k}, \qquad
+    \mathrm{z\_loss} = c \, \mathrm{lse}^2
 
   A row that does not count (ignored, or masked altogether) has 0 in every entry.
 
   Attributes:
-    nll: the loss of each row before smoothing and z-loss.
-    lse: the log-normalizer of each row, ``log sum_k exp(z_k)``.
+    nll: the loss of each row before smoothing and z-loss, of shape ``*B``, the batch axes.
+    lse: the log-normalizer of each row, of shape ``*B``.
     z_loss: the part of the loss that the z-loss adds, reduced like the loss.
-    weight: what the mean divides by, the sum of the weights of the rows that count.
+    weight: what the mean divides by, the sum of the weights of the rows that count; a scalar.
+
+  All are of the dtype of the loss: float32, or float64 for logits in float64.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from softmax_jax import softmax_cross_entropy_with_integer_labels as cross_entropy
+    >>> logits, labels = jnp.array([[0.0, 0.0]]), jnp.array([0])
+    >>> loss, aux = cross_entropy(logits, labels, z_loss=0.5, return_aux=True)
+    >>> print(loss, aux.nll, aux.lse, aux.z_loss, aux.weight)
+    [0.9333737] [0.6931472] [0.6931472] [0.2402265] 1.0
+
+  Source: the z-loss is that of t5x and of A. Chowdhery et al., "PaLM: Scaling language modeling
+  with Pathways" (2022).
   """
 
   nll: jax.Array

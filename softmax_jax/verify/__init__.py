@@ -3,7 +3,8 @@
 `check_derivatives` compares a function and its derivatives with float64, in every mode and under
 every transformation that applies, and returns a `Report`. Nothing in it knows of softmax. The
 checks are in `CHECKS`, by name; what an error is and where the bounds come from is told in
-`softmax_jax.verify.bounds`, and what they are compared with in `softmax_jax.verify.oracle`.
+``softmax_jax/verify/bounds.py``, and what they are compared with in
+``softmax_jax/verify/oracle.py``.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ def check_derivatives(
     TypeError: if ``f`` is not callable, an argument or a result is complex, or ``f`` needs the
       value of an argument.
     ValueError: if a check has no such name, or ``reference`` returns other shapes than ``f``.
-    Whatever ``f`` raises at its arguments, or ``reference`` in float64. What they raise when they
-    are differentiated or transformed is a row that failed.
+    Exception: whatever ``f`` raises at its arguments, or ``reference`` in float64. What they raise
+      when they are differentiated or transformed is a row that failed.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -126,7 +127,16 @@ def check_derivatives(
 
 
 def describe_checks() -> dict[str, str]:
-  """What each check compares, by its name."""
+  """What each check compares, by its name.
+
+  Returns:
+    The description of every check in `CHECKS`, in their order.
+
+  Example:
+    >>> from softmax_jax.verify import describe_checks
+    >>> print(describe_checks()["dot_product"])
+    <u, Jv> = <J^T u, v> with f's own forward and reverse mode; no reference is needed.
+  """
   return {name: inspect.getdoc(check) or "" for name, check in CHECKS.items()}
 
 

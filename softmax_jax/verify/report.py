@@ -28,7 +28,7 @@ _OWN_DERIVATIVES = ("dot_product", "linearity")
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """What one check found.
+  """What one check found; immutable.
 
   Attributes:
     function: the name of the function.
@@ -80,6 +80,13 @@ class Report:
   function's own rules; or any row, where no such check was asked for.
 
   `str` gives it as a table, `to_dict` as plain data; in a notebook it renders as a table.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from softmax_jax.verify import check_derivatives
+    >>> report = check_derivatives(jnp.sin, jnp.ones(3), checks=["vjp", "jvp"])
+    >>> print(report.raise_if_failed().summary())
+    2 passed, 0 failed, 0 skipped
   """
 
   rows: tuple[Row, ...]
