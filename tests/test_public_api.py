@@ -1,0 +1,87 @@
+"""What the library uses of JAX beyond its documented public API, and what importing it loads."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import softmax_jax
+
+PACKAGE = Path(softmax_jax.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+BEYOND = "_forward_mode.py"
+# If a release of JAX breaks one of these, softmax_jax/_forward_mode.py is what has to change.
+USED = {
+  "jax.extend.core.Primitive",
+  "jax.extend.core.jaxpr_as_fun",
+  "jax.extend.core.set_current_trace",
+  "jax.extend.core.take_current_trace",
+  "jax.extend.core.unmapped_aval",
+  "jax.interpreters.ad",
+  "jax.interpreters.batching",
+  "jax.interpreters.mlir",
+  "jax.interpreters.partial_eval.JaxprTracer",
+}
+NOT_DOCUMENTED = ("jax._src", "jax.extend", "jax.interpreters", "jaxlib")
+ATTRIBUTES = {"fun", "fwd", "bwd", "symbolic_zeros", "nondiff_argnums"}  # of a jax.custom_vjp
+
+
+def imported(path):
+  """The full names that a module imports, wherever in it."""
+  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom) and not node.level:
+      yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def attributes(path):
+  """What a module writes with dots, as far as it begins with a name: `jax.core.Tracer`."""
+  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    names = []
+    while isinstance(node, ast.Attribute):
+      names.append(node.attr)
+      node = node.value
+    if names and isinstance(node, ast.Name):
+      yield ".".join([node.id, *reversed(names)])
+
+
+def undocumented(path):
+  names = {*imported(path), *attributes(path)}
+  return {name for name in names if name.startswith(NOT_DOCUMENTED)}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_one_module_alone_goes_beyond_the_public_api(path):
+  assert undocumented(path) == (USED if path.name == BEYOND else set())
+
+
+def test_it_uses_the_attributes_of_a_custom_vjp_that_it_names():
+  used = {name.split(".")[-1] for name in attributes(PACKAGE / BEYOND)} & ATTRIBUTES
+  assert used == ATTRIBUTES
+  text = (PACKAGE / BEYOND).read_text(encoding="utf-8").split('"""')[1]
+  for name in ATTRIBUTES:
+    assert f"`{name}`" in text
+
+
+@pytest.mark.parametrize("name", sorted(USED))
+def test_it_exists_in_this_jax(name):
+  module, _, attribute = name.rpartition(".")
+  assert hasattr(importlib.import_module(module), attribute) or importlib.import_module(name)
+
+
+def test_importing_loads_nothing_of_the_extras():
+  """Also the parts that are imported by name."""
+  code = (
+    "import jax, chex, sys; before = set(sys.modules)\n"
+    "import softmax_jax, softmax_jax.derivatives, softmax_jax.verify\n"
+    "print(*sorted(set(sys.modules) - before))"
+  )
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  loaded = done.stdout.split()
+  assert "softmax_jax.verify" in loaded
+  others = {name.split(".")[0] for name in loaded} - {"softmax_jax", "jax", "chex"}
+  assert others <= set(sys.stdlib_module_names)
