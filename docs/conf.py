@@ -13,7 +13,11 @@ extensions = [
   "sphinx.ext.napoleon",
 ]
 html_theme = "alabaster"
-html_theme_options = {"description": "Softmax and its losses for JAX, gradients by hand"}
+html_theme_options = {
+  "description": "Softmax and its losses for JAX, gradients by hand",
+  "page_width": "1200px",  # lines of code of 100 characters
+  "sidebar_width": "300px",
+}
 html_show_sourcelink = False
 
 # In the docstrings `name` is a link where this reference has the name, and plain code elsewhere.
@@ -21,7 +25,7 @@ default_role = "autolink"
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!softmax_jax).*")]  # names of other libraries
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # the signature shows them; the text says shapes and dtypes
+autodoc_typehints = "none"  # the text says shapes and dtypes, which types of arrays do not
 autodoc_inherit_docstrings = False
 autosummary_generate = False
 napoleon_numpy_docstring = False

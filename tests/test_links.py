@@ -1,6 +1,7 @@
-"""Files and headings that the repository's texts name exist."""
+"""Files, headings and names of the library that the repository's texts name exist."""
 
 import json
+import pkgutil
 import re
 from pathlib import Path
 
@@ -53,6 +54,15 @@ def missing_files(path):
       yield name
 
 
+def missing_names(path):
+  """Dotted names between backticks, such as `softmax_jax.softmax`, that name nothing."""
+  for name in re.findall(r"(?<!:)`(softmax_jax(?:\.\w+)+)", prose(path)):
+    try:
+      pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+      yield name
+
+
 @pytest.mark.parametrize("path", MARKDOWN + NOTEBOOKS, ids=lambda path: path.name)
 def test_links_resolve(path):
   assert not list(broken_links(path))
@@ -67,9 +77,17 @@ def test_files_named_in_the_sources_exist():
   assert not {path.name: files for path in SOURCES if (files := list(missing_files(path)))}
 
 
+@pytest.mark.parametrize("path", MARKDOWN + NOTEBOOKS + SOURCES, ids=lambda path: path.name)
+def test_named_parts_of_the_library_exist(path):
+  assert not list(missing_names(path))
+
+
 def test_what_is_missing_is_found(tmp_path):
   missing = "tests/" + "test_nothing.py"
   page = tmp_path / "page.md"
   page.write_text(f"# A title\n[a](#a-title) [b](#b-title) [c](c.md) `{missing}`\n")
   assert list(broken_links(page)) == ["#b-title", "c.md"]
   assert list(missing_files(page)) == [missing]
+  names = "softmax_jax.softmax", "softmax_jax.nothing", "softmax_jax._softmax.nothing"
+  page.write_text(" ".join(f"`{name}`" for name in names))
+  assert list(missing_names(page)) == list(names[1:])

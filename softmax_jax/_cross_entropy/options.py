@@ -17,15 +17,17 @@ Reduction = Literal["none", "sum", "mean"]
 class CrossEntropyAux(NamedTuple):
   r"""What a loss returns beside its value with ``return_aux=True``; as differentiable as the value.
 
-  .. math:: \mathrm{nll} = \mathrm{lse} - z_t, \qquad
+  For one row with an integer label t of class weight w_t, and the coefficient c of the z-loss:
+
+  .. math:: \mathrm{nll} = w_t \, (\mathrm{lse} - z_t), \qquad
     \mathrm{lse} = \log \sum_k e^{z_k}, \qquad
     \mathrm{z\_loss} = c \, \mathrm{lse}^2
 
   A row that does not count (ignored, or masked altogether) has 0 in every entry.
 
   Attributes:
-    nll: the loss of each row before smoothing and z-loss, of shape ``*B``, the batch axes.
-    lse: the log-normalizer of each row, of shape ``*B``.
+    nll: the loss of each row before smoothing and z-loss, ``[*B]`` also where the loss is reduced.
+    lse: the log-normalizer of each row, ``[*B]``.
     z_loss: the part of the loss that the z-loss adds, reduced like the loss.
     weight: what the mean divides by, the sum of the weights of the rows that count; a scalar.
 

@@ -125,7 +125,8 @@ def linear_softmax_cross_entropy(
 
   Source: the gradients formed in the forward pass, chunk by chunk, are those of Liger Kernel (Hsu
   et al., 2024); the loss that never holds the logits is that of Wijmans et al., "Cut your losses in
-  large-vocabulary language models" (2024). Seed step 6 for the gradient; the digits are those of
+  large-vocabulary language models" (2024). Seed step 6 for the gradient; the softcap is that of
+  Gemma 2 (Gemma Team, 2024). Digits and the other options are those of
   `softmax_cross_entropy_with_integer_labels`.
   """
   name = "linear_softmax_cross_entropy"
