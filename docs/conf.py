@@ -15,7 +15,8 @@ extensions = [
 html_theme = "alabaster"
 html_theme_options = {
   "description": "Softmax and its losses for JAX, gradients by hand",
-  "page_width": "1200px",  # lines of code of 100 characters
+  "page_width": "1250px",  # lines of code of 100 characters
+  "body_max_width": "none",
   "sidebar_width": "300px",
 }
 html_show_sourcelink = False
@@ -29,3 +30,4 @@ autodoc_typehints = "none"  # the text says shapes and dtypes, which types of ar
 autodoc_inherit_docstrings = False
 autosummary_generate = False
 napoleon_numpy_docstring = False
+napoleon_attr_annotations = False  # it would name a private module of jaxlib
