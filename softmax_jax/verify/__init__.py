@@ -146,15 +146,15 @@ def describe_checks() -> dict[str, str]:
 
 def chosen_checks(checks: Collection[str] | None, skip: Collection[str] = ()) -> list[str]:
   """The checks in their order, without those to be skipped."""
-  for group in (checks or (), skip):
-    names = [group] if isinstance(group, str) else group
-    for name in names:
-      if name not in CHECKS:
-        raise ValueError(
-          f"check_derivatives knows no check {name!r}; there are {', '.join(CHECKS)}."
-        )
-  checks, skip = ([g] if isinstance(g, str) else g for g in (checks, skip))
-  return [name for name in CHECKS if (checks is None or name in checks) and name not in skip]
+  wanted, unwanted = _names(CHECKS if checks is None else checks), _names(skip)
+  for name in (*wanted, *unwanted):
+    if name not in CHECKS:
+      raise ValueError(f"check_derivatives knows no check {name!r}; there are {', '.join(CHECKS)}.")
+  return [name for name in CHECKS if name in wanted and name not in unwanted]
+
+
+def _names(checks: Collection[str]) -> Collection[str]:
+  return [checks] if isinstance(checks, str) else checks
 
 
 def verifier(
@@ -176,7 +176,7 @@ def verifier(
         f"check_derivatives expected {what} to be a function, got {type(function).__name__}."
       )
   if name is None:
-    name = getattr(f, "__name__", None) or getattr(getattr(f, "func", None), "__name__", "f")
+    name = _name(f)
   with jax.default_matmul_precision("highest"):
     problem = Problem(f, args, kwargs or {}, seed)
     return Verifier(
@@ -188,6 +188,10 @@ def verifier(
       limits=bounds,
       max_residual_bytes=max_residual_bytes,
     )
+
+
+def _name(f: Callable[..., Any]) -> str:
+  return getattr(f, "__name__", None) or getattr(getattr(f, "func", None), "__name__", "f")
 
 
 def run_checks(v: Verifier, chosen: Sequence[str]) -> Report:

@@ -25,12 +25,15 @@ second grows like the root of its logarithm):
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
+
+from softmax_jax.verify.problem import finfo
 
 NOISE = 6.0
 ROUNDING = 4.0
@@ -41,7 +44,8 @@ _SAMPLES = 32
 _FLOOR = 0.1
 
 
-class Verdict(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Verdict:
   """The worst group of a comparison: its error and bound, and the worst entry in it."""
 
   error: float
@@ -53,7 +57,7 @@ class Verdict(NamedTuple):
 
 def unit_roundoff(dtypes: Sequence[Any]) -> float:
   """The largest unit roundoff among floating dtypes."""
-  return max(float(jnp.finfo(dtype).eps) / 2 for dtype in dtypes)
+  return max(float(finfo(dtype).eps) / 2 for dtype in dtypes)
 
 
 def judge(
@@ -95,18 +99,20 @@ def judge(
   for other in near:
     change = np.where(np.isfinite(other), other - error, 0)
     squared_noise += change**2 / len(near)
-  limits = jnp.finfo(dtype)
+  limits = finfo(dtype)
   half = limits.bits == 16 and limits.nmant > 7
   tiny = float(4 * limits.smallest_subnormal if half else limits.tiny)
   typical = math.sqrt(np.mean(scale**2)) if scale.size else 0.0
 
-  worst, reason = None, ""
+  reason = ""
+  # The largest ratio, with its error, bound, axis and place.
+  worst: tuple[float, float, float, int | None, int] = (0.0, 0.0, 0.0, None, 0)
   for axis in (None, *range(1, error.ndim)):
     others = None if axis is None else tuple(a for a in range(error.ndim) if a != axis)
     count = error.size if axis is None else error.size // max(error.shape[axis], 1)
     if axis is not None and (count * len(near) < _SAMPLES or error.shape[axis] == 1):
       continue
-    total = lambda x, others=others: np.atleast_1d(np.sum(x, axis=others))
+    total = functools.partial(_total, axes=others)
     size_g = np.sqrt(np.maximum(total(scale**2), (_FLOOR * typical) ** 2 * count))
     size_g = np.maximum(size_g, floor)
     if bound is None:
@@ -128,7 +134,7 @@ def judge(
       reason = f"rounding alone may be {share:.0%} of the result"
       if share > 2:
         reason = "the result is smaller than its rounding errors"
-    if worst is None or ratio[place] > worst[0]:
+    if axis is None or ratio[place] > worst[0]:
       worst = ratio[place], found[place] / unit_g[place], limit[place] / unit_g[place], axis, place
   _, relative, allowed, axis, place = worst
   size_of = np.abs(error).max(axis=0) if error.size else np.zeros((1,))
@@ -141,3 +147,7 @@ def judge(
   if only_zeros:
     reason = "the reference is not a number anywhere but where it is 0"
   return Verdict(float(relative), float(allowed), index, passed, reason if passed else "")
+
+
+def _total(x: np.ndarray, axes: tuple[int, ...] | None) -> np.ndarray:
+  return np.atleast_1d(np.sum(x, axis=axes))

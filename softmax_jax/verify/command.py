@@ -39,13 +39,16 @@ from softmax_jax import _command_line as command_line
 from softmax_jax.verify import CHECKS, Report, chosen_checks, library, run_checks, verifier
 from softmax_jax.verify.checks.jacobians import jacobian_pair
 from softmax_jax.verify.oracle import first_line
-from softmax_jax.verify.report import Skip
+from softmax_jax.verify.report import Skip, aligned
+from softmax_jax.verify.verifier import Verifier
 
 _DTYPES = (
   *("float16", "bfloat16", "float32", "float64", "bool"),
   *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
 )
 _MAX_SIZE = 5_000_000
+
+_Spec = tuple[tuple[int, ...], str]  # the shape of an argument, and its dtype
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -182,7 +185,7 @@ def _library(args: argparse.Namespace) -> Report:
   with command_line.progress_bar(len(cases)) as show:
     done = itertools.count(1)
 
-    def verified(case):
+    def verified(case: library.Case) -> Report:
       report = case.run(args.seed)
       show(next(done), f"{case.name}, {case.dtype}"[:60])
       return report
@@ -247,13 +250,13 @@ def _function(args: argparse.Namespace) -> Report:
   reference = None
   if args.reference is not None:
     reference = _imported("--reference", args.reference)
-  specs = args.args or [((4, 8) if args.shape is None else args.shape, args.dtype)]
-  specs = [(shape, dtype or "float32") for shape, dtype in specs]
+  given = args.args or [((4, 8) if args.shape is None else args.shape, args.dtype)]
+  specs: list[_Spec] = [(shape, dtype or "float32") for shape, dtype in given]
   kwargs = dict(args.kwarg)
   if args.axis is not None:
     kwargs["axis"] = args.axis
   wide = any(dtype.endswith("64") for _, dtype in specs)
-  with jax.enable_x64(wide or jax.config.jax_enable_x64):
+  with jax.enable_x64(wide or jax.config.jax_enable_x64):  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
     arrays = _random_arguments(args, specs)
     try:
       v = verifier(
@@ -264,17 +267,16 @@ def _function(args: argparse.Namespace) -> Report:
       raise argparse.ArgumentError(
         None, f"cannot verify {args.function} on ({shapes}): {first_line(error)}"
       ) from error
-    if args.plot:
-      pair = _pair_to_draw(v)
+    pair = _pair_to_draw(v) if args.plot else None
     report = Report(())
     with command_line.progress_bar(len(chosen)) as show:
       for done, check in enumerate(chosen, 1):
         report += run_checks(v, [check])
         show(done, check)
-    if args.plot:
+    if pair is not None:
       _draw(args.plot, args, v, *pair)
   if not args.json:
-    print(report._text(report.rows, summary=False))
+    print("\n".join(aligned(report.rows)))
   return report
 
 
@@ -300,12 +302,12 @@ def _imported(option: str, name: str) -> Callable[..., Any]:
   return found
 
 
-def _random_arguments(args: argparse.Namespace, specs: list[Any]) -> list[jax.Array]:
+def _random_arguments(args: argparse.Namespace, specs: list[_Spec]) -> list[jax.Array]:
   rng = np.random.default_rng(args.seed)
   shape, _ = specs[0]
   axis = -1 if args.axis is None else args.axis
   high = shape[axis] if -len(shape) <= axis < len(shape) else 2
-  arrays = []
+  arrays: list[jax.Array] = []
   for shape, dtype in specs:
     if dtype == "bool":
       arrays.append(jnp.asarray(rng.integers(0, 2, shape), dtype))
@@ -316,7 +318,7 @@ def _random_arguments(args: argparse.Namespace, specs: list[Any]) -> list[jax.Ar
   return arrays
 
 
-def _pair_to_draw(v: Any) -> tuple[np.ndarray, np.ndarray]:
+def _pair_to_draw(v: Verifier) -> tuple[np.ndarray, np.ndarray]:
   try:
     return jacobian_pair(v)
   except (Exception, SystemExit) as error:
@@ -324,8 +326,12 @@ def _pair_to_draw(v: Any) -> tuple[np.ndarray, np.ndarray]:
     raise argparse.ArgumentError(None, f"argument --plot: no Jacobian to draw: {why}") from error
 
 
+def _size(x: np.ndarray) -> float:
+  return float(np.max(np.abs(x), initial=0, where=np.isfinite(x)))
+
+
 def _draw(
-  path: pathlib.Path, args: argparse.Namespace, v: Any, ours: np.ndarray, right: np.ndarray
+  path: pathlib.Path, args: argparse.Namespace, v: Verifier, ours: np.ndarray, right: np.ndarray
 ) -> None:
   """Draws the Jacobian, the reference's and their difference."""
   import matplotlib
@@ -333,7 +339,6 @@ def _draw(
   from matplotlib.figure import Figure  # Without pyplot: the caller's backend stays as it is.
 
   difference = np.where(np.isfinite(right), ours - right, 0)
-  size = lambda x: float(np.max(np.abs(x), initial=0, where=np.isfinite(x)))
   error = np.linalg.norm(difference) / (np.linalg.norm(right[np.isfinite(right)]) or 1)
   named = f"of {args.reference}" if args.reference else "by finite differences, float64"
   titles = (f"(a) {args.function}", f"(b) {named}", f"(c) Difference: {error:.1e} in norm")
@@ -342,7 +347,7 @@ def _draw(
     for axes, matrix, title in zip(
       figure.subplots(1, 3), (ours, right, difference), titles, strict=True
     ):
-      scale = size(difference if matrix is difference else right) or 1.0
+      scale = _size(difference if matrix is difference else right) or 1.0
       image = axes.imshow(
         matrix, cmap="RdBu_r", norm=CenteredNorm(halfrange=scale), aspect="auto",
         interpolation="nearest",

@@ -23,21 +23,23 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from softmax_jax.verify.problem import (
   Arrays,
+  Leaves,
   Point,
   Problem,
   coarsest,
   compiled,
+  finfo,
   rounded_to,
   split,
+  vjp,
   widened,
 )
 from softmax_jax.verify.report import Skip
@@ -49,7 +51,7 @@ _KNOWN = 1e-3
 
 
 @contextlib.contextmanager
-def exact() -> Iterator[None]:
+def exact() -> Generator[None]:
   """Float64, and products that accelerators do not shorten."""
   with jax.enable_x64(True), jax.default_matmul_precision("highest"):
     yield
@@ -74,10 +76,10 @@ class Oracle:
     with exact():
       kwargs = widened(problem.kwargs)
 
-    def outputs(xs, ns):
+    def outputs(xs: Leaves, ns: Leaves) -> tuple[list[Any], list[Any]]:
       return split(jax.tree.leaves(problem.call(function, kwargs, xs, ns)))
 
-    def narrow_outputs(xs, ns):
+    def narrow_outputs(xs: Leaves, ns: Leaves) -> tuple[list[Any], list[Any]]:
       return problem.outputs([x.astype(d) for x, d in zip(xs, problem.dtypes, strict=True)], ns)
 
     self._outputs = outputs
@@ -157,7 +159,7 @@ class Oracle:
   ) -> tuple[Arrays, Arrays]:
     """The derivative of `vjp_at` by xs along vs, and what it may be wrong by."""
 
-    def values(moved):
+    def values(moved: Arrays) -> Arrays:
       at = [self.vjp_at([x[i] for x in moved], us) for i in range(2 * len(_STEPS) + 1)]
       return [np.stack(bars) for bars in zip(*at, strict=True)]
 
@@ -168,7 +170,7 @@ class Oracle:
   ) -> tuple[Arrays, Arrays]:
     """The derivative of the outputs at xs along vs by differences, and its estimated error."""
 
-    def values(moved):
+    def values(moved: Arrays) -> Arrays:
       with exact():
         return self._values(moved, self.problem.ns)
 
@@ -178,7 +180,7 @@ class Oracle:
     self, values: Callable[[Arrays], Any], xs: Sequence[np.ndarray], vs: Sequence[np.ndarray]
   ) -> tuple[Arrays, Arrays]:
     """The derivatives of ``values`` at xs along vs."""
-    if jnp.finfo(self.inside).bits < 32:
+    if finfo(self.inside).bits < 32:
       raise Skip(f"f rounds to {self.inside} inside, too coarse for differences")
     found = _derivatives(values(self._moved(xs, vs, _STEPS)), _STEPS)
     if self.inside == np.float64 and any(_unknown(*pair) > _KNOWN for pair in found):
@@ -201,17 +203,23 @@ class Oracle:
   def _wide(self, arrays: Sequence[np.ndarray]) -> Arrays:
     return [np.asarray(a, np.float64) for a in arrays]
 
-  def _values_of(self, stacked, ns):
-    return jax.lax.map(lambda xs: self._outputs(xs, ns)[0], stacked)
+  def _floating(self, ns: Leaves) -> Callable[..., list[Any]]:
+    return lambda *xs: self._outputs(xs, ns)[0]
 
-  def _vjp_of(self, xs, ns, us):
-    ys, pull = jax.vjp(lambda *xs: self._outputs(xs, ns)[0], *xs)
+  def _values_of(self, stacked: Leaves, ns: Leaves) -> list[Any]:
+    def outputs(xs: Leaves) -> list[Any]:
+      return self._outputs(xs, ns)[0]
+
+    return jax.lax.map(outputs, stacked)  # pyright: ignore[reportUnknownVariableType]  # untyped in JAX
+
+  def _vjp_of(self, xs: Leaves, ns: Leaves, us: Leaves) -> list[Any]:
+    ys, pull = vjp(self._floating(ns), *xs)
     return list(pull([u.astype(y.dtype) for u, y in zip(us, ys, strict=True)]))
 
-  def _jvp_of(self, xs, ns, vs):
-    return jax.jvp(lambda *xs: self._outputs(xs, ns)[0], tuple(xs), tuple(vs))[1]
+  def _jvp_of(self, xs: Leaves, ns: Leaves, vs: Leaves) -> list[Any]:
+    return jax.jvp(self._floating(ns), tuple(xs), tuple(vs))[1]
 
-  def _check_shapes(self, ys, others) -> None:
+  def _check_shapes(self, ys: Leaves, others: Leaves) -> None:
     expected = [y.shape for y in self.problem.out_types]
     got = [y.shape for y in ys]
     if expected != got or len(others) != self.problem.num_outs - len(expected):
@@ -224,7 +232,7 @@ class Oracle:
 
 def _derivatives(values: Sequence[Any], steps: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
   """Derivatives and their errors, from values after the shifts that `Oracle._moved` stacks."""
-  found = []
+  found: list[tuple[np.ndarray, np.ndarray]] = []
   with np.errstate(invalid="ignore", over="ignore"):
     for y in values:
       y = np.asarray(y, np.float64)
@@ -267,7 +275,8 @@ def _without_kinks(
     return best, error
   # What does not shrink to a quarter at the smallest step is noise of the values. And two
   # extrapolations agree by chance in some entries: none is better known than is typical.
-  noise = math.sqrt(np.mean((bends[-1] - bends[-2] / 4)[known] ** 2)) * smallest
+  change: np.ndarray = bends[-1] - bends[-2] / 4
+  noise = math.sqrt(np.mean(change[known] ** 2)) * smallest
   return best, 3 * error + math.sqrt(np.mean(error[known] ** 2)) + 2 * noise / step
 
 

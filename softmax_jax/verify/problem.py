@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,10 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 
 Arrays = list[np.ndarray]
+# Of arrays, tracers or types of arrays: whatever JAX traces a function with.
+Leaves = Sequence[Any]
+
+# Functions of JAX that return what it has no types for.
+finfo: Callable[[Any], Any] = jnp.finfo
+vjp: Callable[..., Any] = jax.vjp  # pyright: ignore[reportUnknownVariableType]
+_flattened: Callable[[Any], Any] = jax.tree_util.tree_flatten_with_path  # pyright: ignore[reportUnknownVariableType]
+
+
+def _has_dtype(leaf: Any) -> bool:
+  return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
 
 
 def _is_array(leaf: Any) -> bool:
-  return isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex))
+  return _has_dtype(leaf) or isinstance(leaf, (bool, int, float, complex))
 
 
 def _is_float(dtype: Any) -> bool:
@@ -25,8 +36,8 @@ def _is_float(dtype: Any) -> bool:
 def widened(tree: Any) -> Any:
   """``tree`` with its floating arrays in float64; for use where JAX has 64 bits enabled."""
 
-  def widen(leaf):
-    if isinstance(leaf, (jax.Array, np.ndarray, np.generic)) and _is_float(leaf.dtype):
+  def widen(leaf: Any) -> Any:
+    if _has_dtype(leaf) and _is_float(leaf.dtype):
       return jnp.asarray(np.asarray(leaf, np.float64))
     return leaf
 
@@ -36,7 +47,7 @@ def widened(tree: Any) -> Any:
 class Point:
   """Arguments ``xs``, cotangents ``us`` of the outputs and tangents ``vs`` of the arguments."""
 
-  def __init__(self, key: tuple[int, ...], xs: Arrays, us: Arrays, vs: Arrays):
+  def __init__(self, key: tuple[Hashable, ...], xs: Arrays, us: Arrays, vs: Arrays):
     """Under a key that tells it from other points."""
     self.key, self.xs, self.us, self.vs = key, xs, us, vs
 
@@ -71,7 +82,7 @@ class Problem:
   ):
     """Of ``f(*args, **kwargs)``; ``seed`` decides its points."""
     self.f, self.kwargs, self.seed = f, dict(kwargs), seed
-    paths, self.tree = jax.tree_util.tree_flatten_with_path(tuple(args))
+    paths, self.tree = _flattened(tuple(args))
     try:
       self.leaves = [
         jnp.asarray(leaf) if _is_array(leaf) else leaf for _, leaf in paths
@@ -95,21 +106,22 @@ class Problem:
     self.dtypes = [x.dtype for x in self.xs]
 
     try:
-      jaxpr, out = jax.make_jaxpr(
-        lambda xs, ns: self.call(f, self.kwargs, xs, ns), return_shape=True
-      )(self.xs, self.ns)
+      jaxpr, out = jax.make_jaxpr(functools.partial(self.call, f, self.kwargs), return_shape=True)(
+        self.xs, self.ns
+      )
     except _NEEDS_VALUES as error:
       raise TypeError(
         "f needs the value of an argument, which check_derivatives traces; pass it in kwargs=."
       ) from error
-    outs, _ = jax.tree_util.tree_flatten_with_path(out)  # with types in place of arrays
+    outs, _ = _flattened(out)  # with types in place of arrays
     if any(jnp.issubdtype(y.dtype, jnp.complexfloating) for _, y in outs):
       raise TypeError("check_derivatives expected f to return real numbers, got complex ones.")
     self.num_outs = len(outs)
     self.float_outs = [i for i, (_, y) in enumerate(outs) if _is_float(y.dtype)]
     self.out_types = [outs[i][1] for i in self.float_outs]
     self.out_names = [f"out{jax.tree_util.keystr(outs[i][0])}" for i in self.float_outs]
-    self.masks: list[np.ndarray] | None = None  # of the outputs: where they are finite
+    # Of the outputs: where they are finite; everywhere, until an oracle was asked.
+    self.masks: Arrays = [np.ones(y.shape, bool) for y in self.out_types]
     self.size = max((math.prod(a.shape) for a in (*self.xs, *self.out_types)), default=0)
     self.float_dtypes = [*self.dtypes, *(y.dtype for y in self.out_types)]
     self.unit_dtypes = [*self.float_dtypes, *rounded_to(jaxpr.jaxpr)]
@@ -128,7 +140,7 @@ class Problem:
         other.__dict__[program] = getattr(self, program)
     return other, shared
 
-  def arguments(self, xs: Sequence[Any], ns: Sequence[Any]) -> tuple[Any, ...]:
+  def arguments(self, xs: Leaves, ns: Leaves) -> tuple[Any, ...]:
     """The arguments of f with these leaves."""
     leaves = list(self.leaves)
     for place, x in zip(self.float_places, xs, strict=True):
@@ -137,24 +149,32 @@ class Problem:
       leaves[place] = n
     return jax.tree.unflatten(self.tree, leaves)
 
-  def call(self, f: Callable[..., Any], kwargs: Any, xs: Sequence[Any], ns: Sequence[Any]) -> Any:
+  def call(self, f: Callable[..., Any], kwargs: Any, xs: Leaves, ns: Leaves) -> Any:
     """What f returns."""
     return f(*self.arguments(xs, ns), **kwargs)
 
-  def outputs(self, xs: Sequence[Any], ns: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+  def outputs(self, xs: Leaves, ns: Leaves) -> tuple[list[Any], list[Any]]:
     """The floating outputs and the others."""
     return split(jax.tree.leaves(self.call(self.f, self.kwargs, xs, ns)))
 
+  def floating(self, ns: Leaves) -> Callable[..., list[Any]]:
+    """The floating outputs as a function of the floating leaves, for JAX to differentiate."""
+    return lambda *xs: self.outputs(xs, ns)[0]
+
   # --- programs, compiled once for all points -----------------------------------------------------
 
-  def vjp_of(self, xs: Sequence[Any], ns: Sequence[Any], us: Sequence[Any]) -> Any:
+  def vjp_of(self, xs: Leaves, ns: Leaves, us: Leaves) -> tuple[list[Any], list[Any], list[Any]]:
     """``(floating outputs, other outputs, cotangents of xs)``; a function for JAX to transform."""
-    ys, pull, others = jax.vjp(lambda *xs: self.outputs(xs, ns), *xs, has_aux=True)
+
+    def outputs(*xs: Any) -> tuple[list[Any], list[Any]]:
+      return self.outputs(xs, ns)
+
+    ys, pull, others = vjp(outputs, *xs, has_aux=True)
     return ys, others, list(pull(list(us)))
 
-  def jvp_of(self, xs: Sequence[Any], ns: Sequence[Any], vs: Sequence[Any]) -> Any:
+  def jvp_of(self, xs: Leaves, ns: Leaves, vs: Leaves) -> list[Any]:
     """The tangents of the floating outputs."""
-    return jax.jvp(lambda *xs: self.outputs(xs, ns)[0], tuple(xs), tuple(vs))[1]
+    return jax.jvp(self.floating(ns), tuple(xs), tuple(vs))[1]
 
   @functools.cached_property
   def vjp(self) -> Callable[..., Any]:
@@ -185,7 +205,10 @@ class Problem:
     """
     rng = np.random.default_rng([self.seed, probe, row])
     offset = 0.0 if probe % 4 == 3 else rng.choice([-1.0, 1.0])
-    us = [np.asarray(rng.standard_normal(y.shape) + offset).astype(y.dtype) for y in self.out_types]
+    us = [
+      np.asarray(rng.standard_normal(tuple(y.shape)) + offset).astype(y.dtype)
+      for y in self.out_types
+    ]
     vs = [np.asarray(_scale(x) * rng.standard_normal(x.shape)).astype(x.dtype) for x in self.xs]
     xs = self.xs
     if row:
@@ -196,8 +219,7 @@ class Problem:
       if wide:
         xs, us, vs = ([a.astype(np.float64) for a in group] for group in (xs, us, vs))
       xs, us, vs = ([_moved(a, ulps, rng) for a in group] for group in (xs, us, vs))
-    if self.masks is not None:
-      us = [np.where(mask, u, np.zeros_like(u)) for u, mask in zip(us, self.masks, strict=True)]
+    us = [np.where(mask, u, np.zeros_like(u)) for u, mask in zip(us, self.masks, strict=True)]
     return Point((probe, near, row, wide), xs, us, vs)
 
 
@@ -216,11 +238,11 @@ def compiled(f: Callable[..., Any]) -> Callable[..., Any]:
 
 def rounded_to(jaxpr: Any) -> set[Any]:
   """The floating dtypes that a program rounds values of wider ones to."""
-  found = set()
+  found: set[Any] = set()
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == "convert_element_type":
       old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
-      if _is_float(old) and _is_float(new) and jnp.finfo(new).eps > jnp.finfo(old).eps:
+      if _is_float(old) and _is_float(new) and finfo(new).eps > finfo(old).eps:
         found.add(new)
     for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
       inner = getattr(value, "jaxpr", value)  # of a loop, a branch, a function with a rule
@@ -231,12 +253,12 @@ def rounded_to(jaxpr: Any) -> set[Any]:
 
 def coarsest(dtypes: Sequence[Any]) -> Any:
   """The dtype with the largest unit roundoff."""
-  return np.dtype(max(dtypes, key=lambda dtype: float(jnp.finfo(dtype).eps), default=np.float64))
+  return np.dtype(max(dtypes, key=lambda dtype: float(finfo(dtype).eps), default=np.float64))
 
 
 def _few_ulps(dtype: Any) -> float:
   # Enough to round differently; in sixteen bits one ulp is already much.
-  limits = jnp.finfo(dtype)
+  limits = finfo(dtype)
   return float(limits.eps) * (1.5 if limits.bits == 16 else 64)
 
 

@@ -54,23 +54,6 @@ class Row:
   index: tuple[int, ...] | None = None
   reason: str = ""
 
-  def _cells(self) -> tuple[str, ...]:
-    number = lambda x: (
-      "" if math.isnan(x) else f"{x:.1e}" if not float(x).is_integer() else f"{x:g}"
-    )
-    verdict = self.status if not self.reason else f"{self.status}: {self.reason}"
-    return (
-      self.function,
-      self.check,
-      self.of,
-      self.dtype,
-      "" if self.shape is None else str(list(self.shape)),
-      number(self.error),
-      number(self.bound),
-      "" if not self.index else str(list(self.index)),
-      verdict,
-    )
-
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -137,13 +120,12 @@ class Report:
     """The table."""
     return self._text(self.rows)
 
-  def _text(self, rows: Iterable[Row], summary: bool = True) -> str:
-    lines = aligned([row._cells() for row in rows])
-    return "\n".join([*lines, self.summary()] if summary else lines)
+  def _text(self, rows: Iterable[Row]) -> str:
+    return "\n".join([*aligned(rows), self.summary()])
 
   def to_dict(self) -> dict[str, Any]:
     """The report as dicts, lists, strings and numbers; what does not exist is None."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for row in self.rows:
       plain = dataclasses.asdict(row)
       for name in ("shape", "index"):
@@ -155,22 +137,45 @@ class Report:
 
   def _repr_html_(self) -> str:
     color = {"passed": "inherit", "failed": "#c00", "skipped": "gray"}
-    line = lambda tag, cells: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
     body = "".join(
-      f'<tr style="color: {color[row.status]}">{line("td", row._cells())}</tr>' for row in self.rows
+      f'<tr style="color: {color[row.status]}">{_html("td", _cells(row))}</tr>' for row in self.rows
     )
     return (
-      f"<table><thead><tr>{line('th', _COLUMNS)}</tr></thead><tbody>{body}</tbody></table>"
+      f"<table><thead><tr>{_html('th', _COLUMNS)}</tr></thead><tbody>{body}</tbody></table>"
       f"<p>{self.summary()}</p>"
     )
 
 
-def aligned(cells: list[tuple[str, ...]]) -> list[str]:
+def _cells(row: Row) -> tuple[str, ...]:
+  return (
+    row.function,
+    row.check,
+    row.of,
+    row.dtype,
+    "" if row.shape is None else str(list(row.shape)),
+    _number(row.error),
+    _number(row.bound),
+    "" if not row.index else str(list(row.index)),
+    row.status if not row.reason else f"{row.status}: {row.reason}",
+  )
+
+
+def _number(x: float) -> str:
+  if math.isnan(x):
+    return ""
+  return f"{x:g}" if float(x).is_integer() else f"{x:.1e}"
+
+
+def _html(tag: str, cells: Iterable[str]) -> str:
+  return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+
+
+def aligned(rows: Iterable[Row]) -> list[str]:
   """Lines of text with the cells of each column under its name."""
-  table = [_COLUMNS, *cells]
+  table = [_COLUMNS, *map(_cells, rows)]
   widths = [max(map(len, column)) for column in zip(*table, strict=True)]
   number = [name in ("error", "bound") for name in _COLUMNS]
-  lines = []
+  lines: list[str] = []
   for row in table:
     padded = (
       cell.rjust(width) if right else cell.ljust(width)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from softmax_jax.verify import bounds
 from softmax_jax.verify.oracle import Oracle, first_line
-from softmax_jax.verify.problem import Arrays, Problem, compiled
+from softmax_jax.verify.problem import Arrays, Problem, compiled, finfo
 from softmax_jax.verify.report import Row, Skip
 
 # With more entries than this in an array fewer probes do, and then fewer points near each.
@@ -36,6 +36,8 @@ class Comparison(NamedTuple):
   unknown: str = ""
 
 
+# What a check compares, by the number of the probe and that of a point near it.
+Evaluate = Callable[[int, int], list[Comparison]]
 # A comparison, the shape of its array, and the verdict on it.
 Judged = tuple[Comparison, tuple[int, ...], bounds.Verdict]
 
@@ -105,7 +107,7 @@ class Verifier:
   def need_derivatives(self) -> None:
     """Skips where there is no derivative."""
     self.need_floats()
-    masks = self.problem.masks or []
+    masks = self.problem.masks
     if any(mask.size for mask in masks) and not any(mask.any() for mask in masks):
       raise Skip("no output is finite at these arguments")
 
@@ -149,7 +151,7 @@ class Verifier:
   def measure(
     self,
     check: str,
-    evaluate: Callable[[int, int], list[Comparison]],
+    evaluate: Evaluate,
     *,
     probes: int = 4,
     near: int = 4,
@@ -165,7 +167,7 @@ class Verifier:
   def judge(
     self,
     check: str,
-    evaluate: Callable[[int, int], list[Comparison]],
+    evaluate: Evaluate,
     probes: int,
     near: int,
     *,
@@ -180,11 +182,12 @@ class Verifier:
     with np.errstate(all="ignore"):  # Infinities are judged below.
       runs = [[evaluate(p, k) for p in range(probes)] for k in range(near + 1)]
     # Comparisons are told apart by their place in the list.
-    judged = []
+    judged: list[Judged] = []
     for place, first in enumerate(runs[0][0]):
-      stack = lambda k, field, place=place: np.stack(
-        [np.asarray(getattr(run[place], field), np.float64) for run in runs[k]]
-      )
+
+      def stack(k: int, field: str, place: int = place) -> np.ndarray:
+        return np.stack([np.asarray(getattr(run[place], field), np.float64) for run in runs[k]])
+
       expected = _rounded_to_infinity(stack(0, "expected"), first.dtype)
       slack = np.broadcast_to(
         np.stack([np.broadcast_to(r[place].slack, expected.shape[1:]) for r in runs[0]]),
@@ -206,13 +209,13 @@ class Verifier:
         floor=max(run[place].floor for run in runs[0]),
       )
       if verdict.passed and first.unknown:
-        verdict = verdict._replace(useless=first.unknown)
+        verdict = dataclasses.replace(verdict, useless=first.unknown)
       judged.append((first, expected.shape[1:], verdict))
     return judged
 
   def rows(self, label: str, judged: Sequence[Judged]) -> list[Row]:
     """A row for the worst array, and one for each of which nothing can be said."""
-    rows = []
+    rows: list[Row] = []
     telling = [j for j in judged if not j[2].useless]
     silent = {(j[0].of, j[2].useless): j for j in judged if j[2].useless}
     for of, shape, verdict in silent.values():
@@ -269,7 +272,7 @@ def not_offered(error: BaseException) -> str:
 
 def _rounded_to_infinity(x: np.ndarray, dtype: Any) -> np.ndarray:
   """``x`` with infinities for what is too large for the dtype."""
-  return np.where(np.abs(x) > float(jnp.finfo(dtype).max), np.copysign(np.inf, x), x)
+  return np.where(np.abs(x) > float(finfo(dtype).max), np.copysign(np.inf, x), x)
 
 
 def _difference(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from softmax_jax.verify.problem import Point
+from softmax_jax.verify.problem import Leaves, Point, vjp
 from softmax_jax.verify.verifier import Verifier
 
 # More arguments or outputs than this are not looked at one by one.
@@ -16,6 +16,11 @@ MAX_ARGUMENTS = 8
 def pulled(v: Verifier, point: Point) -> Any:
   """The cotangents of the arguments by f's own rule."""
   return v.problem.vjp(point.xs, v.problem.ns, point.us)[2]
+
+
+def pull_back(f: Any, xs: Leaves, u: Any) -> list[Any]:
+  """The cotangents of ``xs`` for the cotangent of ``f(*xs)``; a function for JAX to transform."""
+  return list(vjp(f, *xs)[1](u))
 
 
 def directions(v: Verifier, point: Point) -> list[tuple[str, list[np.ndarray]]]:
@@ -36,7 +41,7 @@ def one_by_one(v: Verifier, us: list[np.ndarray]) -> list[tuple[int, str, list[n
   return [
     (i, f" by {name}", [u if i == j else np.zeros_like(u) for j, u in enumerate(us)])
     for i, name in enumerate(v.problem.out_names[:MAX_ARGUMENTS])
-    if us[i].size == 0 or v.problem.masks is None or v.problem.masks[i].any()
+    if us[i].size == 0 or v.problem.masks[i].any()
   ]
 
 

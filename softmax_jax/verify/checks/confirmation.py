@@ -39,10 +39,10 @@ def _differences(v: Verifier) -> list[tuple[str, Judged]]:
   problem = v.problem
   subjects: list[str] = []
 
-  def evaluate(probe, near, wide=False):
+  def evaluate(probe: int, near: int, wide: bool = False) -> list[Comparison]:
     point = problem.point(probe, near, wide=wide)
     ys, _ = v.oracle.value(point.xs)
-    comparisons = []
+    comparisons: list[Comparison] = []
     subjects.clear()
     for name, vs in directions(v, point):
       dots, slack = v.oracle.differences(point.xs, vs)
@@ -71,7 +71,7 @@ def _differences(v: Verifier) -> list[tuple[str, Judged]]:
 
   unit = 2.0**-53 if not v.oracle.narrow else None
 
-  def judge(wide):
+  def judge(wide: bool) -> list[Judged]:
     compare = functools.partial(evaluate, wide=wide)
     return v.judge("finite_differences", compare, 4, 2, useless=_CONFIRMS, unit=unit)
 

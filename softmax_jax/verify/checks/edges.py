@@ -22,7 +22,7 @@ def edge_points(v: Verifier) -> list[Row]:
   if not v.edge_points:
     raise Skip("none was named with edge_points=")
   v.need_floats()
-  rows = []
+  rows: list[Row] = []
   for place, args in enumerate(v.edge_points):
     rows += v.run(f"edge_points: {place}", lambda v, place=place, args=args: _edge(v, place, args))
   return rows
@@ -49,7 +49,7 @@ def _edge(v: Verifier, place: int, args: Any) -> list[Row]:
           index, f"{len(nan)} NaN",
         )
       ]  # fmt: skip
-  rows = []
+  rows: list[Row] = []
   for check in (value, finite_differences, vjp, jvp):
     rows += at.run(check.__name__, check)
   rows = [dataclasses.replace(row, check=f"{label}: {row.check}") for row in rows]

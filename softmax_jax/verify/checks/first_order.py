@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import numpy as np
 
-from softmax_jax.verify.checks.common import MAX_ARGUMENTS, directions, inner, one_by_one, pulled
+from softmax_jax.verify.checks.common import (
+  MAX_ARGUMENTS,
+  directions,
+  inner,
+  one_by_one,
+  pull_back,
+  pulled,
+)
 from softmax_jax.verify.checks.confirmation import cotangents, differences
+from softmax_jax.verify.problem import Arrays, Leaves
 from softmax_jax.verify.report import Row, Skip
 from softmax_jax.verify.verifier import Comparison, Verifier
 
@@ -15,13 +26,15 @@ def value(v: Verifier) -> list[Row]:
   """The outputs. Those that are not floating must be equal."""
   problem = v.problem
 
-  def evaluate(probe, near):
+  def evaluate(probe: int, near: int) -> list[Comparison]:
     xs = problem.point(probe, near).xs
     (ys, _), (expected, _) = problem.value(xs, problem.ns), v.oracle.value(xs)
     return v.of_outputs("", ys, expected)
 
   (_, others), (_, expected) = problem.value(problem.xs, problem.ns), v.oracle.value(problem.xs)
-  differ = sum(int(np.sum(np.asarray(a) != b)) for a, b in zip(others, expected, strict=True))
+  differ = sum(
+    int(np.count_nonzero(np.asarray(a) != b)) for a, b in zip(others, expected, strict=True)
+  )
   rows = v.count("value", differ, 0, of="entries of outputs without dtype float") if others else []
   if not problem.out_types:
     return rows
@@ -37,7 +50,7 @@ def vjp(v: Verifier) -> list[Row]:
   """Reverse mode: J^T u, with cotangents of all outputs together, and the outputs it computes."""
   v.need_oracle()
 
-  def evaluate(probe, near):
+  def evaluate(probe: int, near: int) -> list[Comparison]:
     point = v.problem.point(probe, near)
     ys, _, bars = v.problem.vjp(point.xs, v.problem.ns, point.us)
     outputs = v.of_outputs("value under vjp of ", ys, v.oracle.value(point.xs)[0])
@@ -61,15 +74,18 @@ def each_output(v: Verifier) -> list[Row]:
   if len(problem.out_types) < 2:
     raise Skip("f has one output, to which vjp applies")
 
-  def program_of(place):
-    def program(xs, ns, u):
-      return list(jax.vjp(lambda *xs: problem.outputs(xs, ns)[0][place], *xs)[1](u))
+  def program_of(place: int) -> Callable[..., Any]:
+    def program(xs: Leaves, ns: Leaves, u: Any) -> list[Any]:
+      def output(*xs: Any) -> Any:
+        return problem.outputs(xs, ns)[0][place]
+
+      return pull_back(output, xs, u)
 
     return v.program(f"each_output {place}", program)
 
-  def evaluate(probe, near):
+  def evaluate(probe: int, near: int) -> list[Comparison]:
     point = problem.point(probe, near)
-    comparisons = []
+    comparisons: list[Comparison] = []
     for place, note, us in one_by_one(v, point.us):
       expected = v.oracle.vjp(point, us)
       bars = problem.vjp(point.xs, problem.ns, us)[2]
@@ -92,15 +108,15 @@ def each_argument(v: Verifier) -> list[Row]:
   if len(names) == 1:
     raise Skip("f has one floating argument, to which vjp and jvp apply")
 
-  def rows_of(j):
-    def program(xs, ns, us, tangent):
-      f = lambda x: problem.outputs([*xs[:j], x, *xs[j + 1 :]], ns)[0]
-      (bar,) = jax.vjp(f, xs[j])[1](us)
+  def rows_of(j: int) -> list[Row]:
+    def both(xs: Leaves, ns: Leaves, us: Leaves, tangent: Any) -> tuple[Any, Any]:
+      f: Callable[[Any], Any] = lambda x: problem.outputs([*xs[:j], x, *xs[j + 1 :]], ns)[0]
+      (bar,) = pull_back(f, [xs[j]], us)
       return bar, jax.jvp(f, (xs[j],), (tangent,))[1] if forward else None
 
-    program = v.program(f"each_argument {j}", program)
+    program = v.program(f"each_argument {j}", both)
 
-    def evaluate(probe, near):
+    def evaluate(probe: int, near: int) -> list[Comparison]:
       point = problem.point(probe, near)
       bar, dots = program(list(point.xs), problem.ns, list(point.us), point.vs[j])
       bars = [bar if i == j else None for i in range(len(names))]
@@ -112,7 +128,7 @@ def each_argument(v: Verifier) -> list[Row]:
 
     return v.measure("each_argument", evaluate, probes=2, near=4, transformation=names[j])
 
-  rows = []
+  rows: list[Row] = []
   for j, name in enumerate(names[:MAX_ARGUMENTS]):
     rows += v.run(f"each_argument: {name}", lambda v, j=j: rows_of(j))
   if len(names) > MAX_ARGUMENTS:
@@ -139,9 +155,9 @@ def jvp(v: Verifier) -> list[Row]:
   v.need_forward()
   problem = v.problem
 
-  def evaluate(probe, near):
+  def evaluate(probe: int, near: int) -> list[Comparison]:
     point = problem.point(probe, near)
-    comparisons = []
+    comparisons: list[Comparison] = []
     for name, vs in directions(v, point):
       expected, slack = v.oracle.jvp(point.xs, vs)
       dots = problem.jvp(point.xs, problem.ns, vs)
@@ -155,7 +171,7 @@ def dot_product(v: Verifier) -> list[Row]:
   """<u, Jv> = <J^T u, v> with f's own forward and reverse mode; no reference is needed."""
   v.need_forward()
 
-  def evaluate(probe, near):
+  def evaluate(probe: int, near: int) -> list[Comparison]:
     point = v.problem.point(probe, near)
     dots = v.problem.jvp(point.xs, v.problem.ns, point.vs)
     return [
@@ -175,17 +191,19 @@ def linearity(v: Verifier) -> list[Row]:
   v.need_derivatives()
   problem = v.problem
 
-  def evaluate(probe, near):
+  def evaluate(probe: int, near: int) -> list[Comparison]:
     point, other = problem.point(probe, near), problem.point(probe + 1, near)
     us, ws = point.us, [w.astype(np.float64) for w in other.us]
     combined = [
       (2 * u.astype(np.float64) - 4 * w).astype(u.dtype) for u, w in zip(us, ws, strict=True)
     ]
-    pull = lambda us: problem.vjp(point.xs, problem.ns, us)[2]
-    wide = lambda arrays: [np.asarray(a, np.float64) for a in arrays]
+
+    def pull(us: Arrays) -> Arrays:
+      return problem.vjp(point.xs, problem.ns, us)[2]
+
     first, second = (
-      wide(pull(us)),
-      wide(pull([w.astype(u.dtype) for u, w in zip(us, ws, strict=True)])),
+      [np.asarray(bar, np.float64) for bar in pull(group)]
+      for group in (us, [w.astype(u.dtype) for u, w in zip(us, ws, strict=True)])
     )
     expected = [2 * a - 4 * b for a, b in zip(first, second, strict=True)]
     zero = pull([np.zeros_like(u) for u in us])

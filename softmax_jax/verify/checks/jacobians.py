@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from softmax_jax.verify.problem import Point
+from softmax_jax.verify.problem import Arrays, Leaves, Point, compiled
 from softmax_jax.verify.report import Row, Skip
 from softmax_jax.verify.verifier import Comparison, Verifier
 
 # The largest Jacobian that is compared, and the largest that is drawn, in entries.
 _JACOBIAN_ENTRIES = 4096
 _DRAWN_ENTRIES = 262_144
+
+
+_Pair = tuple[np.ndarray, np.ndarray]  # a matrix, and what its entries may be wrong by
+_TRANSFORMS: dict[str, Callable[..., Any]] = {"jacfwd": jax.jacfwd, "jacrev": jax.jacrev}
 
 
 def jacobian(v: Verifier) -> list[Row]:
@@ -28,18 +33,18 @@ def jacobian(v: Verifier) -> list[Row]:
   if columns * height == 0:
     raise Skip("it is empty")
 
-  expected: dict[int, Any] = {}
+  expected: dict[int, list[list[_Pair]]] = {}
   near_points = 4 if columns * height >= 64 else 8
 
-  def reference(near):
+  def reference(near: int) -> list[list[_Pair]]:
     if near not in expected:
       expected[near] = reference_jacobian(v, problem.point(0, near))
     return expected[near]
 
-  def rows_of(name, program):
-    def evaluate(_, near):
-      blocks = program(problem.point(0, near).xs)
-      comparisons = []
+  def rows_of(name: str, blocks_of: Callable[[Arrays], Any]) -> list[Row]:
+    def evaluate(_: int, near: int) -> list[Comparison]:
+      blocks = blocks_of(problem.point(0, near).xs)
+      comparisons: list[Comparison] = []
       for i, out in enumerate(problem.out_names):
         for j, arg in enumerate(problem.names):
           matrix, slack = reference(near)[i][j]
@@ -53,27 +58,32 @@ def jacobian(v: Verifier) -> list[Row]:
 
     return v.measure("jacobian", evaluate, probes=1, near=near_points, transformation=name)
 
-  rows = []
+  rows: list[Row] = []
   places = tuple(range(len(problem.xs)))
-  for name, transform in (("jacfwd", jax.jacfwd), ("jacrev", jax.jacrev)):
+  for name, transform in _TRANSFORMS.items():
 
-    def attempt(v, name=name, transform=transform):
+    def attempt(
+      v: Verifier, name: str = name, transform: Callable[..., Any] = transform
+    ) -> list[Row]:
       if name == "jacfwd":
         v.need_forward()
-      program = v.program(
-        name, lambda xs, ns: transform(lambda *xs: problem.outputs(xs, ns)[0], argnums=places)(*xs)
-      )
+
+      def blocks(xs: Leaves, ns: Leaves) -> Any:
+        return transform(problem.floating(ns), argnums=places)(*xs)
+
+      program = v.program(name, blocks)
       return rows_of(name, lambda xs: program(xs, problem.ns))
 
     rows += v.run(f"jacobian: {name}", attempt)
-  if v.jacobian is None:
+  closed_jacobian = v.jacobian
+  if closed_jacobian is None:
     reason = "none was given with jacobian="
     return [*rows, Row(v.name, "jacobian: closed form", "skipped", reason=reason)]
 
-  def closed_form(v):
-    def evaluate(_, near):
+  def closed_form(v: Verifier) -> list[Row]:
+    def evaluate(_: int, near: int) -> list[Comparison]:
       xs = problem.point(0, near).xs
-      matrix = v.jacobian(*problem.arguments(xs, problem.ns), **problem.kwargs)
+      matrix = closed_jacobian(*problem.arguments(xs, problem.ns), **problem.kwargs)
       (expected, slack) = reference(near)[0][0]
       if np.shape(matrix) != expected.shape:
         raise ValueError(
@@ -99,37 +109,35 @@ def jacobian_pair(v: Verifier) -> tuple[np.ndarray, np.ndarray]:
     raise ValueError(f"it has {entries:,} entries, expected 1 to {_DRAWN_ENTRIES:,}")
   shape = (-1, problem.xs[0].size)
 
-  def first_output(x):
+  def first_output(x: Any) -> Any:
     return problem.outputs([x, *problem.xs[1:]], problem.ns)[0][0]
 
-  transform = jax.jacfwd if not v.forward and problem.xs[0].size < entries**0.5 else jax.jacrev
+  forward = not v.forward and problem.xs[0].size < entries**0.5
+  transform = _TRANSFORMS["jacfwd" if forward else "jacrev"]
   try:
-    matrix = jax.jit(transform(first_output))(problem.xs[0])
+    matrix = compiled(transform(first_output))(problem.xs[0])
   except ValueError:  # f may have one mode only.
-    matrix = jax.jit(jax.jacfwd(first_output))(problem.xs[0])
+    matrix = compiled(_TRANSFORMS["jacfwd"](first_output))(problem.xs[0])
   right, _ = reference_jacobian(v, problem.point())[0][0]
   return np.asarray(matrix, np.float64).reshape(shape), right.reshape(shape)
 
 
-def reference_jacobian(v: Verifier, point: Point) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+def reference_jacobian(v: Verifier, point: Point) -> list[list[_Pair]]:
   """Column by column, as derivatives along the axes; ``[output][argument]`` and its slack."""
-  columns: list[Any] = []
+  columns: list[list[tuple[Arrays, Arrays]]] = []
   for j, x in enumerate(point.xs):
-    found = []
+    found: list[tuple[Arrays, Arrays]] = []
     for place in range(x.size):
       vs = [np.zeros(x.shape) for x in point.xs]
       vs[j].flat[place] = 1
       found.append(v.oracle.jvp(point.xs, vs))
     columns.append(found)
+
+  def block(part: int, i: int, j: int) -> np.ndarray:
+    shape = (*v.problem.out_types[i].shape, *point.xs[j].shape)
+    return np.stack([np.asarray(c[part][i]) for c in columns[j]], axis=-1).reshape(shape)
+
   return [
-    [
-      tuple(
-        np.stack([np.asarray(c[part][i]) for c in found], axis=-1).reshape(
-          (*v.problem.out_types[i].shape, *x.shape)
-        )
-        for part in (0, 1)
-      )
-      for found, x in zip(columns, point.xs, strict=True)
-    ]
+    [(block(0, i, j), block(1, i, j)) for j in range(len(point.xs))]
     for i in range(len(v.problem.out_types))
   ]

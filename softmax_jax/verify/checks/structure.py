@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from softmax_jax.verify.problem import vjp
 from softmax_jax.verify.report import Row, Skip
 from softmax_jax.verify.verifier import Verifier
 
@@ -18,7 +19,7 @@ def structure(v: Verifier) -> list[Row]:
   problem = v.problem
   places = sorted(problem.float_places + problem.other_places)
 
-  def f(*arrays):
+  def f(*arrays: Any) -> list[jax.Array]:
     leaves = list(problem.leaves)
     for place, array in zip(places, arrays, strict=True):
       leaves[place] = array
@@ -26,9 +27,9 @@ def structure(v: Verifier) -> list[Row]:
     return [jnp.asarray(y) for y in jax.tree.leaves(out)]
 
   arrays = [problem.leaves[place] for place in places]
-  ys, pull = jax.vjp(f, *arrays)
+  ys, pull = vjp(f, *arrays)
   bars = pull([_ones(y) for y in ys])
-  wrong = []
+  wrong: list[str] = []
   for place, x, bar in zip(places, arrays, bars, strict=True):
     if place in problem.float_places:
       name = problem.names[problem.float_places.index(place)]
@@ -47,7 +48,7 @@ def residuals(v: Verifier) -> list[Row]:
   v.need_floats()
   problem = v.problem
   xs = [jnp.asarray(x) for x in problem.xs]
-  ys, pull = jax.vjp(lambda *xs: problem.outputs(xs, problem.ns)[0], *xs)
+  ys, pull = vjp(problem.floating(problem.ns), *xs)
   alive = {_buffer(a) for a in (*xs, *ys, *problem.leaves) if isinstance(a, jax.Array)}
   held = {_buffer(a): a for a in jax.tree.leaves(pull) if isinstance(a, jax.Array) and a.size}
   kept = [a for buffer, a in held.items() if buffer not in alive]
@@ -67,17 +68,17 @@ def traces(v: Verifier) -> list[Row]:
   problem, number = v.problem, 0
 
   @jax.jit
-  def step(xs):
+  def step(xs: list[Any]) -> list[Any]:
     nonlocal number
     number += 1
-    ys, pull = jax.vjp(lambda *xs: problem.outputs(xs, problem.ns)[0], *xs)
+    ys, pull = vjp(problem.floating(problem.ns), *xs)
     return [x - bar for x, bar in zip(xs, pull([jnp.ones_like(y) for y in ys]), strict=True)]
 
   xs = [problem.leaves[place] for place in problem.float_places]
   # A Python number has a weak type, which it may lose in the first step.
   allowed = 2 if any(jax.typeof(x).weak_type for x in xs) else 1
   for _ in range(3):
-    xs = step(xs)
+    xs = step(xs)  # pyright: ignore[reportUnknownVariableType]  # untyped in JAX
   return v.count("traces", number, allowed, of="traces")
 
 

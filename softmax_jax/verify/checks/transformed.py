@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softmax_jax.verify.checks.common import MAX_ARGUMENTS, pulled
+from softmax_jax.verify.checks.common import MAX_ARGUMENTS, pull_back, pulled
 from softmax_jax.verify.checks.confirmation import cotangents
-from softmax_jax.verify.problem import Point
+from softmax_jax.verify.problem import Arrays, Leaves, Point
 from softmax_jax.verify.report import Row
 from softmax_jax.verify.verifier import Comparison, Verifier
 
@@ -23,14 +25,14 @@ def jit(v: Verifier) -> list[Row]:
   v.need_derivatives()
   problem = v.problem
 
-  first: dict[int, Any] = {}
+  first: dict[int, tuple[Arrays, Arrays]] = {}
 
-  def without_jit(point):
+  def without_jit(point: Point) -> Arrays:
     xs, us = ([jnp.asarray(a) for a in group] for group in (point.xs, point.us))
     return [np.asarray(bar, np.float64) for bar in problem.vjp_of(xs, problem.ns, us)[2]]
 
-  def evaluate(_, near):
-    comparisons = []
+  def evaluate(_: int, near: int) -> list[Comparison]:
+    comparisons: list[Comparison] = []
     for row in (0, 1):
       point = problem.point(0, near, row)
       bars = [np.asarray(bar, np.float64) for bar in pulled(v, point)]
@@ -47,7 +49,8 @@ def jit(v: Verifier) -> list[Row]:
 def vmap_each_argument(v: Verifier) -> list[Row]:
   """J^T u and Jv under vmap over one argument at a time; u and v are batched too."""
   v.need_derivatives()
-  problem, rows = v.problem, []
+  problem = v.problem
+  rows: list[Row] = []
   places = [("x", j, name) for j, name in enumerate(problem.names)]
   places += [("n", j, name) for j, name in enumerate(problem.other_names)]
   for kind, place, name in places[:MAX_ARGUMENTS]:
@@ -73,17 +76,14 @@ def vmap_batch(v: Verifier) -> list[Row]:
 def _vmapped(v: Verifier, check: str, name: str, axes_x: list[Any], axes_n: list[Any]) -> list[Row]:
   problem, forward = v.problem, not v.forward  # found out before anything is traced
   name_key = (name,) if name else ()  # the points of a whole batch are those of scan
+  both = functools.partial(_both, v, forward)
   program = v.program(
     f"{check} {name}",
-    jax.vmap(
-      lambda xs, ns, us, vs: _both(v, forward, xs, ns, us, vs),
-      in_axes=(axes_x, axes_n, 0, 0),
-      axis_size=_BATCH,
-    ),
+    jax.vmap(both, in_axes=(axes_x, axes_n, 0, 0), axis_size=_BATCH),
   )
   ns = [jnp.stack([n] * _BATCH) if a == 0 else n for n, a in zip(problem.ns, axes_n, strict=True)]
 
-  def evaluate(_, near):
+  def evaluate(_: int, near: int) -> list[Comparison]:
     points = [problem.point(0, near, row) for row in range(_BATCH)]
     mixed = [
       Point(
@@ -110,13 +110,12 @@ def checkpoint(v: Verifier) -> list[Row]:
   v.need_derivatives()
   problem = v.problem
 
-  def program(xs, ns, us):
-    f = jax.checkpoint(lambda *xs: problem.outputs(xs, ns)[0])
-    return list(jax.vjp(f, *xs)[1](list(us)))
+  def pulled_through(xs: Leaves, ns: Leaves, us: Leaves) -> list[Any]:
+    return pull_back(jax.checkpoint(problem.floating(ns)), xs, list(us))
 
-  program = v.program("checkpoint", program)
+  program = v.program("checkpoint", pulled_through)
 
-  def evaluate(probe, near):
+  def evaluate(probe: int, near: int) -> list[Comparison]:
     point = problem.point(probe, near)
     bars = program(point.xs, problem.ns, point.us)
     return cotangents(v, bars, v.oracle.vjp(point), " under checkpoint")
@@ -129,19 +128,18 @@ def scan(v: Verifier) -> list[Row]:
   v.need_derivatives()
   problem, forward = v.problem, not v.forward
 
-  def outputs(xs, ns):
-    return jax.lax.scan(lambda _, xs: (None, problem.outputs(xs, ns)[0]), None, list(xs))[1]
+  def both(xs: Leaves, ns: Leaves, us: Leaves, vs: Leaves) -> tuple[list[Any], Any]:
+    def f(*xs: Any) -> list[Any]:
+      return jax.lax.scan(lambda _, xs: (None, problem.outputs(xs, ns)[0]), None, list(xs))[1]
 
-  def both(xs, ns, us, vs):
-    f = lambda *xs: outputs(xs, ns)
-    bars = list(jax.vjp(f, *xs)[1](list(us)))
+    bars = pull_back(f, xs, list(us))
     return bars, jax.jvp(f, tuple(xs), tuple(vs))[1] if forward else None
 
   program = v.program("scan", both)
 
-  def evaluate(_, near):
+  def evaluate(_: int, near: int) -> list[Comparison]:
     points = [problem.point(0, near, row) for row in range(_BATCH)]
-    xs = [np.stack(group) for group in zip(*(p.xs for p in points), strict=True)]
+    xs = _stacked(p.xs for p in points)
     bars, dots = program(xs, problem.ns, *_batched(points))
     expected = [v.oracle.vjp(p) for p in points]
     return _batch_comparisons(v, points, expected, bars, dots, " under scan")
@@ -149,29 +147,28 @@ def scan(v: Verifier) -> list[Row]:
   return v.measure("scan", evaluate, probes=1, near=4)
 
 
-def _both(v: Verifier, forward: bool, xs: Any, ns: Any, us: Any, vs: Any) -> tuple[Any, Any]:
+def _both(
+  v: Verifier, forward: bool, xs: Leaves, ns: Leaves, us: Leaves, vs: Leaves
+) -> tuple[list[Any], Any]:
   """J^T u, and Jv or None without forward mode."""
   bars = v.problem.vjp_of(xs, ns, us)[2]
   return bars, v.problem.jvp_of(xs, ns, vs) if forward else None
 
 
-def _batched(points: list[Point]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-  return tuple(  # type: ignore[return-value]
-    [np.stack(group) for group in zip(*(getattr(p, name) for p in points), strict=True)]
-    for name in ("us", "vs")
-  )
+def _batched(points: list[Point]) -> tuple[Arrays, Arrays]:
+  return _stacked(p.us for p in points), _stacked(p.vs for p in points)
+
+
+def _stacked(lists: Iterable[Arrays]) -> Arrays:
+  return [np.stack(group) for group in zip(*lists, strict=True)]
 
 
 def _batch_comparisons(
-  v: Verifier, points: list[Point], expected: list[Any], bars: Any, dots: Any, note: str
+  v: Verifier, points: list[Point], expected: list[Arrays], bars: Any, dots: Any, note: str
 ) -> list[Comparison]:
-  comparisons = cotangents(
-    v, bars, [np.stack(group) for group in zip(*expected, strict=True)], note
-  )
+  comparisons = cotangents(v, bars, _stacked(expected), note)
   if dots is not None:
     pairs = [v.oracle.jvp_at(p) for p in points]
-    wanted, slack = (
-      [np.stack(g) for g in zip(*(pair[i] for pair in pairs), strict=True)] for i in (0, 1)
-    )
+    wanted, slack = (_stacked(pair[i] for pair in pairs) for i in (0, 1))
     comparisons += v.of_outputs("tangent of ", dots, wanted, slack)
   return comparisons
