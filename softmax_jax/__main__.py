@@ -37,7 +37,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
   )
   parser.add_argument("--version", action="version", version=softmax_jax.__version__)
   commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-  parsers = {}
+  parsers: dict[str, _Parser] = {}
   for name, module in _COMMANDS.items():
     summary, _, details = (module.__doc__ or "").partition("\n\n")
     parsers[name] = commands.add_parser(

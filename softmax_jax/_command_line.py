@@ -5,7 +5,7 @@ import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 _PICTURES = (".pdf", ".png", ".svg")
@@ -40,7 +40,7 @@ def picture(text: str) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def progress_bar(steps: int) -> Iterator[Callable[[int, str], None]]:
+def progress_bar(steps: int) -> Generator[Callable[[int, str], None]]:
   """A progress bar on stderr, or nothing where that is no terminal.
 
   Yields a function of the number of steps done and of a description.

@@ -35,7 +35,8 @@ import math
 import os
 import pathlib
 import platform
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -183,7 +184,7 @@ def _peers(wanted: list[str] | None) -> list[str]:
 
 
 def _lines(args: argparse.Namespace) -> dict[str, list[suites.Line]]:
-  lines = {}
+  lines: dict[str, list[suites.Line]] = {}
   for suite in dict.fromkeys(args.suite):
     if suite == "accuracy":
       continue
@@ -210,19 +211,19 @@ def _measure(args: argparse.Namespace, peers: list[str]) -> dict[str, Any]:
   count += len(accuracy.steps(dtype)) if "accuracy" in args.suite else 0
   begun = itertools.count()
   with progress_bar(count) as bar:
-    show = lambda description: bar(next(begun), description)
+    show: Callable[[str], None] = lambda description: bar(next(begun), description)
     for suite in dict.fromkeys(args.suite):
       if suite == "accuracy":
         rows = accuracy.measure(peers, dtype, seed=args.seed, show=show)
         result["suites"][suite] = {"lines": rows}
         continue
-      measured = []
+      measured: list[dict[str, Any]] = []
       for line in lines[suite]:
         show(f"{line.function}, {line.mode}, {'x'.join(map(str, line.shape))}")
         limits = {name: getattr(args, name) for name in ("rounds", "seconds", "seed", "scale")}
         try:
           measured.append(suites.measure(line, peers, dtype, **limits))
-        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        except (MemoryError, RuntimeError) as error:  # JAX's own is a RuntimeError.
           if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             shape = "x".join(map(str, line.shape))
             raise argparse.ArgumentError(
@@ -235,7 +236,7 @@ def _measure(args: argparse.Namespace, peers: list[str]) -> dict[str, Any]:
 
 def _about(args: argparse.Namespace, peers: list[str]) -> dict[str, Any]:
   """When, where and with what; the suites come in later."""
-  device = jax.devices()[0]
+  device = cast(Any, jax.devices()[0])
   names = {peer.partition(".")[0] for peer in peers} - {"products"}
   versions = {"softmax_jax": programs.version(programs.OURS), "jax": jax.__version__}
   versions |= {name: programs.version(name) for name in sorted(names - {"jax"})}
