@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from softmax_jax._command_line import save_picture
 from softmax_jax.benchmark.programs import GRADIENT, INTEGER, LINEAR, OURS, PEERS, SOFT, VJP
 
 _SHORT = {INTEGER: "integer", SOFT: "soft", LINEAR: "linear"}
@@ -278,7 +279,7 @@ def draw(report: dict[str, Any], path: pathlib.Path) -> None:
       if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     figure.suptitle(machine(report), fontsize=8, x=0.01, ha="left", wrap=True)
-    figure.savefig(path, dpi=150)
+    save_picture(figure, path, dpi=150)
 
 
 _STYLE = {

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from softmax_jax import derivatives, softmax, softmax_cross_entropy_with_integer_labels
-from softmax_jax._command_line import progress_bar
+from softmax_jax._command_line import devices, progress_bar, save_picture
 from softmax_jax.train import common
 
 DEFAULTS = {"steps": 1000, "batch_size": 128, "learning_rate": 3e-3}
@@ -30,6 +30,7 @@ _HIDDEN = 128
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
   """Trains and checks; the report, whose failures are the checks that did not hold."""
+  device = devices()[0]
   digits = _load_digits(args.seed)
   if args.batch_size > len(digits.train_labels):
     raise argparse.ArgumentError(
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     "learning_rate": args.learning_rate,
     "seed": args.seed,
     "jax": jax.__version__,
-    "device": jax.devices()[0].device_kind,
+    "device": device.device_kind,
     "train_digits": len(digits.train_labels),
     "test_digits": len(digits.test_labels),
     "test_correct": correct,
@@ -399,4 +400,4 @@ def _draw(path: pathlib.Path, digits: _Digits, training: _Training, logits: np.n
 
     for axes in (counts, heat):
       axes.set(xticks=range(_CLASSES), yticks=range(_CLASSES))
-    figure.savefig(path, dpi=200)
+    save_picture(figure, path, dpi=200)

@@ -29,7 +29,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from softmax_jax import linear_softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
-from softmax_jax._command_line import progress_bar
+from softmax_jax._command_line import devices, progress_bar, save_picture
 from softmax_jax.train import common
 
 VOCABULARY = 32768
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     "chunk_size": args.chunk_size,
     "seed": args.seed,
     "jax": jax.__version__,
-    "device": jax.devices()[0].device_kind,
+    "device": devices()[0].device_kind,
     "devices": args.devices,
     "train_files": text.train_files,
     "test_files": text.test_files,
@@ -99,13 +99,13 @@ def _mesh(count: int) -> jax.sharding.Mesh:
   """A mesh of so many devices, over which the classes are spread."""
   with contextlib.suppress(RuntimeError):  # JAX has started already, with the devices it has.
     jax.config.update("jax_num_cpu_devices", count)
-  devices = cast(list[Any], jax.devices())
-  if count > len(devices):
+  found = devices()
+  if count > len(found):
     raise argparse.ArgumentError(
       None,
-      f"argument --devices: expected at most {len(devices)}, the devices that JAX has, got {count}",
+      f"argument --devices: expected at most {len(found)}, the devices that JAX has, got {count}",
     )
-  return jax.make_mesh((count,), ("vocab",), axis_types=(AxisType.Auto,), devices=devices[:count])
+  return jax.make_mesh((count,), ("vocab",), axis_types=(AxisType.Auto,), devices=found[:count])
 
 
 def _failures(report: dict[str, Any]) -> list[str]:
@@ -522,4 +522,4 @@ def _draw(path: pathlib.Path, training: _Training, report: dict[str, Any]) -> No
     bars.margins(y=0.25)
     bars.legend(frameon=False)
     bars.set(ylabel="MB", title=f"(b) Memory of a step, {report['batch_size']:,} words")
-    figure.savefig(path, dpi=200)
+    save_picture(figure, path, dpi=200)
