@@ -1,12 +1,14 @@
-"""What the commands of `softmax-jax` share: kinds of options, the progress bar, JSON."""
+"""What the commands of `softmax-jax` share: options, devices, the progress bar, pictures, JSON."""
 
 import argparse
 import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Generator
+from typing import Any, cast
+
+import jax
 
 _PICTURES = (".pdf", ".png", ".svg")
 
@@ -39,8 +41,34 @@ def picture(text: str) -> pathlib.Path:
   return path
 
 
+def save_picture(figure: Any, path: pathlib.Path, dpi: int) -> None:
+  """Writes a figure of matplotlib to the file of the option --plot."""
+  try:
+    figure.savefig(path, dpi=dpi)
+  except OSError as error:  # It could be written once, but a disk may be full now.
+    raise argparse.ArgumentError(
+      None, f"argument --plot: cannot write {str(path)!r}: {error.strerror or error}"
+    ) from error
+
+
+def devices() -> list[Any]:
+  """JAX's devices; JAX starts here, and if it finds none that is a plain error."""
+  try:
+    return cast(list[Any], jax.devices())
+  except Exception as error:  # What is raised, and whether it says a word, is up to the backend.
+    why = (str(error).splitlines() or [type(error).__name__])[0]
+    wanted = jax.config.jax_platforms
+    where = f", with JAX_PLATFORMS={wanted}" if wanted else ""
+    raise argparse.ArgumentError(None, f"JAX has no device to compute on{where}: {why}") from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+  """Whether this is what Python or JAX raises where memory does not suffice."""
+  return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
 @contextlib.contextmanager
-def progress_bar(steps: int) -> Iterator[Callable[[int, str], None]]:
+def progress_bar(steps: int) -> Generator[Callable[[int, str], None]]:
   """A progress bar on stderr, or nothing where that is no terminal.
 
   Yields a function of the number of steps done and of a description.

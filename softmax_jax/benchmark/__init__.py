@@ -35,13 +35,21 @@ import math
 import os
 import pathlib
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softmax_jax._command_line import picture, print_json, progress_bar, whole_number
+from softmax_jax._command_line import (
+  devices,
+  out_of_memory,
+  picture,
+  print_json,
+  progress_bar,
+  whole_number,
+)
 from softmax_jax.benchmark import accuracy, programs, report, suites, timing
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -72,8 +80,12 @@ def _text_file(text: str) -> pathlib.Path:
   path = pathlib.Path(text)
   try:
     path.open("r+b").close()
-  except OSError as error:
-    raise argparse.ArgumentTypeError(f"cannot update {text!r}: {error.strerror}") from None
+    if not path.is_file():
+      raise argparse.ArgumentTypeError(f"cannot update {text!r}: Not a file")
+    path.read_text(encoding="utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    why = error.strerror if isinstance(error, OSError) else "Not text in UTF-8"
+    raise argparse.ArgumentTypeError(f"cannot update {text!r}: {why}") from None
   return path
 
 
@@ -147,6 +159,7 @@ def run(args: argparse.Namespace) -> int:
     importlib.import_module(extra)
   # JAX would take most of a GPU's memory for itself, where another library wants some.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  devices()
   with jax.enable_x64(args.dtype == "float64"):
     result = _measure(args, _peers(args.peers))
 
@@ -183,7 +196,7 @@ def _peers(wanted: list[str] | None) -> list[str]:
 
 
 def _lines(args: argparse.Namespace) -> dict[str, list[suites.Line]]:
-  lines = {}
+  lines: dict[str, list[suites.Line]] = {}
   for suite in dict.fromkeys(args.suite):
     if suite == "accuracy":
       continue
@@ -210,20 +223,20 @@ def _measure(args: argparse.Namespace, peers: list[str]) -> dict[str, Any]:
   count += len(accuracy.steps(dtype)) if "accuracy" in args.suite else 0
   begun = itertools.count()
   with progress_bar(count) as bar:
-    show = lambda description: bar(next(begun), description)
+    show: Callable[[str], None] = lambda description: bar(next(begun), description)
     for suite in dict.fromkeys(args.suite):
       if suite == "accuracy":
         rows = accuracy.measure(peers, dtype, seed=args.seed, show=show)
         result["suites"][suite] = {"lines": rows}
         continue
-      measured = []
+      measured: list[dict[str, Any]] = []
       for line in lines[suite]:
         show(f"{line.function}, {line.mode}, {'x'.join(map(str, line.shape))}")
         limits = {name: getattr(args, name) for name in ("rounds", "seconds", "seed", "scale")}
         try:
           measured.append(suites.measure(line, peers, dtype, **limits))
-        except (MemoryError, jax.errors.JaxRuntimeError) as error:
-          if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        except (MemoryError, RuntimeError) as error:  # JAX's own is a RuntimeError.
+          if out_of_memory(error):
             shape = "x".join(map(str, line.shape))
             raise argparse.ArgumentError(
               None, f"argument --shapes: {shape} does not fit into memory"
@@ -235,7 +248,7 @@ def _measure(args: argparse.Namespace, peers: list[str]) -> dict[str, Any]:
 
 def _about(args: argparse.Namespace, peers: list[str]) -> dict[str, Any]:
   """When, where and with what; the suites come in later."""
-  device = jax.devices()[0]
+  device = devices()[0]
   names = {peer.partition(".")[0] for peer in peers} - {"products"}
   versions = {"softmax_jax": programs.version(programs.OURS), "jax": jax.__version__}
   versions |= {name: programs.version(name) for name in sorted(names - {"jax"})}

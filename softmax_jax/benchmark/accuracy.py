@@ -139,7 +139,7 @@ def measure(
     rows = tuple(row for row in rows if row.few in (None, few((classes,), (0,))))
     for function, mode in dict.fromkeys((row.function, row.mode) for row in rows):
       second = {VJP: [inputs.cotangents], FORWARD: []}.get(mode, [inputs.labels])
-      outputs = {}
+      outputs: dict[str, np.ndarray] = {}
       for peer in (OURS, *(p for p in programs.peers_of(function) if p in peers)):
         program = programs.build(peer, function, mode, [inputs.logits, *second])
         outputs[peer] = program.fetch(program.call())[-1]

@@ -11,7 +11,8 @@ loss is -r / (1 + r), and a cotangent c enters softmax's VJP as d = c - c_m,
     a_j (c_j - sum_k a_k c_k) = a_j (d_j - sum_k a_k d_k),  in which d_m = 0.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -42,12 +43,17 @@ class _Rows:
   def __init__(self, z: np.ndarray):
     self.z = z
     self.argmax = z.argmax(axis=-1, keepdims=True)
-    self.at_max = np.arange(z.shape[-1]) == self.argmax
+    self.at_max = self.at(self.argmax)
     self.max = np.take_along_axis(z, self.argmax, -1)
     s = z - self.max
-    self.r = np.sum(np.where(self.at_max, 0, np.exp(s)), axis=-1, keepdims=True)
+    self.r: np.ndarray = np.sum(np.where(self.at_max, 0, np.exp(s)), axis=-1, keepdims=True)
     self.log_a = s - np.log1p(self.r)
-    self.a = np.exp(self.log_a)
+    self.a: np.ndarray = np.exp(self.log_a)
+
+  def at(self, places: np.ndarray) -> np.ndarray:
+    """True at one place of every row."""
+    classes: int = self.z.shape[-1]
+    return np.arange(classes) == places
 
 
 def _pick(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -61,12 +67,14 @@ def values(function: str, z: np.ndarray, labels: np.ndarray | None = None) -> Ex
     y = (rows.max + np.log1p(rows.r))[:, 0]
     # The largest logit can cancel against log1p(r); its own rounding is then all that is left.
     return Expected(y, np.maximum(np.abs(y), np.abs(rows.max[:, 0])), "ulp")
-  y = {
-    "softmax": lambda: rows.a,
-    "log_softmax": lambda: rows.log_a,
-    "softmax_cross_entropy": lambda: -np.sum(labels * rows.log_a, axis=-1),
-    "softmax_cross_entropy_with_integer_labels": lambda: -_pick(rows.log_a, labels),
-  }[function]()
+  if function == "softmax":
+    y = rows.a
+  elif function == "log_softmax":
+    y = rows.log_a
+  else:
+    assert labels is not None  # A loss has some.
+    soft = function == "softmax_cross_entropy"
+    y = -(np.sum(labels * rows.log_a, axis=-1) if soft else _pick(rows.log_a, labels))
   return Expected(y, np.abs(y), "ulp")
 
 
@@ -89,7 +97,7 @@ def gradients(
   elif function == "softmax_cross_entropy":
     bar = a * np.sum(second, axis=-1, keepdims=True) - second
   else:
-    is_label = np.arange(z.shape[-1]) == second[:, None]
+    is_label = rows.at(second[:, None])
     at_label = np.where(rows.at_max, -rows.r / (1 + rows.r), a - 1)
     bar = np.where(is_label, at_label, a)
   bar = bar / rows_of_mean
@@ -100,7 +108,7 @@ def linear(x: np.ndarray, weight: np.ndarray, labels: np.ndarray) -> tuple[Expec
   """The mean loss of the logits x @ weight and its gradients by x and by weight, wide arguments."""
   name = "softmax_cross_entropy_with_integer_labels"
   z = x @ weight
-  loss = np.mean(values(name, z, labels).values)[None]
+  loss = np.mean(values(name, z, labels).values, keepdims=True)
   z_bar = gradients(name, z, labels, rows_of_mean=len(labels)).values
   x_bar, weight_bar = z_bar @ weight.T, x.T @ z_bar
   return (
@@ -112,7 +120,7 @@ def linear(x: np.ndarray, weight: np.ndarray, labels: np.ndarray) -> tuple[Expec
 
 def _ulp(size: np.ndarray, dtype: np.dtype) -> np.ndarray:
   """The distance of neighboring numbers of `dtype` at `size`."""
-  info = jnp.finfo(dtype)
+  info = cast(Any, jnp.finfo(dtype))
   _, exponent = np.frexp(size)  # size = m 2^exponent, m in [1/2, 1)
   return np.ldexp(np.ones_like(size), np.maximum(exponent - 1, info.minexp) - info.nmant)
 
@@ -125,7 +133,7 @@ def errors(actual: np.ndarray, expected: Expected, dtype: np.dtype) -> tuple[flo
   off or flush to zero: it does not count. An infinity or a NaN makes both errors infinite, and they
   are NaN where nothing counts.
   """
-  info = jnp.finfo(dtype)
+  info = cast(Any, jnp.finfo(dtype))
   difference = np.abs(wide(actual, dtype).reshape(expected.values.shape) - expected.values)
   size = expected.sizes
   # float16 has no such range to give away.
@@ -134,7 +142,9 @@ def errors(actual: np.ndarray, expected: Expected, dtype: np.dtype) -> tuple[flo
     # Scaled, so that the squares of small numbers do not underflow.
     scale = np.max(size, axis=-1, keepdims=True)
     scale = np.where(scale == 0, 1, scale)
-    norm = lambda v: np.sqrt(np.sum((v / scale) ** 2, axis=-1)) * scale[:, 0]
+    norm: Callable[[np.ndarray], np.ndarray] = lambda v: (
+      np.sqrt(np.sum((v / scale) ** 2, axis=-1)) * scale[:, 0]
+    )
     difference, size = norm(difference), norm(size)
   counts = size >= smallest
   if not np.all(np.isfinite(difference)):

@@ -3,13 +3,16 @@
 A peer is named as in `PEERS`. `softmax_jax` is compared with each on the same inputs.
 """
 
+# optax has no stubs.
+# pyright: reportMissingTypeStubs=false
+
 import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +78,7 @@ class Program(NamedTuple):
 # --- JAX -----------------------------------------------------------------------------------------
 
 
-def _jax_functions(peer: str) -> dict[str, Callable]:
+def _jax_functions(peer: str) -> dict[str, Callable[..., Any]]:
   """By our names, functions of (logits, labels) or (x, weight, labels) over the last axis."""
   if peer == OURS:
     return {
@@ -95,62 +98,71 @@ def _jax_functions(peer: str) -> dict[str, Callable]:
   if peer == "optax":
     from optax import losses
 
-    integer = losses.softmax_cross_entropy_with_integer_labels
-    return {
-      INTEGER: integer,
-      SOFT: losses.softmax_cross_entropy,
-      LINEAR: lambda x, weight, labels: jnp.mean(integer(x @ weight, labels)),
-    }
-  if peer == "tokamax":
-    import tokamax
+    integer: Callable[..., jax.Array] = losses.softmax_cross_entropy_with_integer_labels
+    soft: Callable[..., jax.Array] = losses.softmax_cross_entropy
 
+    def linear(x: jax.Array, weight: jax.Array, labels: jax.Array) -> jax.Array:
+      return jnp.mean(integer(x @ weight, labels))
+
+    return {INTEGER: integer, SOFT: soft, LINEAR: linear}
+  if peer == "tokamax":
+    tokamax: Any = importlib.import_module("tokamax")  # Like torch optional, and not typed.
     # Its other implementations are kernels for accelerators, among which it chooses itself.
     implementation = "chunked_xla" if jax.default_backend() == "cpu" else None
 
-    def linear(x, weight, labels):
+    def linear(x: jax.Array, weight: jax.Array, labels: jax.Array) -> jax.Array:
       return tokamax.linear_softmax_cross_entropy_loss(
         x, labels, weight, reduction="mean", implementation=implementation
       )
 
     return {LINEAR: linear}
-  return {LINEAR: lambda x, weight, labels: x @ weight}
+
+  def product(x: jax.Array, weight: jax.Array, labels: jax.Array) -> jax.Array:
+    return x @ weight
+
+  return {LINEAR: product}
 
 
-def _jax_mode(peer: str, function: str, mode: str) -> Callable:
+def _jax_mode(peer: str, function: str, mode: str) -> Callable[..., Any]:
   f = _jax_functions(peer)[function]
   if mode == VJP:
 
-    def program(x, y_bar):
-      y, pull = jax.vjp(f, x)
+    def with_vjp(x: jax.Array, y_bar: jax.Array) -> tuple[jax.Array, ...]:
+      y, pull = cast(tuple[jax.Array, Callable[..., Any]], jax.vjp(f, x))
       return y, *pull(y_bar)
-  elif mode != GRADIENT:
-    program = f
-  elif peer == "products":
 
-    def program(x, weight, labels):
+    return with_vjp
+  if mode != GRADIENT:
+    return f
+  if function != LINEAR:
+
+    def of_mean(logits: jax.Array, labels: jax.Array) -> Any:
+      mean: Callable[[jax.Array], jax.Array] = lambda z: jnp.mean(f(z, labels))
+      return jax.value_and_grad(mean)(logits)
+
+    return of_mean
+
+  def with_gradients(x: jax.Array, weight: jax.Array, labels: jax.Array) -> tuple[jax.Array, ...]:
+    if peer == "products":
       logits = x @ weight
       return logits @ weight.T, x.T @ logits
-  elif function == LINEAR:
+    loss, bars = jax.value_and_grad(f, (0, 1))(x, weight, labels)
+    return loss, *bars
 
-    def program(x, weight, labels):
-      loss, bars = jax.value_and_grad(f, (0, 1))(x, weight, labels)
-      return loss, *bars
-  else:
-
-    def program(logits, labels):
-      return jax.value_and_grad(lambda z: jnp.mean(f(z, labels)))(logits)
-
-  return program
+  return with_gradients
 
 
 def _jax_program(peer: str, function: str, mode: str, arguments: Sequence[np.ndarray]) -> Program:
-  arguments = jax.device_put(tuple(arguments))
-  compiled = jax.jit(_jax_mode(peer, function, mode)).lower(*arguments).compile()
+  arrays = jax.device_put(tuple(arguments))
+  compiled = jax.jit(_jax_mode(peer, function, mode)).lower(*arrays).compile()
   memory = compiled.memory_analysis()  # Not every backend has one.
+  fetch: Callable[[Any], list[np.ndarray]] = lambda outputs: [
+    np.asarray(output) for output in jax.tree.leaves(outputs)
+  ]
   return Program(
-    functools.partial(compiled, *arguments),
+    functools.partial(compiled, *arrays),
     jax.block_until_ready,
-    lambda outputs: [np.asarray(output) for output in jax.tree.leaves(outputs)],
+    fetch,
     None if memory is None else memory.temp_size_in_bytes,
   )
 
@@ -158,8 +170,9 @@ def _jax_program(peer: str, function: str, mode: str, arguments: Sequence[np.nda
 def copy_program(logits: np.ndarray) -> Program:
   """Reads the logits and writes as much: what the machine's memory can do."""
   array = jax.device_put(logits)
-  compiled = jax.jit(lambda x: -x).lower(array).compile()
-  return Program(functools.partial(compiled, array), jax.block_until_ready, lambda y: [y], 0)
+  compiled = jax.jit(jax.lax.neg).lower(array).compile()
+  fetch: Callable[[Any], list[np.ndarray]] = lambda y: [y]
+  return Program(functools.partial(compiled, array), jax.block_until_ready, fetch, 0)
 
 
 # --- torch ---------------------------------------------------------------------------------------
@@ -172,43 +185,51 @@ def threads() -> int:
   return os.cpu_count() or 1
 
 
+def _torch() -> Any:
+  return importlib.import_module("torch")  # Optional, and its functions are typed in part.
+
+
 def torch_reaches_the_device() -> bool:
   """Whether torch, which must be installed, computes where JAX does."""
-  import torch
-
+  torch = _torch()
   backend = jax.default_backend()
   return backend == "cpu" or (backend == "gpu" and torch.cuda.is_available())
 
 
 def _torch_program(peer: str, function: str, mode: str, arguments: Sequence[np.ndarray]) -> Program:
-  import torch
-  from torch.nn import functional
-
+  torch = _torch()
   device = "cpu" if jax.default_backend() == "cpu" else "cuda"
   if device == "cpu":
     torch.set_num_threads(threads())
   else:
     torch.set_float32_matmul_precision("high")  # The rounding of products that is JAX's default.
 
-  def tensor(array):
+  def tensor(array: np.ndarray) -> Any:
     if array.dtype == jnp.bfloat16:
       return torch.from_numpy(array.astype(np.float32)).to(device, torch.bfloat16)
     if array.dtype == np.int32:
       array = array.astype(np.int64)  # torch takes no other class indices.
     return torch.from_numpy(array).to(device)
 
-  cross_entropy = functional.cross_entropy
-  f = {
+  cross_entropy = torch.nn.functional.cross_entropy
+  softmaxes: dict[str, Callable[[Any], Any]] = {
     "softmax": lambda x: torch.softmax(x, -1),
     "log_softmax": lambda x: torch.log_softmax(x, -1),
     "logsumexp": lambda x: torch.logsumexp(x, -1),
-    INTEGER: lambda z, labels: cross_entropy(z, labels, reduction="none"),
-    SOFT: lambda z, labels: cross_entropy(z, labels, reduction="none"),
-    LINEAR: lambda x, weight, labels: cross_entropy(x @ weight, labels),
-  }[function]
-  if mode == GRADIENT and function != LINEAR:
-    each = f
-    f = lambda z, labels: each(z, labels).mean()
+  }
+  each: Callable[[Any, Any], Any] = lambda z, labels: cross_entropy(z, labels, reduction="none")
+  mean: Callable[[Any, Any], Any] = lambda z, labels: each(z, labels).mean()
+  linear: Callable[[Any, Any, Any], Any] = lambda x, weight, labels: cross_entropy(
+    x @ weight, labels
+  )
+  dense = mean if mode == GRADIENT else each
+  functions: dict[str, Callable[..., Any]] = {
+    **softmaxes,
+    INTEGER: dense,
+    SOFT: dense,
+    LINEAR: linear,
+  }
+  f = functions[function]
   if peer == "torch.compile":
     torch.compiler.reset()  # After a few shapes of one function it would go back to eager.
     f = torch.compile(f, dynamic=False)
@@ -218,7 +239,7 @@ def _torch_program(peer: str, function: str, mode: str, arguments: Sequence[np.n
     x, y_bar = tensors
     x.requires_grad_()
 
-    def call():
+    def call() -> tuple[Any, ...]:
       y = f(x)
       return y.detach(), *torch.autograd.grad(y, x, y_bar)
   elif mode == GRADIENT:
@@ -226,17 +247,20 @@ def _torch_program(peer: str, function: str, mode: str, arguments: Sequence[np.n
     for leaf in leaves:
       leaf.requires_grad_()
 
-    def call():
+    def call() -> tuple[Any, ...]:
       loss = f(*tensors)
       return loss.detach(), *torch.autograd.grad(loss, leaves)
   else:
 
-    def call():
+    def call() -> tuple[Any, ...]:
       with torch.no_grad():
         return (f(*tensors),)
 
-  wait = (lambda _: torch.cuda.synchronize()) if device == "cuda" else lambda _: None
-  return Program(call, wait, lambda outputs: [y.double().cpu().numpy() for y in outputs], None)
+  wait: Callable[[Any], Any] = lambda _: torch.cuda.synchronize() if device == "cuda" else None
+  fetch: Callable[[Any], list[np.ndarray]] = lambda outputs: [
+    y.double().cpu().numpy() for y in outputs
+  ]
+  return Program(call, wait, fetch, None)
 
 
 def build(peer: str, function: str, mode: str, arguments: Sequence[np.ndarray]) -> Program:

@@ -4,9 +4,10 @@ import itertools
 import math
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from softmax_jax._command_line import save_picture
 from softmax_jax.benchmark.programs import GRADIENT, INTEGER, LINEAR, OURS, PEERS, SOFT, VJP
 
 _SHORT = {INTEGER: "integer", SOFT: "soft", LINEAR: "linear"}
@@ -16,7 +17,8 @@ _WRONG = 0.05
 
 
 def _label(line: dict[str, Any]) -> str:
-  return _SHORT.get(line["function"], line["function"]) + _MODES.get(line["mode"], "")
+  function: str = line["function"]
+  return _SHORT.get(function, function) + _MODES.get(line["mode"], "")
 
 
 def _shape(shape: Iterable[int]) -> str:
@@ -73,9 +75,14 @@ def print_tables(report: dict[str, Any]) -> None:
   console = Console(highlight=False)
   if not console.is_terminal:
     console.width = max(console.width, 120)  # In a pipe nothing says how much fits.
-  say = lambda text: console.print(text, markup=False, soft_wrap=True)
+  say: Callable[[str], None] = lambda text: console.print(text, markup=False, soft_wrap=True)
 
-  def show(title, columns, rows, sections=()):
+  def show(
+    title: str,
+    columns: Iterable[str],
+    rows: Iterable[Iterable[str]],
+    sections: Sequence[int] = (),
+  ) -> None:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, column in enumerate(columns):
       name = i < 2  # The other columns are numbers under words that may take two lines.
@@ -159,7 +166,7 @@ def _accuracy(
   groups = [("jax.nn", "optax"), ("torch",), ("torch.compile",), (OURS,)]
   groups = [g for g in groups if any(name in row["errors"] for row in rows for name in g)]
 
-  def cell(row, group):
+  def cell(row: dict[str, Any], group: tuple[str, ...]) -> str:
     for name in group:
       if name in row["errors"]:
         relative = row["relative_errors"][name] if row["unit"] == "ulp" else None
@@ -193,7 +200,7 @@ def markdown(report: dict[str, Any], suite: str) -> str:
     shapes = list(dict.fromkeys(_shape(line["shape"]) for line in lines))
     cells = {(_label(line), _shape(line["shape"])): line for line in lines}
 
-    def cell(label, shape):
+    def cell(label: str, shape: str) -> str:
       line = cells.get((label, shape))
       if line is None:
         return "-"
@@ -225,7 +232,7 @@ def _ratio(value: float | None) -> str:
   return "-" if value is None else f"{value:.2f}"
 
 
-def _marked(report: dict[str, Any], suite: str) -> tuple[str, re.Pattern]:
+def _marked(report: dict[str, Any], suite: str) -> tuple[str, re.Pattern[str]]:
   begin = f"<!-- benchmark: {suite}, {report['platform']} -->"
   return begin, re.compile(f"{re.escape(begin)}.*?<!-- end -->", re.DOTALL)
 
@@ -272,7 +279,7 @@ def draw(report: dict[str, Any], path: pathlib.Path) -> None:
       if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     figure.suptitle(machine(report), fontsize=8, x=0.01, ha="left", wrap=True)
-    figure.savefig(path, dpi=150)
+    save_picture(figure, path, dpi=150)
 
 
 _STYLE = {
@@ -291,7 +298,7 @@ def _offset(names: Sequence[str], name: str) -> float:
   return 0.13 * (names.index(name) - (len(names) - 1) / 2)
 
 
-def _draw_ratios(axes, suite, lines):
+def _draw_ratios(axes: Any, suite: str, lines: Sequence[dict[str, Any]]) -> None:
   peers = _peers(lines)
   for peer in peers:
     y = _offset(peers, peer)
@@ -309,7 +316,7 @@ def _draw_ratios(axes, suite, lines):
   axes.set(title=suite, xlabel="time of ours / time of the peer (left of 1: ours is faster)")
 
 
-def _draw_errors(axes, suite, rows):
+def _draw_errors(axes: Any, suite: str, rows: Sequence[dict[str, Any]]) -> None:
   finite = [e for row in rows for e in row["errors"].values() if e is not None and e < math.inf]
   edge = 10 * max([1.0, *finite])
   names = [name for name in (OURS, *PEERS) if any(name in row["errors"] for row in rows)]

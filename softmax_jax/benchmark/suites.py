@@ -70,7 +70,7 @@ def arguments(line: Line, dtype: np.dtype, seed: int, scale: float = 1.0) -> lis
     weight = rng.standard_normal((features, classes), np.float32) * np.float32(features**-0.5)
     return [x.astype(dtype), weight.astype(dtype), rng.integers(0, classes, tokens, np.int32)]
 
-  def draw(generate, *shape):
+  def draw(generate: Callable[..., np.ndarray], *shape: int) -> np.ndarray:
     return np.resize(generate(min(math.prod(shape), _RANDOM), np.float32), shape)
 
   rows, classes = line.shape
@@ -107,20 +107,25 @@ def worst_errors(
     expected = oracle.gradients(line.function, *some, rows_of_mean=averaged)
   else:
     expected = oracle.values(line.function, *some)
-  worst = {}
+  worst: dict[str, float] = {}
   for name, program in contenders.items():
     actual = program.fetch(program.call())[-1][:rows]
     worst[name], _ = oracle.errors(actual, expected, dtype)
   return worst
 
 
-def _linear_errors(line, inputs, contenders, dtype):
+def _linear_errors(
+  line: Line,
+  inputs: Sequence[np.ndarray],
+  contenders: dict[str, programs.Program],
+  dtype: np.dtype,
+) -> dict[str, float]:
   """Of a few tokens, by programs of their own: the oracle would take long for all."""
   x, weight, labels = inputs
   some = [x[:_ORACLE_TOKENS], weight, labels[:_ORACLE_TOKENS]]
-  expected = oracle.linear(*(oracle.wide(v, dtype) for v in some[:2]), some[2])
+  expected = oracle.linear(oracle.wide(some[0], dtype), oracle.wide(some[1], dtype), some[2])
   expected = expected[1:] if line.mode == GRADIENT else expected[:1]
-  worst = {}
+  worst: dict[str, float] = {}
   for name in contenders:
     if name == "products":
       continue
@@ -145,7 +150,7 @@ def measure(
   """One line of the report: times, ratios, bandwidth, temp bytes and errors, ready for JSON."""
   inputs = arguments(line, dtype, seed, scale)
   contenders = {OURS: programs.build(OURS, line.function, line.mode, inputs)}
-  unable = {}
+  unable: dict[str, str] = {}
   for peer in programs.peers_of(line.function):
     if peer in peers:
       try:
@@ -205,7 +210,7 @@ def summarize(
 
 def total(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
   """By peer, over the lines of a suite: the geometric mean of the ratios and the worst of them."""
-  summary = {}
+  summary: dict[str, Any] = {}
   for peer in programs.PEERS:
     ratios = {i: line["ratios"][peer] for i, line in enumerate(results) if peer in line["ratios"]}
     if ratios:

@@ -63,7 +63,7 @@ def interleave(
       if done >= MIN_ROUNDS and clock() - begin > seconds:
         break
       for i in rng.permutation(len(names)):
-        name = names[i]
+        name = names[int(i)]
         if repeats[name] > 1:
           # Idle threads of the program before may still be spinning, and the caches hold its data.
           programs[name](max(1, repeats[name] // 4))

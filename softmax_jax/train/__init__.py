@@ -30,6 +30,7 @@ import contextlib
 import importlib
 import sys
 import time
+from collections.abc import Callable
 
 from softmax_jax._command_line import picture, print_json, whole_number
 from softmax_jax.train import digits, text
@@ -48,7 +49,9 @@ def _learning_rate(text: str) -> float:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the options of `softmax-jax train`."""
   count = whole_number(1, 1_000_000)
-  default = lambda name: f"(default: {digits.DEFAULTS[name]}, text {text.DEFAULTS[name]})"
+  default: Callable[[str], str] = lambda name: (
+    f"(default: {digits.DEFAULTS[name]}, text {text.DEFAULTS[name]})"
+  )
   add = parser.add_argument
   add(
     "--task",

@@ -1,5 +1,8 @@
 """`softmax-jax train --task digits`: handwritten digits, and the softmax Jacobian at the model."""
 
+# optax and scikit-learn have no stubs.
+# pyright: reportMissingTypeStubs=false
+
 import argparse
 import functools
 import itertools
@@ -7,14 +10,14 @@ import math
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from softmax_jax import derivatives, softmax, softmax_cross_entropy_with_integer_labels
-from softmax_jax._command_line import progress_bar
+from softmax_jax._command_line import devices, progress_bar, save_picture
 from softmax_jax.train import common
 
 DEFAULTS = {"steps": 1000, "batch_size": 128, "learning_rate": 3e-3}
@@ -27,6 +30,7 @@ _HIDDEN = 128
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
   """Trains and checks; the report, whose failures are the checks that did not hold."""
+  device = devices()[0]
   digits = _load_digits(args.seed)
   if args.batch_size > len(digits.train_labels):
     raise argparse.ArgumentError(
@@ -36,16 +40,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
   with progress_bar(args.steps) as show:
     training = _train(args, digits, show)
-  logits = np.asarray(jax.jit(_logits)(training.weights, digits.test_images))
-  correct = int(np.sum(logits.argmax(axis=-1) == digits.test_labels))
+  logits = np.asarray(cast(Any, jax.jit(_logits)(training.weights, digits.test_images)))
+  correct = int(np.count_nonzero(logits.argmax(axis=-1) == digits.test_labels))
 
-  report = {
+  report: dict[str, Any] = {
     "steps": args.steps,
     "batch_size": args.batch_size,
     "learning_rate": args.learning_rate,
     "seed": args.seed,
     "jax": jax.__version__,
-    "device": jax.devices()[0].device_kind,
+    "device": device.device_kind,
     "train_digits": len(digits.train_labels),
     "test_digits": len(digits.test_labels),
     "test_correct": correct,
@@ -64,7 +68,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _failures(report: dict[str, Any]) -> list[str]:
   """One line for each check that did not hold; with a NaN none holds."""
-  failures = []
+  failures: list[str] = []
   if not report["test_accuracy"] >= _REQUIRED_ACCURACY:
     failures.append(
       f"the test accuracy is {report['test_accuracy']:.4f}, below the required {_REQUIRED_ACCURACY}"
@@ -96,12 +100,13 @@ class _Digits(NamedTuple):
 
 
 def _load_digits(seed: int) -> _Digits:
-  from sklearn.datasets import load_digits
-  from sklearn.model_selection import train_test_split
+  from sklearn import datasets, model_selection
 
-  images, labels = load_digits(return_X_y=True)
-  train, test = train_test_split(
-    np.arange(len(labels)), test_size=0.25, stratify=labels, random_state=seed
+  images, labels = cast(tuple[np.ndarray, np.ndarray], datasets.load_digits(return_X_y=True))
+  indices = np.arange(len(labels))
+  train, test = cast(
+    list[np.ndarray],
+    model_selection.train_test_split(indices, test_size=0.25, stratify=labels, random_state=seed),
   )
   # The held-out digits have no say in the statistics either.
   images = (images - images[train].mean(axis=0)) / images[train].std()
@@ -160,7 +165,7 @@ def _train(
   traces = 0
 
   @functools.partial(jax.jit, donate_argnums=0)  # The new state takes the memory of the old one.
-  def step(state, images, labels, batch):
+  def step(state: Any, images: jax.Array, labels: jax.Array, batch: jax.Array) -> Any:
     nonlocal traces
     traces += 1  # Python comes past here only while JAX traces the step.
     weights, optimizer_state = state
@@ -170,23 +175,25 @@ def _train(
     updates, optimizer_state = optimizer.update(weights_bar, optimizer_state, weights)
     return (optax.apply_updates(weights, updates), optimizer_state), measured
 
-  measure = jax.jit(_loss)
+  measure = cast(Callable[..., tuple[jax.Array, jax.Array]], jax.jit(_loss))
   train = jax.device_put((digits.train_images, digits.train_labels))
   test = jax.device_put((digits.test_images, digits.test_labels))
   weights = _initial_weights(jax.random.key(args.seed))
-  state = (weights, optimizer.init(weights))
+  state = cast(Any, (weights, optimizer.init(weights)))
   batches = common.batches(args.seed, len(digits.train_labels), args.batch_size)
 
-  train_curve, test_curve, seconds = [], [], []
+  train_curve: list[tuple[float, ...]] = []
+  test_curve: list[tuple[float, ...]] = []
+  seconds: list[float] = []
   # The test digits are looked at after step 1 (which compiles, so that the other steps show the
   # speed), then often while much changes, then evenly for the progress bar.
   even = range(0, args.steps, min(max(args.steps // 50, 1), 200))
-  early = np.geomspace(1, args.steps, 40).astype(int).tolist()
+  early = cast(list[int], np.geomspace(1, args.steps, 40).astype(int).tolist())
   for start, stop in itertools.pairwise(sorted({0, 1, *early, *even, args.steps})):
     clock = time.perf_counter()
-    measured = []
+    measured: list[Any] = []
     for batch in itertools.islice(batches, stop - start):
-      state, loss_and_accuracy = step(state, *train, batch)
+      state, loss_and_accuracy = cast(Any, step(state, *train, batch))
       measured.append(loss_and_accuracy)
     jax.block_until_ready(state)
     seconds.append(time.perf_counter() - clock)
@@ -219,12 +226,12 @@ def _train(
 @functools.partial(jax.vmap, in_axes=(None, 0, 0))
 def _gradient_norm(weights: _Weights, image: jax.Array, label: jax.Array) -> jax.Array:
   """The norm of one digit's gradient with respect to all weights."""
-  weights_bar, _ = jax.grad(_loss, has_aux=True)(weights, image, label)
+  weights_bar, _ = cast(Any, jax.grad(_loss, has_aux=True)(weights, image, label))
   return jnp.sqrt(sum(jnp.vdot(bar, bar) for bar in jax.tree.leaves(weights_bar)))
 
 
 def _gradient_norms(weights: _Weights, digits: _Digits, logits: np.ndarray) -> dict[str, Any]:
-  norms = np.asarray(_gradient_norm(weights, digits.test_images, digits.test_labels))
+  norms = np.asarray(cast(Any, _gradient_norm(weights, digits.test_images, digits.test_labels)))
   probabilities = np.asarray(softmax(logits))
   suspects = [
     {
@@ -250,13 +257,16 @@ def _compare_jacobians(logits: np.ndarray) -> dict[str, Any]:
   Of the differences |J1 - J2| / (|diag(a)| + |a a^T|) and |J1 - J2| / |J|, in Frobenius norms, the
   largest over the N rows are reported. The first is at most `bound` if all is right.
   """
-  ways = {
+  jacfwd, jacrev = cast(Any, jax.jacfwd), cast(Any, jax.jacrev)
+  ways: dict[str, Callable[..., Any]] = {
     "closed form": derivatives.softmax_jacobian,
-    "jacfwd": jax.vmap(jax.jacfwd(softmax)),
-    "jacrev": jax.vmap(jax.jacrev(softmax)),
-    "jax.nn": jax.vmap(jax.jacrev(jax.nn.softmax)),
+    "jacfwd": jax.vmap(jacfwd(softmax)),
+    "jacrev": jax.vmap(jacrev(softmax)),
+    "jax.nn": jax.vmap(jacrev(jax.nn.softmax)),
   }
-  jacobians = {name: np.asarray(jax.jit(way)(logits), np.float64) for name, way in ways.items()}
+  jacobians = {
+    name: np.asarray(cast(Any, jax.jit(way)(logits)), np.float64) for name, way in ways.items()
+  }
 
   a = np.exp(np.float64(logits) - np.max(logits, axis=-1, keepdims=True))
   a /= a.sum(axis=-1, keepdims=True)
@@ -274,7 +284,7 @@ def _compare_jacobians(logits: np.ndarray) -> dict[str, Any]:
   bound = 2 * 2 * (a.shape[-1] + 9) * float(limits.eps) / 2
   terms = np.linalg.norm(a, axis=-1) + np.sum(a * a, axis=-1)
   size = np.maximum(np.linalg.norm(exact, axis=(-2, -1)), limits.tiny)
-  pairs = []
+  pairs: list[dict[str, Any]] = []
   for first, second in itertools.combinations(jacobians, 2):
     difference = np.linalg.norm(jacobians[first] - jacobians[second], axis=(-2, -1))
     pairs.append(
@@ -390,4 +400,4 @@ def _draw(path: pathlib.Path, digits: _Digits, training: _Training, logits: np.n
 
     for axes in (counts, heat):
       axes.set(xticks=range(_CLASSES), yticks=range(_CLASSES))
-    figure.savefig(path, dpi=200)
+    save_picture(figure, path, dpi=200)

@@ -7,6 +7,9 @@ the weights and takes most of the time. Its logits are never held: the loss is
 layer; the rest of the network is on all of them.
 """
 
+# optax has no stubs.
+# pyright: reportMissingTypeStubs=false
+
 import argparse
 import contextlib
 import functools
@@ -17,7 +20,7 @@ import sysconfig
 import time
 import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +29,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from softmax_jax import linear_softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
-from softmax_jax._command_line import progress_bar
+from softmax_jax._command_line import devices, progress_bar, save_picture
 from softmax_jax.train import common
 
 VOCABULARY = 32768
@@ -66,7 +69,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
   with progress_bar(args.steps) as show:
     training = _train(args, text, mesh, show)
 
-  report = {
+  report: dict[str, Any] = {
     "task": "text",
     "steps": args.steps,
     "batch_size": args.batch_size,
@@ -75,7 +78,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     "chunk_size": args.chunk_size,
     "seed": args.seed,
     "jax": jax.__version__,
-    "device": jax.devices()[0].device_kind,
+    "device": devices()[0].device_kind,
     "devices": args.devices,
     "train_files": text.train_files,
     "test_files": text.test_files,
@@ -96,13 +99,13 @@ def _mesh(count: int) -> jax.sharding.Mesh:
   """A mesh of so many devices, over which the classes are spread."""
   with contextlib.suppress(RuntimeError):  # JAX has started already, with the devices it has.
     jax.config.update("jax_num_cpu_devices", count)
-  devices = jax.devices()
-  if count > len(devices):
+  found = devices()
+  if count > len(found):
     raise argparse.ArgumentError(
       None,
-      f"argument --devices: expected at most {len(devices)}, the devices that JAX has, got {count}",
+      f"argument --devices: expected at most {len(found)}, the devices that JAX has, got {count}",
     )
-  return jax.make_mesh((count,), ("vocab",), axis_types=(AxisType.Auto,), devices=devices[:count])
+  return jax.make_mesh((count,), ("vocab",), axis_types=(AxisType.Auto,), devices=found[:count])
 
 
 def _failures(report: dict[str, Any]) -> list[str]:
@@ -157,7 +160,8 @@ def _read_text(seed: int, vocabulary: int) -> _Text:
   rng = np.random.default_rng(seed)
   rng.shuffle(files)
   classes: dict[str, int] = {}
-  texts, count = [], 0
+  texts: list[np.ndarray] = []
+  count = 0
   for file in files:
     try:
       words = _WORD.findall(file.read_text(encoding="utf-8", errors="replace"))
@@ -218,7 +222,7 @@ _SPREAD = ("head", "bias")
 def _shardings(state: Any, mesh: jax.sharding.Mesh) -> Any:
   """How the leaves of weights, or of an optimizer's state, are spread over the mesh."""
 
-  def sharding(path, _):
+  def sharding(path: tuple[Any, ...], _: Any) -> NamedSharding:
     names = {getattr(key, "name", None) for key in path}
     return NamedSharding(mesh, P("vocab") if names & {*_SPREAD} else P())
 
@@ -267,7 +271,7 @@ _CrossEntropy = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array
 def _linear(chunk_size: int, vocabulary: int, mesh: jax.sharding.Mesh) -> _CrossEntropy:
   """The loss in chunks of so many words; the logits are never whole."""
 
-  def on_device(x, head, bias, labels):
+  def on_device(x: jax.Array, head: jax.Array, bias: jax.Array, labels: jax.Array) -> jax.Array:
     return linear_softmax_cross_entropy(
       x,
       head,
@@ -286,7 +290,7 @@ def _linear(chunk_size: int, vocabulary: int, mesh: jax.sharding.Mesh) -> _Cross
 def _dense(vocabulary: int) -> _CrossEntropy:
   """The same loss of the logits [T, V]."""
 
-  def cross_entropy(x, head, bias, labels):
+  def cross_entropy(x: jax.Array, head: jax.Array, bias: jax.Array, labels: jax.Array) -> jax.Array:
     logits = x @ head.T + bias
     where = None
     if logits.shape[1] > vocabulary:
@@ -314,10 +318,11 @@ def _compiled_step(
   import optax
 
   # The new state takes the memory of the old one, and its place.
-  shardings = jax.tree.map(lambda x: x.sharding, state), None
+  sharding: Callable[[Any], Any] = lambda x: x.sharding
+  shardings = jax.tree.map(sharding, state), None
 
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
-  def step(state, words, positions):
+  def step(state: Any, words: jax.Array, positions: jax.Array) -> Any:
     weights, optimizer_state = state
     loss, weights_bar = jax.value_and_grad(functools.partial(_loss, cross_entropy))(
       weights, words, positions
@@ -330,7 +335,7 @@ def _compiled_step(
 
 def _bytes(step: jax.stages.Compiled) -> dict[str, int]:
   """The memory that a compiled step takes: its arguments, results and all between them."""
-  sizes = step.memory_analysis()
+  sizes = cast(Any, step.memory_analysis())
   arguments, temporary = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
   # What is donated is argument and result at once.
   results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
@@ -373,7 +378,9 @@ def _train(
   )
   state = jax.eval_shape(initial_state)
   shardings = _shardings(state, mesh)
-  like = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+  like: Callable[[Any, Any], Any] = lambda x, sharding: jax.ShapeDtypeStruct(
+    x.shape, x.dtype, sharding=sharding
+  )
   shapes = (
     jax.tree.map(like, state, shardings),
     like(words, everywhere),
@@ -389,12 +396,14 @@ def _train(
     "logits": 4 * args.batch_size * args.vocabulary,
   }
 
-  measure = jax.jit(functools.partial(_loss, linear))
-  state = jax.jit(initial_state, out_shardings=shardings)()
+  measure = cast(Callable[..., jax.Array], jax.jit(functools.partial(_loss, linear)))
+  state = cast(Any, jax.jit(initial_state, out_shardings=shardings)())
   weights_count = sum(leaf.size for leaf in jax.tree.leaves(state[0]))
   batches = common.batches(args.seed, len(text.train_words) - _CONTEXT, args.batch_size)
   marks = {round(args.steps * i / _MEASUREMENTS) for i in range(1, _MEASUREMENTS + 1)}
-  train_losses, test_curve, seconds = [], [(0, float(measure(state[0], *test)))], 0.0
+  train_losses: list[float] = []
+  test_curve = [(0, float(measure(state[0], *test)))]
+  seconds = 0.0
   for done in range(1, args.steps + 1):
     clock = time.perf_counter()
     state, loss = step(state, words, next(batches) + _CONTEXT)
@@ -513,4 +522,4 @@ def _draw(path: pathlib.Path, training: _Training, report: dict[str, Any]) -> No
     bars.margins(y=0.25)
     bars.legend(frameon=False)
     bars.set(ylabel="MB", title=f"(b) Memory of a step, {report['batch_size']:,} words")
-    figure.savefig(path, dpi=200)
+    save_picture(figure, path, dpi=200)

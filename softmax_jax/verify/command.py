@@ -20,6 +20,7 @@ import argparse
 import ast
 import concurrent.futures
 import contextlib
+import functools
 import importlib
 import itertools
 import math
@@ -28,6 +29,7 @@ import pathlib
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import softmax_jax
 from softmax_jax import _command_line as command_line
 from softmax_jax.verify import CHECKS, Report, chosen_checks, library, run_checks, verifier
 from softmax_jax.verify.checks.jacobians import jacobian_pair
@@ -48,6 +51,9 @@ _DTYPES = (
 )
 _MAX_SIZE = 5_000_000
 
+# The folders of code that an error passes through on its way here.
+_NOT_THE_USERS = tuple(module.__path__[0] + os.sep for module in (softmax_jax, jax, importlib))
+
 _Spec = tuple[tuple[int, ...], str]  # the shape of an argument, and its dtype
 
 
@@ -57,9 +63,10 @@ _Spec = tuple[tuple[int, ...], str]  # the shape of an argument, and its dtype
 def _shape(text: str) -> tuple[int, ...]:
   plain = text.strip().removeprefix("(").removesuffix(")").removesuffix(",")
   if re.fullmatch(r"(\d+(,\s*\d+)*)?", plain):
-    shape = tuple(int(n) for n in plain.split(",") if n)
-    if math.prod(shape) <= _MAX_SIZE:
-      return shape
+    with contextlib.suppress(ValueError):  # Python reads no number of thousands of digits.
+      shape = tuple(int(n) for n in plain.split(",") if n)
+      if math.prod(shape) <= _MAX_SIZE:
+        return shape
   raise argparse.ArgumentTypeError(
     f"expected sizes with commas between, such as 4,8, of at most {_MAX_SIZE:,} entries, "
     f"got {text!r}"
@@ -83,7 +90,7 @@ def _keyword(text: str) -> tuple[str, Any]:
     raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
   try:
     return name, ast.literal_eval(value)
-  except (ValueError, SyntaxError):
+  except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # No literal.
     return name, value
 
 
@@ -181,6 +188,7 @@ def _library(args: argparse.Namespace) -> Report:
   for name in ("kwarg", "skip"):
     if getattr(args, name):
       raise argparse.ArgumentError(None, f"argument --{name}: needs MODULE:FUNCTION")
+  command_line.devices()
   cases = list(library.cases())
   with command_line.progress_bar(len(cases)) as show:
     done = itertools.count(1)
@@ -250,6 +258,7 @@ def _function(args: argparse.Namespace) -> Report:
   reference = None
   if args.reference is not None:
     reference = _imported("--reference", args.reference)
+  command_line.devices()  # After the imports: a module may configure JAX.
   given = args.args or [((4, 8) if args.shape is None else args.shape, args.dtype)]
   specs: list[_Spec] = [(shape, dtype or "float32") for shape, dtype in given]
   kwargs = dict(args.kwarg)
@@ -257,15 +266,17 @@ def _function(args: argparse.Namespace) -> Report:
     kwargs["axis"] = args.axis
   wide = any(dtype.endswith("64") for _, dtype in specs)
   with jax.enable_x64(wide or jax.config.jax_enable_x64):  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
-    arrays = _random_arguments(args, specs)
     try:
+      arrays = _random_arguments(args, specs)
       v = verifier(
         f, *arrays, reference=reference, kwargs=kwargs, name=args.function, seed=args.seed
       )
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+      raise
+    except BaseException as error:  # A function may raise anything, also to exit.
       shapes = ", ".join(f"{dtype}{list(shape)}" for shape, dtype in specs)
       raise argparse.ArgumentError(
-        None, f"cannot verify {args.function} on ({shapes}): {first_line(error)}"
+        None, f"cannot verify {args.function} on ({shapes}): {_said(error)}"
       ) from error
     pair = _pair_to_draw(v) if args.plot else None
     report = Report(())
@@ -286,9 +297,11 @@ def _imported(option: str, name: str) -> Callable[..., Any]:
     sys.path.insert(0, here)
   try:
     found: Any = importlib.import_module(module)
-  except (Exception, SystemExit) as error:  # What a module does on import is its own affair.
+  except KeyboardInterrupt:
+    raise
+  except BaseException as error:  # What a module does on import is its own affair.
     raise argparse.ArgumentError(
-      None, f"argument {option}: cannot import {module}: {first_line(error)}"
+      None, f"argument {option}: cannot import {module}: {_said(error)}"
     ) from error
   for part in path.split("."):
     try:
@@ -299,7 +312,24 @@ def _imported(option: str, name: str) -> Callable[..., Any]:
     raise argparse.ArgumentError(
       None, f"argument {option}: {name} is of type {type(found).__name__}, which cannot be called"
     )
-  return found
+  return functools.partial(_checked, found, name)
+
+
+def _checked(f: Callable[..., Any], name: str, /, *args: Any, **kwargs: Any) -> Any:
+  """What f returns, if that is arrays."""
+  out = f(*args, **kwargs)
+  for leaf in jax.tree.leaves(out):
+    if not (hasattr(leaf, "dtype") or isinstance(leaf, (bool, int, float, complex))):
+      raise TypeError(f"expected arrays, got {type(leaf).__name__} from {name}")
+  return out
+
+
+def _said(error: BaseException) -> str:
+  """The first line of an error, and the place in the user's files that it comes from."""
+  for frame in reversed(traceback.extract_tb(error.__traceback__)):
+    if not frame.filename.startswith(("<", *_NOT_THE_USERS)):
+      return f"{first_line(error)} ({os.path.basename(frame.filename)}, line {frame.lineno})"
+  return first_line(error)
 
 
 def _random_arguments(args: argparse.Namespace, specs: list[_Spec]) -> list[jax.Array]:
@@ -356,4 +386,4 @@ def _draw(
       axes.set(xlabel=f"entry of {v.problem.names[0]}", ylabel=f"entry of {v.problem.out_names[0]}")
       axes.locator_params(integer=True, nbins=8)
       figure.colorbar(image, ax=axes)
-    figure.savefig(path, dpi=200)
+    command_line.save_picture(figure, path, dpi=200)
