@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from softmax_jax._typed import checkpoint, fori_loop
+
 Carry = TypeVar("Carry")
 
 # The least bytes that a tile may take, the logits of one chunk, where the caller does not say how
@@ -62,7 +64,7 @@ def over_blocks(
     carry = body(carry, whole * size, num_classes % size)
   if whole == 1:
     return body(carry, 0, size)
-  return lax.fori_loop(0, whole, lambda i, carry: body(carry, i * size, size), carry)
+  return fori_loop(0, whole, lambda i, carry: body(carry, i * size, size), carry)
 
 
 def over_chunks(
@@ -82,20 +84,21 @@ def over_chunks(
   """
   # Differentiated in reverse mode, a chunk is computed again: nothing of the size of its logits is
   # kept.
-  body = jax.checkpoint(body, prevent_cse=False)
+  body = checkpoint(body, prevent_cse=False)
   num_rows = jax.tree.leaves(rows)[0].shape[0]
   whole = num_rows // chunk_size
   split = whole * chunk_size
-  parts = []
+  parts: list[Any] = []
   if split < num_rows:  # first, as in over_blocks
-    carry, out = body(carry, jax.tree.map(lambda x: x[split:], rows), split)
+    carry, out = body(carry, jax.tree.map(operator.itemgetter(slice(split, None)), rows), split)
     parts.append(out)
   if whole == 1:
-    carry, out = body(carry, jax.tree.map(lambda x: x[:split], rows), 0)
+    carry, out = body(carry, jax.tree.map(operator.itemgetter(slice(split)), rows), 0)
     parts.insert(0, out)
   elif whole:
 
-    def chunk(carry, first):  # cut out here: to split the rows beforehand would copy them
+    # Cut out here: to split the rows beforehand would copy them.
+    def chunk(carry: Carry, first: jax.Array) -> tuple[Carry, Any]:
       cut = lambda x: lax.dynamic_slice_in_dim(x, first, chunk_size)
       return body(carry, jax.tree.map(cut, rows), first)
 

@@ -152,7 +152,7 @@ def linear_softmax_cross_entropy(
   if chunk_size is not None:
     chunk_size = arguments.as_chunk_size(name, chunk_size)
   if axis_name is not None:
-    axis_name = arguments.as_axis_name(name, axis_name, "weight", weight, labels=labels, x=x)
+    arguments.check_axis_name(name, axis_name, "weight", weight, labels=labels, x=x)
   num_columns = size * devices.count(axis_name)
   if num_classes is None:
     num_classes = num_columns
