@@ -70,9 +70,7 @@ linear_map_p = Primitive("linear_map")
 linear_map_p.multiple_results = True
 
 
-def _linear_map_impl(
-  *args: Any, name: str, num_residuals: int, apply: Linear, **_: Any
-) -> Values:
+def _linear_map_impl(*args: Any, name: str, num_residuals: int, apply: Linear, **_: Any) -> Values:
   try:
     return apply(args[:num_residuals], args[num_residuals:])
   except jax.errors.UnexpectedTracerError as error:
@@ -466,9 +464,7 @@ def varying_axes(x: Any) -> frozenset[str]:
   return jax.typeof(x).manual_axis_type.varying
 
 
-def varying_alike(
-  *arrays: *Args, without: str | tuple[str, ...] | None = None
-) -> tuple[*Args]:
+def varying_alike(*arrays: *Args, without: str | tuple[str, ...] | None = None) -> tuple[*Args]:
   """The arrays, varying over the same axes inside `jax.shard_map`, as a rule for several needs.
 
   Over the axes ``without`` they vary as they did. None stays None.

@@ -17,7 +17,6 @@ from softmax_jax import _arguments as arguments
 from softmax_jax._arguments import Axis
 from softmax_jax._devices import AxisName, row_sum
 from softmax_jax._forward_mode import enable_forward_mode, varying_alike
-from softmax_jax._typed import custom_vjp, platform_dependent
 from softmax_jax._normalizer import (
   Axes,
   Normalizer,
@@ -33,6 +32,7 @@ from softmax_jax._normalizer import (
   unbroadcast,
   vanishing,
 )
+from softmax_jax._typed import custom_vjp, platform_dependent
 
 
 class Rows(NamedTuple):
@@ -394,6 +394,19 @@ def logsumexp(
   *,
   return_sign: Literal[True],
   where: ArrayLike | None = None,
+  axis_name: AxisName | None = None,
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+@overload
+def logsumexp(
+  a: ArrayLike,
+  axis: Axis,
+  b: ArrayLike | None,
+  keepdims: bool,
+  return_sign: Literal[True],
+  where: ArrayLike | None = None,
+  *,
   axis_name: AxisName | None = None,
 ) -> tuple[jax.Array, jax.Array]: ...
 

@@ -7,7 +7,7 @@ Without them a checker knows nothing of what is computed from their results.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ParamSpec, Protocol, TypeVar, TypeVarTuple
 
 import jax
@@ -55,9 +55,7 @@ def cond(
   return lax.cond(pred, true_fun, false_fun, *args)
 
 
-def platform_dependent(
-  *args: *Args, cpu: Callable[[*Args], R], default: Callable[[*Args], R]
-) -> R:
+def platform_dependent(*args: *Args, cpu: Callable[[*Args], R], default: Callable[[*Args], R]) -> R:
   """`jax.lax.platform_dependent`, for programs that differ on a CPU."""
   return lax.platform_dependent(*args, cpu=cpu, default=default)
 
@@ -82,6 +80,16 @@ def vjp(f: Callable[[T], R], x: T) -> tuple[R, Callable[[R], tuple[T]]]:
   return jax.vjp(f, x)
 
 
-def unflatten_like(tree: T, leaves: Any) -> T:
+def jit(f: Callable[P, R]) -> Callable[P, R]:
+  """`jax.jit`."""
+  return jax.jit(f)
+
+
+def tree_map(f: Callable[[Any], Any], tree: T, is_leaf: Callable[[Any], bool] | None = None) -> T:
+  """`jax.tree.map` over one tree."""
+  return jax.tree.map(f, tree, is_leaf=is_leaf)
+
+
+def unflatten_like(tree: T, leaves: Iterable[Any]) -> T:
   """``leaves`` in the structure of ``tree``."""
   return jax.tree.unflatten(jax.tree.structure(tree), leaves)

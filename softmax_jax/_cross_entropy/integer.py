@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, Literal, NamedTuple, overload
 
@@ -40,7 +39,7 @@ from softmax_jax._normalizer import (
   own_sum,
   unbroadcast,
 )
-from softmax_jax._typed import custom_vjp, linear_transpose
+from softmax_jax._typed import custom_vjp, linear_transpose, tree_map
 
 # What stands in place of the class index in a row whose label is out of range, and in a row that
 # does not count.
@@ -307,6 +306,23 @@ def softmax_cross_entropy_with_integer_labels(
 ) -> tuple[jax.Array, CrossEntropyAux]: ...
 
 
+@overload
+def softmax_cross_entropy_with_integer_labels(
+  logits: ArrayLike,
+  labels: ArrayLike,
+  axis: Axis = -1,
+  where: ArrayLike | None = None,
+  *,
+  label_smoothing: ArrayLike = 0.0,
+  z_loss: ArrayLike = 0.0,
+  class_weights: ArrayLike | None = None,
+  ignore_index: ArrayLike | None = None,
+  reduction: Reduction = "none",
+  axis_name: AxisName | None = None,
+  return_aux: bool = False,
+) -> jax.Array | tuple[jax.Array, CrossEntropyAux]: ...
+
+
 def softmax_cross_entropy_with_integer_labels(
   logits: ArrayLike,
   labels: ArrayLike,
@@ -453,7 +469,7 @@ def softmax_cross_entropy_with_integer_labels(
     if weights is not None:
       per_row = per_row._replace(nll=options.times(per_row.weight, per_row.nll))
 
-  per_row = jax.tree.map(functools.partial(jnp.squeeze, axis=class_axis), per_row)
+  per_row = tree_map(lambda x: jnp.squeeze(x, class_axis), per_row)
   loss, aux = options.combine(chosen, per_row)
   return (loss, aux) if return_aux else loss
 

@@ -42,7 +42,7 @@ from softmax_jax._normalizer import (
   unbroadcast,
   where_needed,
 )
-from softmax_jax._typed import custom_vjp
+from softmax_jax._typed import custom_vjp, tree_map
 
 
 class _Residuals(NamedTuple):
@@ -138,10 +138,7 @@ def _fwd(
     uniform = uniform_sums(weights, logits, mask, own.shift, own.any, axes)
   s, (nll, total, uniform) = add_up(own, (nll, total, uniform), axis_name)
 
-  if nll is None or total is None:
-    nll = likelihood(s, axes)
-  else:
-    nll = nll + total * s.log_sum()
+  nll = likelihood(s, axes) if nll is None or total is None else nll + total * s.log_sum()
   if uniform is not None:
     uniform_loss = uniform.loss(s, static.num_classes)
     uniform = uniform._replace(cost=None)
@@ -285,6 +282,22 @@ def softmax_cross_entropy(
 ) -> tuple[jax.Array, CrossEntropyAux]: ...
 
 
+@overload
+def softmax_cross_entropy(
+  logits: ArrayLike,
+  labels: ArrayLike,
+  axis: Axis = -1,
+  where: ArrayLike | None = None,
+  *,
+  label_smoothing: ArrayLike = 0.0,
+  z_loss: ArrayLike = 0.0,
+  class_weights: ArrayLike | None = None,
+  reduction: Reduction = "none",
+  axis_name: AxisName | None = None,
+  return_aux: bool = False,
+) -> jax.Array | tuple[jax.Array, CrossEntropyAux]: ...
+
+
 def softmax_cross_entropy(
   logits: ArrayLike,
   labels: ArrayLike,
@@ -397,6 +410,5 @@ def softmax_cross_entropy(
     axis_name=axis_name,
   )
   per_row = _soft_cross_entropy(*varying_alike(logits, labels, mask, weights), static)
-  per_row = jax.tree.map(functools.partial(jnp.squeeze, axis=axes), per_row)
-  loss, aux = options.combine(chosen, per_row)
+  loss, aux = options.combine(chosen, tree_map(lambda x: jnp.squeeze(x, axes), per_row))
   return (loss, aux) if return_aux else loss
