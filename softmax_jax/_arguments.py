@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from softmax_jax._devices import AxisName
 from softmax_jax._forward_mode import varying_axes
 
 Axis = int | Sequence[int] | None
@@ -30,19 +30,17 @@ def as_array(function: str, name: str, value: Any) -> jax.Array:
       f"{function} expected {name} to be an array, got a NumPy masked array, whose mask JAX would "
       f"drop. Pass {name}.data and where=~{name}.mask."
     )
+  got = type(value).__name__
   if isinstance(value, (list, tuple)):
     raise TypeError(
-      f"{function} expected {name} to be an array, got {type(value).__name__}. "
-      f"Pass jnp.asarray({name})."
+      f"{function} expected {name} to be an array, got {got}. Pass jnp.asarray({name})."
     )
   if isinstance(value, jax.Array):  # jnp.asarray would copy a traced one
     return value
   try:
     return jnp.asarray(value)
   except (OverflowError, TypeError, ValueError) as error:
-    raise TypeError(
-      f"{function} expected {name} to be an array, got {type(value).__name__}."
-    ) from error
+    raise TypeError(f"{function} expected {name} to be an array, got {got}.") from error
 
 
 def as_real(function: str, name: str, value: Any) -> jax.Array:
@@ -60,7 +58,8 @@ def promoted(
 ) -> tuple[jax.Array, jax.Array]:
   """Both values as arrays of their common floating dtype."""
   arrays = as_array(function, name, value), as_array(function, other, other_value)
-  as_real(function, name, arrays[0]), as_real(function, other, arrays[1])
+  for array_name, array in zip((name, other), arrays, strict=True):
+    as_real(function, array_name, array)
   try:
     dtype = jnp.result_type(*arrays)
   except ValueError as error:
@@ -100,11 +99,12 @@ def as_class_indices(function: str, labels: Any) -> jax.Array:
   return _saturated(x, jnp.int32 if jnp.iinfo(x.dtype).bits <= 32 else jnp.int64)
 
 
-def _narrowed(value: Any) -> Any:
+def _narrowed(value: object) -> object:
   """``value`` with NumPy's and Python's wide integers clipped to 32 bits, where JAX would wrap."""
-  if isinstance(value, (int, np.ndarray, np.generic)) and not isinstance(value, np.ma.MaskedArray):
+  kind = type(value)
+  if issubclass(kind, (int, np.ndarray, np.generic)) and not issubclass(kind, np.ma.MaskedArray):
     x = np.asarray(value)
-    if x.dtype.kind in "iuO" and not isinstance(value, bool) and x.dtype.itemsize == 8:
+    if x.dtype.kind in "iuO" and kind is not bool and x.dtype.itemsize == 8:
       info = np.iinfo(np.int32)
       return np.clip(x, info.min, info.max).astype(np.int32)
   return value
@@ -150,7 +150,7 @@ def as_class_weights(function: str, value: Any, shape: tuple[int, ...]) -> jax.A
 
 def is_concrete(x: Any) -> bool:
   """Whether the value of ``x`` is known while tracing."""
-  return not isinstance(x, jax.core.Tracer)
+  return not isinstance(x, Tracer)
 
 
 def as_probabilities(function: str, labels: Any) -> jax.Array:
@@ -221,14 +221,13 @@ def as_axes(function: str, name: str, axis: Axis, shape: tuple[int, ...]) -> tup
   ndim = len(shape)
   if axis is None:
     return tuple(range(ndim))
-  axes = []
-  for a in axis if isinstance(axis, Sequence) and not isinstance(axis, str) else (axis,):
-    axes.append(as_axis(function, name, a, shape))
+  given = tuple(axis) if isinstance(axis, Sequence) and not isinstance(axis, str) else (axis,)
+  axes = tuple(as_axis(function, name, a, shape) for a in given)
   if len(set(axes)) < len(axes):
     raise ValueError(
-      f"{function} expected distinct axes, got axis={tuple(axis)} for {name} of shape {shape}."
+      f"{function} expected distinct axes, got axis={given} for {name} of shape {shape}."
     )
-  return tuple(axes)
+  return axes
 
 
 def as_axis(function: str, name: str, axis: Any, shape: tuple[int, ...]) -> int:
@@ -250,7 +249,7 @@ def as_axis(function: str, name: str, axis: Any, shape: tuple[int, ...]) -> int:
 def _static_int(function: str, name: str, value: Any, expected: str) -> int:
   """``value`` as an int that is known while tracing; ``expected`` says what else it may be."""
   try:
-    if not isinstance(value, (bool, np.bool_)):
+    if type(value) not in (bool, np.bool_):
       return operator.index(value)
   except (TypeError, jax.errors.JAXTypeError):
     pass
@@ -258,10 +257,14 @@ def _static_int(function: str, name: str, value: Any, expected: str) -> int:
   raise TypeError(f"{function} expected {name} to be {expected}, got {got}.")
 
 
-def as_axis_name(
-  function: str, axis_name: Any, name: str, spread: Any, **same: jax.Array | None
-) -> AxisName:
-  """``axis_name`` as that of a mesh axis over which ``spread`` is spread and ``same`` is not."""
+def check_axis_name(
+  function: str,
+  axis_name: str | tuple[object, ...],
+  name: str,
+  spread: jax.Array,
+  **same: jax.Array,
+) -> None:
+  """Raises unless ``axis_name`` is a mesh axis that ``spread`` is spread over, and ``same`` not."""
   names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
   if not names or not all(isinstance(n, str) for n in names):
     raise TypeError(
@@ -290,13 +293,12 @@ def as_axis_name(
         f"all of its devices. Put {n!r} at the class axis in the in_specs of shard_map."
       )
     for other, value in same.items():
-      if value is not None and n in varying_axes(value):
+      if n in varying_axes(value):
         raise ValueError(
           f"{function} expected the same {other} on all devices of the mesh axis {n!r}, got "
           f"{other} that may differ. Leave {n!r} out of their in_specs; lax.pmax({other}, {n!r}) "
           "tells JAX that they are the same."
         )
-  return axis_name
 
 
 def check_one_class_axis(function: str, axes: tuple[int, ...]) -> None:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
 
+from softmax_jax._typed import pmax, psum, unflatten_like
+
 AxisName = str | tuple[str, ...]
 
 Parts = TypeVar("Parts")
@@ -22,8 +24,8 @@ def add_up(parts: Parts, axis_name: AxisName | None) -> Parts:
   """The sums over the devices of numbers per row, a pytree of arrays that broadcast together."""
   if axis_name is None:
     return parts
-  leaves, structure = jax.tree.flatten(parts)
-  return structure.unflatten(lax.psum(jnp.stack(jnp.broadcast_arrays(*leaves)), axis_name))
+  stacked = jnp.stack(jnp.broadcast_arrays(*jax.tree.leaves(parts)))
+  return unflatten_like(parts, psum(stacked, axis_name))
 
 
 def row_sum(x: jax.Array, axes: tuple[int, ...], axis_name: AxisName | None) -> jax.Array:
@@ -36,10 +38,10 @@ def largest(
 ) -> tuple[jax.Array, jax.Array | None]:
   """The largest over the devices of numbers per row, and whether any device has ``any_``."""
   if any_ is None:
-    return lax.pmax(top, axis_name), None
+    return pmax(top, axis_name), None
   both = jnp.broadcast_arrays(top, any_.astype(top.dtype))
-  top, any_ = lax.pmax(jnp.stack(both), axis_name)
-  return top, any_ > 0
+  top, count = pmax(jnp.stack(both), axis_name)
+  return top, count > 0
 
 
 def first_entry(size: int, axis_name: AxisName | None) -> jax.Array | int:

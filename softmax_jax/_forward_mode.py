@@ -13,17 +13,22 @@ the types that `jax.typeof` returns, and the attributes `fun`, `fwd`, `bwd`, `sy
 `nondiff_argnums` of a `jax.custom_vjp` object.
 """
 
+# JAX gives these no types, or hides them, so that a checker cannot follow what comes of them.
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
+# pyright: reportUnknownVariableType=false, reportPrivateUsage=false
+
 from __future__ import annotations
 
 import contextlib
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, ParamSpec, TypeVar, TypeVarTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import (
   Primitive,
@@ -35,6 +40,8 @@ from jax.extend.core import (
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters.partial_eval import JaxprTracer
 
+from softmax_jax._typed import CustomVJP
+
 # What a function raises that needs the value of a traced array.
 _CONCRETE = (
   jax.errors.ConcretizationTypeError,
@@ -45,6 +52,10 @@ _CONCRETE = (
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Args = TypeVarTuple("Args")
+
+Values = Sequence[Any]  # arrays or what JAX traces in their place, and their types
+Linear = Callable[[Values, Values], Values]
 
 # linear_map_p.bind(*residuals, *xs, name, num_residuals, apply, transpose, out_types) -> ys
 #   name                                    of the user's function, for errors and printed programs
@@ -59,16 +70,16 @@ linear_map_p = Primitive("linear_map")
 linear_map_p.multiple_results = True
 
 
-def _linear_map_impl(*args, name: str, num_residuals: int, apply, **_):
+def _linear_map_impl(*args: Any, name: str, num_residuals: int, apply: Linear, **_: Any) -> Values:
   try:
     return apply(args[:num_residuals], args[num_residuals:])
   except jax.errors.UnexpectedTracerError as error:
     raise _closes_over_tracer(name) from error
 
 
-def _linear_map_lowered(*args, name: str, **params):
+def _linear_map_lowered(*args: Any, name: str, **params: Any) -> Values:
   program = jax.make_jaxpr(functools.partial(_linear_map_impl, name=name, **params))(*args)
-  if any(isinstance(const, jax.core.Tracer) for const in program.consts):
+  if any(isinstance(const, Tracer) for const in program.consts):
     raise _closes_over_tracer(name)
   return jaxpr_as_fun(program)(*args)
 
@@ -81,7 +92,15 @@ def _closes_over_tracer(name: str) -> TypeError:
   )
 
 
-def _linear_map_jvp(primals, tangents, *, num_residuals: int, apply, out_types, **params):
+def _linear_map_jvp(
+  primals: Values,
+  tangents: Values,
+  *,
+  num_residuals: int,
+  apply: Linear,
+  out_types: Values,
+  **params: Any,
+) -> tuple[Values, Values]:
   bind = functools.partial(
     linear_map_p.bind, num_residuals=num_residuals, apply=apply, out_types=out_types, **params
   )
@@ -96,7 +115,7 @@ def _linear_map_jvp(primals, tangents, *, num_residuals: int, apply, out_types, 
   if moving:
     # The map itself moves with its residuals: this is where second derivatives come from.
 
-    def at(*moved):
+    def at(*moved: Any) -> tuple[Any, ...]:
       merged = list(residuals)
       for i, residual in zip(moving, moved, strict=True):
         merged[i] = residual
@@ -109,7 +128,9 @@ def _linear_map_jvp(primals, tangents, *, num_residuals: int, apply, out_types, 
   return ys, y_dots
 
 
-def _linear_map_transpose(y_bars, *args, num_residuals: int, transpose, **_):
+def _linear_map_transpose(
+  y_bars: Values, *args: Any, num_residuals: int, transpose: Linear, **_: Any
+) -> Values:
   if all(type(y_bar) is ad.Zero for y_bar in y_bars):
     return [None] * len(args)
   residuals = args[:num_residuals]
@@ -118,8 +139,16 @@ def _linear_map_transpose(y_bars, *args, num_residuals: int, transpose, **_):
 
 
 def _linear_map_batch(
-  axis_data, args, dims, *, num_residuals: int, apply, transpose, out_types, **params
-):
+  axis_data: Any,
+  args: Values,
+  dims: Sequence[int | None],
+  *,
+  num_residuals: int,
+  apply: Linear,
+  transpose: Linear,
+  out_types: Values,
+  **params: Any,
+) -> tuple[Values, Sequence[int | None]]:
   bind = functools.partial(linear_map_p.bind, num_residuals=num_residuals, **params)
   if all(dim is None for dim in dims) and type(axis_data.name) is object:
     # JAX also calls this rule with nothing batched. The axis does not matter then if it has no name
@@ -128,7 +157,7 @@ def _linear_map_batch(
     return ys, [None] * len(ys)
   size = axis_data.size
 
-  def over_batch(linear):
+  def over_batch(linear: Linear) -> Linear:
     return jax.vmap(
       linear,
       in_axes=(tuple(dims[:num_residuals]), 0),
@@ -163,7 +192,7 @@ mlir.register_lowering(linear_map_p, mlir.lower_fun(_linear_map_lowered, multipl
 
 def enable_forward_mode(
   f: Callable[P, R], tangent: Callable[..., Any] | None = None
-) -> Callable[P, R]:
+) -> CustomVJP[P, R]:
   r"""Gives a `jax.custom_vjp` function forward-mode differentiation.
 
   The returned function computes what ``f`` computes and, beside ``grad``, ``vjp`` and ``jacrev``,
@@ -229,13 +258,13 @@ def enable_forward_mode(
   # Not differentiated, it needs no rule; an eager shard_map refuses those with symbolic zeros.
   g = jax.custom_jvp(f.fun, nondiff_argnums=nondiff_argnums)
 
-  def jvp(*args):
+  def jvp(*args: Any) -> tuple[Any, Any]:
     *static, primals, tangents = args
     leaves, args_tree = jax.tree.flatten(primals)
     dots = jax.tree.leaves(tangents)
     moving = [i for i, dot in enumerate(dots) if type(dot) is not SymbolicZero]
 
-    def at(function, *moved):
+    def at(function: Callable[..., Any], *moved: Any) -> Any:
       merged = list(leaves)
       for i, leaf in zip(moving, moved, strict=True):
         merged[i] = leaf
@@ -252,7 +281,7 @@ def enable_forward_mode(
     x_dots = [_varying_as(jax.typeof(leaves[i]), dots[i]) for i in moving]
     x_types = [jax.typeof(x).to_ct_aval() for x in xs]
     watch = _Watch()
-    rule_residuals = ()
+    rule_residuals: Any = ()
     with _linearization_suspended(x_dots):
       if tangent is None:
         out, pullback = jax.vjp(lambda *moved: at(f, *watch(*moved)), *xs)
@@ -268,23 +297,25 @@ def enable_forward_mode(
     residuals, residuals_tree = jax.tree.flatten((pullback, rule_residuals))
     num_leaves = len(leaves)
 
-    def pull(residuals, y_bars):  # y_bar -> J^T y_bar: the rule of f
+    # y_bar -> J^T y_bar: the rule of f.
+    def pull(residuals: Values, y_bars: Values) -> Values:
       bars = [ad.Zero(y_type.to_ct_aval()) for y_type in out_types]
       for i, y_bar in zip(linear, y_bars, strict=True):
         bars[i] = bars[i] if y_bar is None else y_bar
       pullback, _ = jax.tree.unflatten(residuals_tree, residuals)
-      watch.arrived = ()
+      watch.arrived = []
       x_bars = pullback(jax.tree.unflatten(out_tree, bars))
       return [x_bar if i in watch.arrived else None for i, x_bar in enumerate(x_bars)]
 
-    def push_by_transposition(residuals, x_dots):  # x_dot -> J x_dot: the transpose of `pull`
-      def rule(*y_bars):
+    # x_dot -> J x_dot: the transpose of `pull`.
+    def push_by_transposition(residuals: Values, x_dots: Values) -> Values:
+      def rule(*y_bars: Any) -> tuple[Any, ...]:
         return tuple(
           ad.zeros_like_aval(x) if x_bar is None else jax.lax.convert_element_type(x_bar, x.dtype)
           for x_bar, x in zip(pull(residuals, y_bars), x_types, strict=True)
         )
 
-      def untransposable(error):
+      def untransposable(error: Exception) -> TypeError:
         return TypeError(
           f"enable_forward_mode cannot differentiate {name} in forward mode, because JAX cannot "
           f"transpose its backward rule ({type(error).__name__}: {error}). Make the rule linear in "
@@ -303,7 +334,9 @@ def enable_forward_mode(
       except Exception as error:
         raise untransposable(error) from error
 
-    def push_by_rule(residuals, x_dots):  # x_dot -> J x_dot: the hand-written rule
+    # x_dot -> J x_dot: the hand-written rule.
+    def push_by_rule(residuals: Values, x_dots: Values) -> Values:
+      assert tangent is not None
       _, rule_residuals = jax.tree.unflatten(residuals_tree, residuals)
       args_dot: list[Any] = [None] * num_leaves
       for i, x_dot in zip(moving, x_dots, strict=True):
@@ -329,21 +362,21 @@ def enable_forward_mode(
   g.defjvp(jvp, symbolic_zeros=True)
 
   @functools.wraps(f, updated=())
-  def forward_mode(*args, **kwargs):
+  def forward_mode(*args: P.args, **kwargs: P.kwargs) -> R:
     # jax.custom_jvp stops the gradient of a tracer among the nondiff_argnums, where f refuses it.
     bound = inspect.signature(f).bind(*args, **kwargs)
     bound.apply_defaults()
     static = [bound.args[i] for i in nondiff_argnums]
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(static))
+    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(static))
     return (f if traced else g)(*args, **kwargs)
 
-  enabled = forward_mode if nondiff_argnums else g
+  enabled: Any = forward_mode if nondiff_argnums else g
   enabled.defvjp = f.defvjp
   return enabled
 
 
 @contextlib.contextmanager
-def _linearization_suspended(x_dots: Sequence[Any]) -> Iterator[None]:
+def _linearization_suspended(x_dots: Values) -> Generator[None, None, None]:
   """Computes with primal values as if JAX were not linearizing, if it is.
 
   While JAX linearizes it partially evaluates, and control flow that is partially evaluated is
@@ -364,10 +397,10 @@ class _Watch(threading.local):
 
   arrived: Sequence[int] = ()
 
-  def __call__(self, *xs):
+  def __call__(self, *xs: Any) -> tuple[Any, ...]:
     identity = jax.custom_vjp(lambda *xs: xs)
 
-    def bwd(_, x_bars):
+    def bwd(_: None, x_bars: tuple[Any, ...]) -> tuple[Any, ...]:
       self.arrived = [i for i, x_bar in enumerate(x_bars) if type(x_bar) is not SymbolicZero]
       return x_bars
 
@@ -375,14 +408,14 @@ class _Watch(threading.local):
     return identity(*xs)
 
 
-def _with_residuals(f: jax.custom_vjp) -> Callable[..., Any]:
+def _with_residuals(f: Any) -> Callable[..., Any]:
   """The function ``args -> (out, residuals)`` with the rule of ``f`` for its first output."""
 
-  def bwd(*args):
+  def bwd(*args: Any) -> tuple[Any, ...]:
     *static, residuals, (out_bar, _) = args
     return f.bwd(*static, residuals, out_bar)
 
-  def fwd(*args):
+  def fwd(*args: Any) -> tuple[Any, Any]:
     out, residuals = f.fwd(*args)
     return (out, residuals), residuals
 
@@ -391,8 +424,11 @@ def _with_residuals(f: jax.custom_vjp) -> Callable[..., Any]:
   return with_residuals
 
 
-def _checked_tangent(name, out_dot, out_tree, out_types, linear) -> tuple[Any, ...]:
+def _checked_tangent(
+  name: str, out_dot: Any, out_tree: Any, out_types: Values, linear: Sequence[int]
+) -> tuple[Any, ...]:
   """The tangents of the differentiable outputs, as ``tangent`` returned them."""
+  dots: list[Any] = []
   try:
     dots = out_tree.flatten_up_to(out_dot)
     fits = jax.tree_util.all_leaves(dots, is_leaf=lambda dot: dot is None)
@@ -403,7 +439,7 @@ def _checked_tangent(name, out_dot, out_tree, out_types, linear) -> tuple[Any, .
       f"the tangent rule of {name} must return the structure of its output, {out_tree}, "
       f"got {jax.tree.structure(out_dot)}."
     )
-  checked = []
+  checked: list[Any] = []
   for i in linear:
     expected, dot = out_types[i], dots[i]
     if dot is None:
@@ -428,21 +464,20 @@ def varying_axes(x: Any) -> frozenset[str]:
   return jax.typeof(x).manual_axis_type.varying
 
 
-def varying_alike(
-  *arrays: jax.Array | None, without: str | tuple[str, ...] | None = None
-) -> tuple[Any, ...]:
+def varying_alike(*arrays: *Args, without: str | tuple[str, ...] | None = None) -> tuple[*Args]:
   """The arrays, varying over the same axes inside `jax.shard_map`, as a rule for several needs.
 
-  Over the axes ``without`` they vary as they did.
+  Over the axes ``without`` they vary as they did. None stays None.
   """
   union = frozenset[str]().union(*(varying_axes(x) for x in arrays if x is not None))
   union -= {without} if isinstance(without, str) else set(without or ())
 
-  def alike(x):
+  def alike(x: Any) -> Any:
     axes = union - varying_axes(x)
     return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
 
-  return tuple(None if x is None else alike(x) for x in arrays)
+  of_same_types: Any = tuple(None if x is None else alike(x) for x in arrays)
+  return of_same_types
 
 
 def _describe(value: Any) -> str:

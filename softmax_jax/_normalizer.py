@@ -13,18 +13,24 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar, TypeVarTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
 from softmax_jax import _devices as devices
 from softmax_jax._devices import AxisName
 from softmax_jax._forward_mode import varying_axes
+from softmax_jax._typed import cond, platform_dependent
 
 Axes = tuple[int, ...]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Args = TypeVarTuple("Args")
 
 
 class Normalizer(NamedTuple):
@@ -65,7 +71,7 @@ class OwnSum(NamedTuple):
   any: jax.Array | None
 
 
-def compiled(rule: Callable, static_argnums: int) -> Callable:
+def compiled(rule: Callable[P, R], static_argnums: int | tuple[int, ...]) -> Callable[P, R]:
   """``rule`` as one program, not many small ones, where no `jax.jit` surrounds the call."""
   return jax.jit(rule, static_argnums=static_argnums, inline=True)
 
@@ -100,7 +106,7 @@ def add_up(
   return Normalizer(own.shift, rest + (tops - 1), own.any), others
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4), inline=True)
+@functools.partial(compiled, static_argnums=(2, 3, 4))
 def own_sum(
   x: jax.Array,
   mask: jax.Array | None,
@@ -128,7 +134,13 @@ def own_sum(
   else:
     rest = jnp.sum(jnp.exp(difference(z, shift)), axis=axes, keepdims=True) - left_out
 
-    def sum_of_others(x, mask, any_, shift, rest):
+    def sum_of_others(
+      x: jax.Array,
+      mask: jax.Array | None,
+      any_: jax.Array | None,
+      shift: jax.Array,
+      rest: jax.Array,
+    ) -> jax.Array:
       e = exp_of_difference(entries(x, mask, any_, dtype), shift)
       return jnp.sum(_if_small(e), axis=axes, keepdims=True)
 
@@ -220,11 +232,14 @@ def vanishing(shift: jax.Array) -> jax.Array:
   far = 128 if shift.dtype == jnp.float32 else 1024
   below = jnp.minimum(shift * (1 - 2**-10), shift * (1 + 2**-10)) - far
   # Without the barrier XLA:CPU computes it again for every entry of the row.
-  return lax.optimization_barrier(jnp.maximum(below, jnp.finfo(shift.dtype).min))
+  return lax.optimization_barrier(jnp.maximum(below, np.finfo(shift.dtype).min))
 
 
 def where_needed(
-  needed: jax.Array, yes: Callable, no: Callable, *args: jax.Array | None
+  needed: jax.Array,
+  yes: Callable[[*Args], jax.Array],
+  no: Callable[[*Args], jax.Array],
+  *args: *Args,
 ) -> jax.Array:
   """``yes(*args)`` if ``needed``, else ``yes(*args)`` or the cheaper ``no(*args)``.
 
@@ -234,12 +249,14 @@ def where_needed(
   """
   if any(varying_axes(x) for x in jax.tree.leaves(args)):
     return yes(*args)
-  return lax.platform_dependent(
-    needed,
-    *args,
-    cpu=lambda needed, *args: lax.cond(needed, yes, no, *args),
-    default=lambda needed, *args: yes(*args),
-  )
+
+  def branch(needed: jax.Array, *args: *Args) -> jax.Array:
+    return cond(needed, yes, no, *args)
+
+  def no_branch(needed: jax.Array, *args: *Args) -> jax.Array:
+    return yes(*args)
+
+  return platform_dependent(needed, *args, cpu=branch, default=no_branch)
 
 
 def masked(x: jax.Array, mask: jax.Array | None, fill: float) -> jax.Array:
@@ -252,7 +269,9 @@ def entries(
 ) -> jax.Array:
   """``x`` in ``dtype``, with -inf where masked; 0 in rows without ``any_``, which spares NaNs."""
   z = x.astype(dtype)
-  return z if mask is None else jnp.where(mask, z, jnp.where(any_, -jnp.inf, 0).astype(z.dtype))
+  if mask is None or any_ is None:
+    return z
+  return jnp.where(mask, z, jnp.where(any_, -jnp.inf, 0).astype(z.dtype))
 
 
 def any_entry(mask: jax.Array | None, axes: Axes) -> jax.Array | None:

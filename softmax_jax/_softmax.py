@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -31,6 +32,7 @@ from softmax_jax._normalizer import (
   unbroadcast,
   vanishing,
 )
+from softmax_jax._typed import custom_vjp, platform_dependent
 
 
 class Rows(NamedTuple):
@@ -73,13 +75,13 @@ def _normalized(z: jax.Array, top: jax.Array, rows: Rows) -> jax.Array:
 
   # With an integer shift all of this but z - shift is free of rounding, and
   # exp(z - shift + error) = e (1 + error).
-  def exact(z, shift, e):
+  def exact(z: jax.Array, shift: jax.Array, e: jax.Array) -> jax.Array:
     z = jnp.maximum(z, vanishing(shift))
     error = z - ((z - shift) + shift)
     return e + e * error
 
   if few(z.shape, rows.axes) and z.dtype == jnp.float32:
-    exact_e = lax.platform_dependent(z, shift, e, cpu=lambda z, shift, e: e, default=exact)
+    exact_e = platform_dependent(z, shift, e, cpu=lambda z, shift, e: e, default=exact)
   else:
     exact_e = exact(z, shift, e)
   return exact_e / row_sum(e, *rows)
@@ -98,7 +100,7 @@ def _softmax_bwd(
   y, mask = residuals
   dtype = arguments.compute_dtype(y.dtype)
   a, c = y.astype(dtype), masked(y_bar, mask, 0).astype(dtype)
-  a = jnp.minimum(a * (1 + jnp.finfo(dtype).eps), 1)
+  a = jnp.minimum(a * (1 + np.finfo(dtype).eps), 1)
   for _ in range(2):
     c = c - row_sum(a * c, *rows)
   x_bar = a * (c - row_sum(a * c, *rows))
@@ -112,7 +114,7 @@ def _softmax_tangent(
   return _softmax_bwd(rows, residuals, args_dot[0])[0]
 
 
-_softmax_rule = jax.custom_vjp(_softmax_primal, nondiff_argnums=(2,))
+_softmax_rule = custom_vjp(_softmax_primal, nondiff_argnums=(2,))
 _softmax_rule.defvjp(_softmax_fwd, _softmax_bwd)
 _softmax = compiled(enable_forward_mode(_softmax_rule, tangent=_softmax_tangent), static_argnums=2)
 
@@ -210,7 +212,7 @@ def _log_softmax_bwd(
   return x_bar.astype(y.dtype), None
 
 
-_log_softmax_rule = jax.custom_vjp(_log_softmax_primal, nondiff_argnums=(2,))
+_log_softmax_rule = custom_vjp(_log_softmax_primal, nondiff_argnums=(2,))
 _log_softmax_rule.defvjp(_log_softmax_fwd, _log_softmax_bwd)
 _log_softmax = compiled(enable_forward_mode(_log_softmax_rule), static_argnums=2)
 
@@ -299,7 +301,7 @@ def _logsumexp_bwd(
   return masked(a_bar, mask, 0).astype(a.dtype), None
 
 
-_logsumexp_rule = jax.custom_vjp(_logsumexp_primal, nondiff_argnums=(2,))
+_logsumexp_rule = custom_vjp(_logsumexp_primal, nondiff_argnums=(2,))
 _logsumexp_rule.defvjp(_logsumexp_fwd, _logsumexp_bwd)
 _logsumexp = compiled(enable_forward_mode(_logsumexp_rule), static_argnums=2)
 
@@ -365,7 +367,7 @@ def _scaled_logsumexp_bwd(
   )
 
 
-_scaled_logsumexp_rule = jax.custom_vjp(_scaled_logsumexp_primal, nondiff_argnums=(3,))
+_scaled_logsumexp_rule = custom_vjp(_scaled_logsumexp_primal, nondiff_argnums=(3,))
 _scaled_logsumexp_rule.defvjp(_scaled_logsumexp_fwd, _scaled_logsumexp_bwd)
 _scaled_logsumexp = compiled(enable_forward_mode(_scaled_logsumexp_rule), static_argnums=3)
 
@@ -392,6 +394,19 @@ def logsumexp(
   *,
   return_sign: Literal[True],
   where: ArrayLike | None = None,
+  axis_name: AxisName | None = None,
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+@overload
+def logsumexp(
+  a: ArrayLike,
+  axis: Axis,
+  b: ArrayLike | None,
+  keepdims: bool,
+  return_sign: Literal[True],
+  where: ArrayLike | None = None,
+  *,
   axis_name: AxisName | None = None,
 ) -> tuple[jax.Array, jax.Array]: ...
 
@@ -498,5 +513,5 @@ def _as_input(
   axes = arguments.as_axes(function, name, axis, x.shape)
   mask = None if where is None else arguments.as_mask(function, where, name, x.shape)
   if axis_name is not None:
-    axis_name = arguments.as_axis_name(function, axis_name, name, x)
+    arguments.check_axis_name(function, axis_name, name, x)
   return *varying_alike(x, mask), Rows(axes, axis_name)

@@ -39,13 +39,14 @@ from softmax_jax._normalizer import (
   own_sum,
   unbroadcast,
 )
+from softmax_jax._typed import custom_vjp, linear_transpose, tree_map
 
 # What stands in place of the class index in a row whose label is out of range, and in a row that
 # does not count.
 INVALID, IGNORED = -1, -2
 
 
-class _Static(NamedTuple):
+class Static(NamedTuple):
   axis: int
   num_classes: int  # on all devices
   smoothed: bool
@@ -53,9 +54,9 @@ class _Static(NamedTuple):
   axis_name: AxisName | None = None
 
 
-class _Residuals(NamedTuple):
+class Residuals(NamedTuple):
   logits: jax.Array
-  index: jax.Array
+  class_index: jax.Array
   mask: jax.Array | None
   weights: jax.Array | None
   normalizer: Normalizer
@@ -145,18 +146,18 @@ def _primal(
   index: jax.Array,
   mask: jax.Array | None,
   weights: jax.Array | None,
-  static: _Static,
+  static: Static,
 ) -> PerRow:
-  return _fwd(logits, index, mask, weights, static)[0]
+  return fwd(logits, index, mask, weights, static)[0]
 
 
-def _fwd(
+def fwd(
   logits: jax.Array,
   index: jax.Array,
   mask: jax.Array | None,
   weights: jax.Array | None,
-  static: _Static,
-) -> tuple[PerRow, _Residuals]:
+  static: Static,
+) -> tuple[PerRow, Residuals]:
   axis, axis_name = static.axis, static.axis_name
   dtype = arguments.compute_dtype(logits.dtype)
   own = own_sum(logits, mask, (axis,), dtype, axis_name)
@@ -170,7 +171,7 @@ def _fwd(
     uniform = uniform_sums(weights, logits, mask, own.shift, own.any, (axis,))
   s, (z_t, w_t, uniform) = add_up(own, (z_t, w_t, uniform), axis_name)
 
-  if mask is not None:  # a row without any class does not count
+  if s.any is not None:  # a row without any class does not count
     index = jnp.where(s.any, index, IGNORED)
   nll = _by_row(index, minus_log_softmax(z_t, s))
   lse = jnp.where(index == IGNORED, 0, s.shift + s.log_sum())
@@ -180,7 +181,7 @@ def _fwd(
     uniform_loss = _by_row(index, uniform.loss(s, static.num_classes))
     uniform = uniform._replace(cost=None)
   per_row = PerRow(nll, lse, uniform_loss, batched_like(weight, lse))
-  return per_row, _Residuals(logits, index, mask, weights, s, uniform)
+  return per_row, Residuals(logits, index, mask, weights, s, uniform)
 
 
 # Seed step 6: nll = -log a_t, d nll/dz_j = a_j - delta_tj. Seed step 1: d lse/dz_j = a_j. And with
@@ -189,8 +190,8 @@ def _fwd(
 #   z_bar_j = a_j (g + nll_bar) - u_j uniform_bar                 for j != t,
 #   z_bar_t = a_t g - (1 - a_t) nll_bar - u_t uniform_bar,
 # and d uniform/du_j = -log a_j, d weight/dw_j = delta_tj.
-def _bwd(
-  static: _Static, residuals: _Residuals, bars: PerRow
+def bwd(
+  static: Static, residuals: Residuals, bars: PerRow
 ) -> tuple[jax.Array, None, None, jax.Array | None]:
   axis = static.axis
   logits, index, mask, weights, s, uniform = residuals
@@ -204,22 +205,23 @@ def _bwd(
   if weights is not None:
     weight_bar = jnp.where(index == IGNORED, 0, bars.weight)
     weight_bar, _ = varying_alike(weight_bar, weights)
-    (weights_bar,) = jax.linear_transpose(lambda w: label.take_weight(w, axis, z), weights)(
-      weight_bar
-    )
-  if static.smoothed:
+    transposed = linear_transpose(lambda w: label.take_weight(w, axis, z), weights)
+    (weights_bar,) = transposed(weight_bar)
+  of_u = None
+  if uniform is not None:
     uniform_bar = _bar_by_row(index, bars.uniform)
     divisor = uniform.divisor(static.num_classes)
     u = uniform_label(weights, mask, divisor, z)
     g = g + uniform_bar * uniform.label_sum(static.num_classes)
-    if weights is not None:
+    of_u = u * uniform_bar
+    if weights is not None and weights_bar is not None:
       cost = cost_of(u, minus_log_softmax(z, s))
       weights_bar += unbroadcast(masked(cost * uniform_bar, mask, 0) / divisor, weights.shape)
   e_t = exp_of_difference(label.take(z, axis, elsewhere=-jnp.inf), s.shift)
   at_label = (e_t * g - ((1 - e_t) + s.rest) * nll_bar) * inverse
   z_bar = jnp.where(is_label, at_label, exp_of_difference(z, s.shift) * ((g + nll_bar) * inverse))
-  if static.smoothed:
-    z_bar = z_bar - u * uniform_bar
+  if of_u is not None:
+    z_bar = z_bar - of_u
   # What does not count may hold anything, and has derivative 0 nevertheless.
   if static.ignores:
     z_bar = masked(z_bar, index != IGNORED, 0)
@@ -230,14 +232,14 @@ def _bwd(
 #   nll_dot = sum_j a_j z_dot_j - z_dot_t = sum_j a_j (z_dot_j - z_dot_t),
 #   lse_dot = nll_dot + z_dot_t,
 #   uniform_dot = lse_dot sum_k u_k - sum_k u_k z_dot_k - sum_k u_dot_k log a_k.
-def _tangent(static: _Static, residuals: _Residuals, args_dot: tuple[Any, ...]) -> PerRow:
+def tangent(static: Static, residuals: Residuals, args_dot: tuple[Any, ...]) -> PerRow:
   axis, axis_name = static.axis, static.axis_name
   logits, index, mask, weights, s, uniform = residuals
   logits_dot, _, _, weights_dot = args_dot
   dtype = s.shift.dtype
   z = entries(logits, mask, s.any, dtype)
   label = _Label.of(index, z.shape[axis], axis_name)
-  nll_dot = lse_dot = uniform_dot = weight_dot = None
+  z_dot = nll_dot = lse_dot = uniform_dot = weight_dot = None
   if logits_dot is not None:
     z_dot = masked(logits_dot.astype(dtype), mask, 0)
     z_dot_t = devices.add_up(label.take(z_dot, axis), axis_name)
@@ -247,27 +249,27 @@ def _tangent(static: _Static, residuals: _Residuals, args_dot: tuple[Any, ...]) 
   if weights_dot is not None:
     weight_dot = weight_of_label(weights_dot, index, axis, axis_name, z)
     weight_dot = jnp.where(index == IGNORED, 0, weight_dot)
-  if static.smoothed:
+  if uniform is not None:
     divisor = uniform.divisor(static.num_classes)
     u = uniform_label(weights, mask, divisor, z)
     own_dot = jnp.zeros((), dtype)
-    if logits_dot is not None:
+    if z_dot is not None:
       own_dot -= u * z_dot
     if weights_dot is not None:
       u_dot = uniform_label(weights_dot, mask, divisor, z)
       own_dot += u_dot * cost_of(u, minus_log_softmax(z, s))
     uniform_dot = row_sum(jnp.broadcast_to(own_dot, z.shape), (axis,), axis_name)
-    if logits_dot is not None:
+    if lse_dot is not None:
       uniform_dot += lse_dot * uniform.label_sum(static.num_classes)
     uniform_dot = _by_row(index, uniform_dot)
-  if logits_dot is not None:
+  if nll_dot is not None and lse_dot is not None:
     nll_dot, lse_dot = _by_row(index, nll_dot), jnp.where(index == IGNORED, 0, lse_dot)
   return PerRow(nll_dot, lse_dot, uniform_dot, weight_dot)
 
 
-_rule = jax.custom_vjp(_primal, nondiff_argnums=(4,))
-_rule.defvjp(_fwd, _bwd)
-_integer_cross_entropy = compiled(enable_forward_mode(_rule, tangent=_tangent), static_argnums=4)
+_rule = custom_vjp(_primal, nondiff_argnums=(4,))
+_rule.defvjp(fwd, bwd)
+_integer_cross_entropy = compiled(enable_forward_mode(_rule, tangent=tangent), static_argnums=4)
 
 
 @overload
@@ -302,6 +304,23 @@ def softmax_cross_entropy_with_integer_labels(
   axis_name: AxisName | None = None,
   return_aux: Literal[True],
 ) -> tuple[jax.Array, CrossEntropyAux]: ...
+
+
+@overload
+def softmax_cross_entropy_with_integer_labels(
+  logits: ArrayLike,
+  labels: ArrayLike,
+  axis: Axis = -1,
+  where: ArrayLike | None = None,
+  *,
+  label_smoothing: ArrayLike = 0.0,
+  z_loss: ArrayLike = 0.0,
+  class_weights: ArrayLike | None = None,
+  ignore_index: ArrayLike | None = None,
+  reduction: Reduction = "none",
+  axis_name: AxisName | None = None,
+  return_aux: bool = False,
+) -> jax.Array | tuple[jax.Array, CrossEntropyAux]: ...
 
 
 def softmax_cross_entropy_with_integer_labels(
@@ -414,7 +433,7 @@ def softmax_cross_entropy_with_integer_labels(
     same = {"labels": labels}
     if mask is not None and mask.shape[axes[0]] < logits.shape[axes[0]]:
       same["where"] = mask
-    axis_name = arguments.as_axis_name(name, axis_name, "logits", logits, **same)
+    arguments.check_axis_name(name, axis_name, "logits", logits, **same)
   if len(axes) != 1:
     if mask is not None:
       mask = _merge_axes(jnp.broadcast_to(mask, logits.shape), axes)
@@ -437,7 +456,7 @@ def softmax_cross_entropy_with_integer_labels(
     logits = broadcast(logits, (*rows[:class_axis], size, *rows[class_axis:]))
     if weights is not None:
       weights = jnp.expand_dims(weights, [a for a in range(logits.ndim) if a != class_axis])
-    static = _Static(
+    static = Static(
       axis=class_axis,
       num_classes=num_classes,
       smoothed=chosen.label_smoothing is not None,
@@ -450,7 +469,7 @@ def softmax_cross_entropy_with_integer_labels(
     if weights is not None:
       per_row = per_row._replace(nll=options.times(per_row.weight, per_row.nll))
 
-  per_row = jax.tree.map(lambda x: jnp.squeeze(x, class_axis), per_row)
+  per_row = tree_map(lambda x: jnp.squeeze(x, class_axis), per_row)
   loss, aux = options.combine(chosen, per_row)
   return (loss, aux) if return_aux else loss
 

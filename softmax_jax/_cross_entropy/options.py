@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -91,7 +92,11 @@ def combine(options: Options, rows: PerRow) -> tuple[jax.Array, CrossEntropyAux]
     z_loss = options.z_loss * rows.lse**2
     loss = loss + z_loss
   total_weight = jnp.sum(rows.weight)
-  reduce = {"none": lambda x: x, "sum": jnp.sum, "mean": lambda x: _mean(x, total_weight)}
+  reduce: dict[Reduction, Callable[[jax.Array], jax.Array]] = {
+    "none": lambda x: x,
+    "sum": jnp.sum,
+    "mean": lambda x: mean(x, total_weight),
+  }
   loss, z_loss = (reduce[options.reduction](x) for x in (loss, z_loss))
   return loss, CrossEntropyAux(rows.nll, rows.lse, z_loss, total_weight)
 
@@ -102,10 +107,13 @@ def times(coefficient: jax.Array, x: jax.Array) -> jax.Array:
   return coefficient * _finite_at_zero(coefficient, x)
 
 
+Pair = tuple[jax.Array, jax.Array]
+
+
 # The derivative by x is the coefficient, whatever x is: said here, it spares the gradient of a loss
 # the computation of its value.
 @times.defjvp
-def _times_jvp(primals, tangents):
+def _times_jvp(primals: Pair, tangents: Pair) -> Pair:
   (coefficient, x), (coefficient_dot, x_dot) = primals, tangents
   dot = coefficient * x_dot + coefficient_dot * _finite_at_zero(coefficient, x)
   return times(coefficient, x), dot
@@ -115,6 +123,6 @@ def _finite_at_zero(coefficient: jax.Array, x: jax.Array) -> jax.Array:
   return jnp.where((coefficient == 0) & jnp.isinf(x), jnp.zeros_like(x), x)
 
 
-def _mean(x: jax.Array, weight: jax.Array) -> jax.Array:
+def mean(x: jax.Array, weight: jax.Array) -> jax.Array:
   none = weight == 0
   return jnp.where(none, 0, jnp.sum(x) / jnp.where(none, 1, weight))

@@ -6,7 +6,8 @@ logits.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from softmax_jax._normalizer import Axes, Normalizer, difference, entries, maske
 
 
 class PerRow(NamedTuple):
-  """The outputs of a rule.
+  """The outputs of a rule; also their tangents, cotangents or shares, None where these are 0.
 
   Attributes:
     nll: the negative log-likelihood of the label.
@@ -24,10 +25,10 @@ class PerRow(NamedTuple):
     weight: the weight of the row, 0 if it does not count.
   """
 
-  nll: jax.Array
-  lse: jax.Array
-  uniform: jax.Array | None
-  weight: jax.Array
+  nll: Any
+  lse: Any
+  uniform: Any
+  weight: Any
 
 
 def batched_like(weight: jax.Array, x: jax.Array) -> jax.Array:
@@ -55,14 +56,15 @@ class UniformSums(NamedTuple):
   """Sums over the unmasked classes k of a row, of which the loss of the uniform label is made.
 
   Attributes:
-    cost: ``sum_k w_k (shift - z_k)``, w_k being the weights of the classes.
+    cost: ``sum_k w_k (shift - z_k)``, w_k being the weights of the classes; None where the loss is
+      known already.
     weight: ``sum_k w_k``, or None where all weights are 1.
-    count: the number of unmasked classes, or None where nothing is masked.
+    classes: the number of unmasked classes, or None where nothing is masked.
   """
 
-  cost: jax.Array
+  cost: Any
   weight: jax.Array | None
-  count: jax.Array | None
+  classes: jax.Array | None
 
   def loss(self, s: Normalizer, num_classes: int) -> jax.Array:
     """``-sum_k u_k log a_k`` with the (weighted) uniform label u."""
@@ -73,12 +75,12 @@ class UniformSums(NamedTuple):
 
   def label_sum(self, num_classes: int) -> jax.Array | float:
     """``sum_k u_k``, where ``num_classes`` are all classes, masked or not."""
-    weight = self.count if self.weight is None else self.weight
+    weight = self.classes if self.weight is None else self.weight
     return 1.0 if weight is None else weight / self.divisor(num_classes)
 
   def divisor(self, num_classes: int) -> jax.Array | int:
     """What the weights of the classes are divided by in u: their number, or 1."""
-    return max(1, num_classes) if self.count is None else jnp.maximum(self.count, 1)
+    return max(1, num_classes) if self.classes is None else jnp.maximum(self.classes, 1)
 
 
 def uniform_sums(
@@ -91,7 +93,7 @@ def uniform_sums(
 ) -> UniformSums:
   """The sums over the classes of one device; ``shift`` and ``any_`` are of the `Normalizer`."""
   dtype = shift.dtype
-  row_sum = lambda x: jnp.sum(x, axis=axes, keepdims=True)
+  row_sum = functools.partial(jnp.sum, axis=axes, keepdims=True)
   cost = -difference(entries(logits, mask, any_, dtype), shift)
   if weights is None and mask is None:
     return UniformSums(row_sum(cost), None, None)

@@ -42,6 +42,7 @@ from softmax_jax._normalizer import (
   unbroadcast,
   where_needed,
 )
+from softmax_jax._typed import custom_vjp, tree_map
 
 
 class _Residuals(NamedTuple):
@@ -68,7 +69,7 @@ def _weighted_label(
   return t if weights is None else t * weights
 
 
-@functools.partial(jax.jit, static_argnums=5, inline=True)
+@functools.partial(compiled, static_argnums=5)
 def _likelihood(
   logits: jax.Array,
   labels: jax.Array,
@@ -79,7 +80,14 @@ def _likelihood(
 ) -> jax.Array:
   """``-sum_k p_k log a_k`` with the weighted label p, in which 0 log 0 = 0."""
 
-  def likelihood(careful, logits, labels, mask, weights, s):
+  def likelihood(
+    careful: bool,
+    logits: jax.Array,
+    labels: jax.Array,
+    mask: jax.Array | None,
+    weights: jax.Array | None,
+    s: Normalizer,
+  ) -> jax.Array:
     dtype = s.shift.dtype
     p = _weighted_label(labels, mask, weights, dtype)
     cost = minus_log_softmax(entries(logits, mask, s.any, dtype), s)
@@ -93,8 +101,8 @@ def _likelihood(
   # To see to labels of 0 at infinite costs in every sum would double its time.
   return where_needed(
     jnp.any(jnp.isnan(nll)),
-    lambda _, *operands: likelihood(True, *operands),
-    lambda nll, *_: nll,
+    lambda _, z, t, mask, w, s: likelihood(True, z, t, mask, w, s),
+    lambda nll, z, t, mask, w, s: nll,
     nll,
     *operands,
   )
@@ -121,7 +129,7 @@ def _fwd(
   dtype = arguments.compute_dtype(logits.dtype, labels.dtype)
   own = own_sum(logits, mask, axes, dtype, axis_name)
   likelihood = functools.partial(_likelihood, logits, labels, mask, weights)
-  nll = total = uniform = None
+  nll = total = uniform = uniform_loss = None
   if axis_name is not None:  # what there is without log S, which this device does not know yet
     nll = likelihood(Normalizer(own.shift, jnp.zeros_like(own.rest), own.any), axes)
     p = jnp.broadcast_to(_weighted_label(labels, mask, weights, dtype), logits.shape)
@@ -130,8 +138,7 @@ def _fwd(
     uniform = uniform_sums(weights, logits, mask, own.shift, own.any, axes)
   s, (nll, total, uniform) = add_up(own, (nll, total, uniform), axis_name)
 
-  nll = likelihood(s, axes) if axis_name is None else nll + total * s.log_sum()
-  uniform_loss = None
+  nll = likelihood(s, axes) if nll is None or total is None else nll + total * s.log_sum()
   if uniform is not None:
     uniform_loss = uniform.loss(s, static.num_classes)
     uniform = uniform._replace(cost=None)
@@ -150,7 +157,7 @@ def _fwd(
 def _bwd(
   static: _Static, residuals: _Residuals, bars: PerRow
 ) -> tuple[jax.Array, jax.Array, None, jax.Array | None]:
-  axes, num_classes, smoothed, _ = static
+  axes, num_classes, _, _ = static
   logits, labels, mask, weights, s, total, uniform = residuals
   dtype = s.shift.dtype
   z = entries(logits, mask, s.any, dtype)
@@ -158,7 +165,8 @@ def _bwd(
   cost = minus_log_softmax(z, s)
   e, inverse = exp_of_difference(z, s.shift), inverse_sum(s)
   g = bars.lse
-  if smoothed:
+  u, divisor = None, 1
+  if uniform is not None:
     divisor = uniform.divisor(num_classes)
     u = uniform_label(weights, mask, divisor, z)
     g = g + bars.uniform * uniform.label_sum(num_classes)
@@ -166,7 +174,7 @@ def _bwd(
   total = (jnp.sum(p, axis=axes, keepdims=True) if total is None else total) * scale
   total, scale, g, rest = jax.lax.optimization_barrier((total, scale, g * inverse, s.rest * scale))
   z_bar = (e * total - p * scale) + (e * g - p * rest)
-  if smoothed:
+  if u is not None:
     z_bar = z_bar - u * bars.uniform
 
   p_bar = masked(cost_of(p, cost) * bars.nll, mask, 0)
@@ -174,7 +182,7 @@ def _bwd(
   weights_bar = None
   if weights is not None:
     weights_bar = p_bar * masked(labels.astype(dtype), mask, 0)
-    if smoothed:
+    if u is not None:
       weights_bar = weights_bar + masked(cost_of(u, cost) * bars.uniform, mask, 0) / divisor
     weights_bar = unbroadcast(weights_bar, weights.shape)
   return (
@@ -194,18 +202,23 @@ def _bwd(
 def _tangent(
   static: _Static, residuals: _Residuals, args_dot: tuple[jax.Array | None, ...]
 ) -> PerRow:
-  axes, num_classes, smoothed, axis_name = static
+  axes, num_classes, _, axis_name = static
   logits, labels, mask, weights, s, _, uniform = residuals
   logits_dot, labels_dot, _, weights_dot = args_dot
   dtype = s.shift.dtype
   z = entries(logits, mask, s.any, dtype)
-  sums = lambda *xs: devices.add_up(
-    [jnp.sum(jnp.broadcast_to(x, z.shape), axis=axes, keepdims=True) for x in xs], axis_name
-  )
+
+  def sums(*xs: jax.Array) -> list[jax.Array]:
+    own = [jnp.sum(jnp.broadcast_to(x, z.shape), axis=axes, keepdims=True) for x in xs]
+    return devices.add_up(own, axis_name)
+
   nll_dot = uniform_dot = jnp.zeros_like(z)
   lse_dot = jnp.zeros_like(s.shift)
   p = _weighted_label(labels, mask, weights, dtype)
-  u = uniform_label(weights, mask, uniform.divisor(num_classes), z) if smoothed else None
+  u, divisor = None, 1
+  if uniform is not None:
+    divisor = uniform.divisor(num_classes)
+    u = uniform_label(weights, mask, divisor, z)
 
   if logits_dot is not None:
     z_dot = masked(logits_dot.astype(dtype), mask, 0)
@@ -215,7 +228,7 @@ def _tangent(
     for _ in range(2):
       v = v - sums(a * v)[0]
     nll_dot -= p * v
-    if smoothed:
+    if u is not None:
       uniform_dot -= u * v
   if labels_dot is not None or weights_dot is not None:
     cost = minus_log_softmax(z, s)
@@ -225,14 +238,14 @@ def _tangent(
     if weights_dot is not None:
       p_dot += _weighted_label(labels, mask, weights_dot, dtype)
     nll_dot += cost_of(p, cost) * masked(p_dot, mask, 0)
-    if smoothed and weights_dot is not None:
-      u_dot = uniform_label(weights_dot, mask, uniform.divisor(num_classes), z)
+    if u is not None and weights_dot is not None:
+      u_dot = uniform_label(weights_dot, mask, divisor, z)
       uniform_dot += cost_of(u, cost) * u_dot
   nll_dot, uniform_dot = sums(nll_dot, uniform_dot)
-  return PerRow(nll_dot, lse_dot, uniform_dot if smoothed else None, None)
+  return PerRow(nll_dot, lse_dot, None if u is None else uniform_dot, None)
 
 
-_rule = jax.custom_vjp(_primal, nondiff_argnums=(4,))
+_rule = custom_vjp(_primal, nondiff_argnums=(4,))
 _rule.defvjp(_fwd, _bwd)
 _soft_cross_entropy = compiled(enable_forward_mode(_rule, tangent=_tangent), static_argnums=4)
 
@@ -267,6 +280,22 @@ def softmax_cross_entropy(
   axis_name: AxisName | None = None,
   return_aux: Literal[True],
 ) -> tuple[jax.Array, CrossEntropyAux]: ...
+
+
+@overload
+def softmax_cross_entropy(
+  logits: ArrayLike,
+  labels: ArrayLike,
+  axis: Axis = -1,
+  where: ArrayLike | None = None,
+  *,
+  label_smoothing: ArrayLike = 0.0,
+  z_loss: ArrayLike = 0.0,
+  class_weights: ArrayLike | None = None,
+  reduction: Reduction = "none",
+  axis_name: AxisName | None = None,
+  return_aux: bool = False,
+) -> jax.Array | tuple[jax.Array, CrossEntropyAux]: ...
 
 
 def softmax_cross_entropy(
@@ -365,14 +394,14 @@ def softmax_cross_entropy(
   if class_weights is not None:
     class_shape = tuple(shape[a] for a in axes)
     weights = arguments.as_class_weights(name, class_weights, class_shape).astype(dtype)
-    weights = jnp.transpose(weights, np.argsort(axes))
+    weights = jnp.transpose(weights, tuple(np.argsort(axes)))
     weights = jnp.expand_dims(weights, [a for a in range(len(shape)) if a not in axes])
   mask = None
   if where is not None:
     mask = arguments.as_mask(name, where, "logits", shape, row_axes=axes)
 
   if axis_name is not None:
-    axis_name = arguments.as_axis_name(name, axis_name, "logits", logits)
+    arguments.check_axis_name(name, axis_name, "logits", logits)
 
   static = _Static(
     axes,
@@ -381,5 +410,5 @@ def softmax_cross_entropy(
     axis_name=axis_name,
   )
   per_row = _soft_cross_entropy(*varying_alike(logits, labels, mask, weights), static)
-  loss, aux = options.combine(chosen, jax.tree.map(lambda x: jnp.squeeze(x, axes), per_row))
+  loss, aux = options.combine(chosen, tree_map(lambda x: jnp.squeeze(x, axes), per_row))
   return (loss, aux) if return_aux else loss

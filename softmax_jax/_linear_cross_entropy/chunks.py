@@ -9,7 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from softmax_jax._typed import checkpoint, fori_loop, tree_map
+
 Carry = TypeVar("Carry")
+Rows = TypeVar("Rows")
+Out = TypeVar("Out")
 
 # The least bytes that a tile may take, the logits of one chunk, where the caller does not say how
 # large a chunk is.
@@ -62,12 +66,12 @@ def over_blocks(
     carry = body(carry, whole * size, num_classes % size)
   if whole == 1:
     return body(carry, 0, size)
-  return lax.fori_loop(0, whole, lambda i, carry: body(carry, i * size, size), carry)
+  return fori_loop(0, whole, lambda i, carry: body(carry, i * size, size), carry)
 
 
 def over_chunks(
-  body: Callable[[Carry, Any, Any], tuple[Carry, Any]], carry: Carry, rows: Any, chunk_size: int
-) -> tuple[Carry, Any]:
+  body: Callable[[Carry, Rows, Any], tuple[Carry, Out]], carry: Carry, rows: Rows, chunk_size: int
+) -> tuple[Carry, Out]:
   """`jax.lax.scan` over chunks of the leading axis, the last of which may be smaller.
 
   Args:
@@ -82,25 +86,29 @@ def over_chunks(
   """
   # Differentiated in reverse mode, a chunk is computed again: nothing of the size of its logits is
   # kept.
-  body = jax.checkpoint(body, prevent_cse=False)
+  body = checkpoint(body, prevent_cse=False)
   num_rows = jax.tree.leaves(rows)[0].shape[0]
   whole = num_rows // chunk_size
   split = whole * chunk_size
-  parts = []
+  parts: list[Out] = []
   if split < num_rows:  # first, as in over_blocks
-    carry, out = body(carry, jax.tree.map(lambda x: x[split:], rows), split)
+    carry, out = body(carry, tree_map(lambda x: x[split:], rows), split)
     parts.append(out)
   if whole == 1:
-    carry, out = body(carry, jax.tree.map(lambda x: x[:split], rows), 0)
+    carry, out = body(carry, tree_map(lambda x: x[:split], rows), 0)
     parts.insert(0, out)
   elif whole:
-
-    def chunk(carry, first):  # cut out here: to split the rows beforehand would copy them
-      cut = lambda x: lax.dynamic_slice_in_dim(x, first, chunk_size)
-      return body(carry, jax.tree.map(cut, rows), first)
+    # Cut out here: to split the rows beforehand would copy them.
+    def chunk(carry: Carry, first: jax.Array) -> tuple[Carry, Out]:
+      cut = tree_map(lambda x: lax.dynamic_slice_in_dim(x, first, chunk_size), rows)
+      return body(carry, cut, first)
 
     carry, out = lax.scan(chunk, carry, jnp.arange(0, split, chunk_size))
-    parts.insert(0, jax.tree.map(lambda x: x.reshape(split, *x.shape[2:]), out))
+    parts.insert(0, tree_map(lambda x: x.reshape(split, *x.shape[2:]), out))
   if len(parts) == 1:
     return carry, parts[0]
-  return carry, jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+
+  def concatenated(*xs: jax.Array) -> jax.Array:
+    return jnp.concatenate(xs)
+
+  return carry, jax.tree.map(concatenated, *parts)

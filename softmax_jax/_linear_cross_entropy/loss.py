@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,9 @@ from softmax_jax._linear_cross_entropy import rules
 from softmax_jax._linear_cross_entropy.chunks import default_chunk_size
 from softmax_jax._linear_cross_entropy.mesh import Arrays, on_mesh
 from softmax_jax._linear_cross_entropy.projection import Inputs, Projection
+from softmax_jax._typed import unflatten_like
+
+T = TypeVar("T")
 
 
 def linear_softmax_cross_entropy(
@@ -152,7 +155,7 @@ def linear_softmax_cross_entropy(
   if chunk_size is not None:
     chunk_size = arguments.as_chunk_size(name, chunk_size)
   if axis_name is not None:
-    axis_name = arguments.as_axis_name(name, axis_name, "weight", weight, labels=labels, x=x)
+    arguments.check_axis_name(name, axis_name, "weight", weight, labels=labels, x=x)
   num_columns = size * devices.count(axis_name)
   if num_classes is None:
     num_classes = num_columns
@@ -182,7 +185,7 @@ def linear_softmax_cross_entropy(
   if reduction == "none":
     return on_mesh(name, _losses, arrays, settings, summed=False)
   total, counted = on_mesh(name, _sums, arrays, settings, summed=True)
-  return options._mean(total, counted) if reduction == "mean" else total
+  return options.mean(total, counted) if reduction == "mean" else total
 
 
 class _Settings(NamedTuple):
@@ -200,7 +203,7 @@ class _Rows(NamedTuple):
   """The arguments of the rules, and the weights of the rows, by which a mean divides."""
 
   inputs: Inputs
-  index: jax.Array
+  class_index: jax.Array
   weight: jax.Array
   counted: jax.Array
   static: rules.Static
@@ -263,13 +266,13 @@ def _sums(arrays: Arrays, settings: _Settings) -> tuple[jax.Array, jax.Array]:
   return rules.sum_of_losses(inputs, shares, index, static), jnp.sum(counted)
 
 
-def _alike(inputs: Inputs, per_row: Any, axis_name: AxisName | None) -> tuple[Inputs, Any]:
+def _alike(inputs: Inputs, per_row: T, axis_name: AxisName | None) -> tuple[Inputs, T]:
   """The arguments, varying over the same axes of a `jax.shard_map` as far as the rules need it.
 
   The inputs vary over ``axis_name`` too, over which the cotangents of those that are the same on
   all devices are thereby summed; the numbers per row do not.
   """
-  leaves, structure = jax.tree.flatten((inputs, per_row))
-  inputs, per_row = structure.unflatten(varying_alike(*leaves, without=axis_name))
-  leaves, structure = jax.tree.flatten(inputs)
-  return structure.unflatten(varying_alike(*leaves)), per_row
+  both = inputs, per_row
+  alike = varying_alike(*jax.tree.leaves(both), without=axis_name)
+  inputs, per_row = unflatten_like(both, alike)
+  return unflatten_like(inputs, varying_alike(*jax.tree.leaves(inputs))), per_row

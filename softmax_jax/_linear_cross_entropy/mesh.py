@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax import lax
 from jax.sharding import PartitionSpec
 
 from softmax_jax import _arguments as arguments
 from softmax_jax import _devices as devices
+from softmax_jax._devices import AxisName
+from softmax_jax._typed import jit, psum
 
 
 class Arrays(NamedTuple):
@@ -67,14 +68,17 @@ def on_mesh(
     z_loss=spec(),
   )
   specs = Arrays(*(None if a is None else s for a, s in zip(arrays, specs, strict=True)))
-  arrays = jax.tree.map(jax.sharding.reshard, arrays, specs)
 
-  def on_device(arrays):
+  def placed(array: jax.Array, spec: PartitionSpec) -> jax.Array:
+    return jax.sharding.reshard(array, spec)
+
+  def on_device(arrays: Arrays) -> Any:
     out = f(arrays, settings._replace(axis_name=over_classes or None))
-    return lax.psum(out, over_rows) if summed and over_rows else out
+    return psum(out, over_rows) if summed and over_rows else out
 
   out_specs = (spec(), spec()) if summed else spec(*rows)
-  return jax.jit(jax.shard_map(on_device, in_specs=(specs,), out_specs=out_specs))(arrays)
+  run = jit(jax.shard_map(on_device, in_specs=(specs,), out_specs=out_specs))
+  return run(jax.tree.map(placed, arrays, specs))
 
 
 def _spec(x: jax.Array) -> tuple[Any, ...]:
@@ -82,7 +86,7 @@ def _spec(x: jax.Array) -> tuple[Any, ...]:
   return (None,) * x.ndim if sharding is None else tuple(sharding.spec)
 
 
-def _names(*parts: Any) -> tuple[str, ...]:
+def _names(*parts: AxisName | None) -> tuple[str, ...]:
   """The mesh axes in the parts of a `PartitionSpec`."""
   names = (p if isinstance(p, tuple) else (p,) for p in parts if p is not None)
   return tuple(name for group in names for name in group)

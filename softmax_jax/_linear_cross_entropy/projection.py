@@ -64,7 +64,7 @@ class Projection(NamedTuple):
 
   def linear_tangent(self, inputs: Inputs, dots: Inputs) -> jax.Array | None:
     """``y_dot = x_dot W + x W_dot + b_dot``, or None where none of them moves."""
-    terms = []
+    terms: list[jax.Array] = []
     if dots.x is not None:
       terms.append(self.product(dots.x, inputs.weight))
     if dots.weight is not None:

@@ -33,6 +33,7 @@ from softmax_jax._linear_cross_entropy.projection import (
   capped_tangent,
 )
 from softmax_jax._normalizer import Normalizer
+from softmax_jax._typed import custom_vjp, tree_map, vjp
 
 
 class Static(NamedTuple):
@@ -57,9 +58,9 @@ class Static(NamedTuple):
   axis_name: AxisName | None
 
   @property
-  def dense(self) -> integer._Static:
+  def dense(self) -> integer.Static:
     """The same for the rule of the dense loss; rows that do not count come to it as zeros."""
-    return integer._Static(
+    return integer.Static(
       axis=1,
       num_classes=self.num_classes,
       smoothed=self.smoothed,
@@ -81,7 +82,7 @@ class _Wanted:
 
 
 def _values(tree: Any) -> Any:
-  return jax.tree.map(lambda x: x.value, tree)
+  return tree_map(lambda x: x.value, tree)
 
 
 def _features(x: jax.Array, index: jax.Array, static: Static) -> jax.Array:
@@ -97,24 +98,27 @@ def _poison(index: jax.Array, bars: PerRow) -> jax.Array:
   return jnp.where((index == integer.INVALID) & used, jnp.nan, jnp.zeros_like(bars.nll))
 
 
-def _chunk_logits(inputs: Inputs, index: jax.Array, static: Static) -> tuple[Any, ...]:
+def _chunk_logits(
+  inputs: Inputs, index: jax.Array, static: Static
+) -> tuple[Inputs, jax.Array, jax.Array]:
   """The inputs of a chunk, and its logits before and after the softcap."""
   inputs = inputs._replace(x=_features(inputs.x, index, static))
   y = static.projection.product(inputs.x, inputs.weight)
-  size = block_size(*inputs.x.shape, y.shape[1], y.dtype.itemsize)
+  num_tokens, num_features = inputs.x.shape
+  size = block_size(num_tokens, num_features, y.shape[1], y.dtype.itemsize)
 
   # Written block by block, as otherwise XLA:CPU holds several versions of them for their users.
-  def add_bias(y, first, size):
+  def add_bias(y: jax.Array, first: Any, size: int) -> jax.Array:
     bias = lax.dynamic_slice_in_dim(inputs.bias, first, size)
     y_block = lax.dynamic_slice_in_dim(y, first, size, 1)
     return lax.dynamic_update_slice_in_dim(y, y_block + bias, first, 1)
 
-  def cap(z, first, size):
+  def cap(z: jax.Array, first: Any, size: int) -> jax.Array:
     z_block = capped(lax.dynamic_slice_in_dim(y, first, size, 1), inputs.softcap)
     return lax.dynamic_update_slice_in_dim(z, z_block, first, 1)
 
   # Padding has the probability 0.
-  def pad(z, first, size):
+  def pad(z: jax.Array, first: Any, size: int) -> jax.Array:
     z_block = lax.dynamic_slice_in_dim(z, first, size, 1)
     classes = devices.first_entry(z.shape[1], static.axis_name) + first + jnp.arange(size)
     z_block = jnp.where(classes < static.num_classes, z_block, -jnp.inf)
@@ -162,7 +166,7 @@ def _chunk_gradients(
   y: jax.Array,
   z: jax.Array,
   s: Normalizer,
-  uniform_sum: jax.Array | float,
+  uniform_sum: jax.Array | None,
   bars: PerRow,
   sums: Inputs,
   first_row: Any,
@@ -171,7 +175,7 @@ def _chunk_gradients(
   projection = static.projection
   num_classes = y.shape[1]
   # A row without a valid label has no gradient here; what NaN there must be is put in at the end.
-  bars = jax.tree.map(lambda bar: jnp.where(index >= 0, bar, jnp.zeros_like(bar)), bars)
+  bars = tree_map(lambda bar: jnp.where(index >= 0, bar, jnp.zeros_like(bar)), bars)
   label = jnp.maximum(index, 0) - devices.first_entry(num_classes, static.axis_name)
   g, u = bars.lse, None
   if static.smoothed:
@@ -180,25 +184,29 @@ def _chunk_gradients(
     g = g + bars.uniform * uniform_sum
   scale = _scale(inputs.x.dtype, bars._replace(lse=g), u)
 
-  def block(sums, first, size):
-    cut = lambda x, axis=1: lax.dynamic_slice_in_dim(x, first, size, axis)
-    add = lambda x, part, axis: lax.dynamic_update_slice_in_dim(x, cut(x, axis) + part, first, axis)
+  def block(sums: Inputs, first: Any, size: int) -> Inputs:
+    def cut(x: jax.Array, axis: int = 1) -> jax.Array:
+      return lax.dynamic_slice_in_dim(x, first, size, axis)
+
+    def add(x: jax.Array, part: jax.Array, axis: int) -> jax.Array:
+      return lax.dynamic_update_slice_in_dim(x, cut(x, axis) + part, first, axis)
+
     y_block, z_block = cut(y), cut(z)
     here = (label >= first) & (label < first + size)
     block_bars = PerRow(jnp.where(here, bars.nll, 0), jnp.where(here, g, g + bars.nll), None, None)
     index = jnp.where(here, label - first, 0)
-    residuals = integer._Residuals(z_block, index, None, None, s, None)
-    z_bar = integer._bwd(integer._Static(1, size, False, False), residuals, block_bars)[0]
-    if static.smoothed:
+    residuals = integer.Residuals(z_block, index, None, None, s, None)
+    z_bar = integer.bwd(integer.Static(1, size, False, False), residuals, block_bars)[0]
+    if u is not None:
       z_bar = z_bar - cut(u) * bars.uniform
     y_bar = z_bar
     if inputs.softcap is not None:
       y_bar = z_bar * cap_slope(y_block, inputs.softcap)
-    if wanted.spread:
+    if u is not None and wanted.spread:
       cost = cost_of(cut(u), minus_log_softmax(z_block, s))
       u_bar = jnp.sum(cost * bars.uniform, axis=0, keepdims=True)
       sums = sums._replace(spread=add(sums.spread, u_bar / static.num_classes, 1))
-    if wanted.softcap:
+    if inputs.softcap is not None and wanted.softcap:
       c_bar = jnp.sum(z_bar * cap_slope_by_softcap(y_block, inputs.softcap))
       sums = sums._replace(softcap=sums.softcap + c_bar)
     if wanted.bias:
@@ -215,7 +223,8 @@ def _chunk_gradients(
   rows = sums.x
   if wanted.x:
     sums = sums._replace(x=jnp.zeros_like(inputs.x, projection.dtype))
-  size = block_size(*inputs.x.shape, num_classes, y.dtype.itemsize)
+  num_tokens, num_features = inputs.x.shape
+  size = block_size(num_tokens, num_features, num_classes, y.dtype.itemsize)
   sums = over_blocks(block, sums, num_classes, size)
   if wanted.x:
     sums = sums._replace(x=lax.dynamic_update_slice_in_dim(rows, sums.x, first_row, 0))
@@ -234,7 +243,7 @@ def _zeros(wanted: Inputs, inputs: Inputs, static: Static) -> Inputs:
 def _as_gradients(gradients: Inputs, inputs: Inputs, poison: jax.Array) -> Inputs:
   """The gradients in the dtypes of the inputs, with ``poison`` [T, 1] added to each row."""
 
-  def with_poison(gradient, like, poison):
+  def with_poison(gradient: Any, like: jax.Array, poison: jax.Array) -> Any:
     return None if gradient is None else (gradient + poison).astype(like.dtype)
 
   of_any = jnp.sum(poison)
@@ -252,11 +261,11 @@ def _rows_primal(inputs: Inputs, index: jax.Array, static: Static) -> PerRow:
 def _rows_forward(
   inputs: Inputs, index: jax.Array, static: Static
 ) -> tuple[PerRow, Normalizer, jax.Array | None]:
-  def body(_, rows, first):
+  def body(carry: tuple[()], rows: Any, first: Any) -> tuple[tuple[()], Any]:
     x, index = rows
     chunk, _, z = _chunk_logits(inputs._replace(x=x), index, static)
-    per_row, residuals = integer._fwd(z, index, None, chunk.spread, static.dense)
-    return (), (
+    per_row, residuals = integer.fwd(z, index, None, chunk.spread, static.dense)
+    return carry, (
       per_row._replace(weight=None),
       residuals.normalizer,
       _uniform_sum(residuals, static),
@@ -265,12 +274,12 @@ def _rows_forward(
   return over_chunks(body, (), (inputs.x, index), static.chunk_size)[1]
 
 
-def _uniform_sum(residuals: integer._Residuals, static: Static) -> jax.Array | None:
+def _uniform_sum(residuals: integer.Residuals, static: Static) -> jax.Array | None:
   """The sum over the uniform label, for each row."""
-  if not static.smoothed:
+  if residuals.uniform is None:
     return None
   total = residuals.uniform.label_sum(static.num_classes)
-  return jnp.broadcast_to(total, residuals.index.shape)
+  return jnp.broadcast_to(total, residuals.class_index.shape)
 
 
 def _rows_fwd(inputs: Any, index: Any, static: Static) -> tuple[PerRow, Any]:
@@ -280,15 +289,17 @@ def _rows_fwd(inputs: Any, index: Any, static: Static) -> tuple[PerRow, Any]:
   return per_row, (wanted, inputs, index, normalizer, uniform_sum)
 
 
+def _is_zero(bar: Any) -> bool:
+  return type(bar) is SymbolicZero
+
+
 def _rows_bwd(static: Static, residuals: Any, bars: Any) -> tuple[Inputs, None]:
   wanted, inputs, index, normalizer, uniform_sum = residuals
-  bars = jax.tree.map(
-    lambda bar: jnp.zeros(bar.shape, bar.dtype) if type(bar) is SymbolicZero else bar,
-    bars,
-    is_leaf=lambda bar: type(bar) is SymbolicZero,
+  bars = tree_map(
+    lambda bar: jnp.zeros(bar.shape, bar.dtype) if _is_zero(bar) else bar, bars, is_leaf=_is_zero
   )
 
-  def body(sums, rows, first):
+  def body(sums: Inputs, rows: Any, first: Any) -> tuple[Inputs, None]:
     x, index, s, uniform_sum, bars = rows
     chunk, y, z = _chunk_logits(inputs._replace(x=x), index, static)
     of_chunk = chunk, index, y, z, s, uniform_sum, bars
@@ -305,7 +316,7 @@ def _rows_tangent(static: Static, residuals: Any, args_dot: tuple[Any, ...]) -> 
   _, inputs, index, normalizer, uniform_sum = residuals
   dots = Inputs(*args_dot[0])
 
-  def body(_, rows, first):
+  def body(carry: tuple[()], rows: Any, first: Any) -> tuple[tuple[()], PerRow]:
     x, x_dot, index, normalizer, uniform_sum = rows
     chunk, y, z = _chunk_logits(inputs._replace(x=x), index, static)
     chunk_dots = dots
@@ -316,15 +327,15 @@ def _rows_tangent(static: Static, residuals: Any, args_dot: tuple[Any, ...]) -> 
     uniform = (
       None if uniform_sum is None else UniformSums(None, uniform_sum * static.num_classes, None)
     )
-    dense = integer._Residuals(z, index, None, chunk.spread, normalizer, uniform)
-    per_row = integer._tangent(static.dense, dense, (z_dot, None, None, dots.spread))
-    return (), per_row._replace(weight=None)
+    dense = integer.Residuals(z, index, None, chunk.spread, normalizer, uniform)
+    per_row = integer.tangent(static.dense, dense, (z_dot, None, None, dots.spread))
+    return carry, per_row._replace(weight=None)
 
   rows = (inputs.x, dots.x, index, normalizer, uniform_sum)
   return over_chunks(body, (), rows, static.chunk_size)[1]
 
 
-_rows_rule = jax.custom_vjp(_rows_primal, nondiff_argnums=(2,))
+_rows_rule = custom_vjp(_rows_primal, nondiff_argnums=(2,))
 _rows_rule.defvjp(_rows_fwd, _rows_bwd, symbolic_zeros=True)
 losses = enable_forward_mode(_rows_rule, tangent=_rows_tangent)
 
@@ -349,10 +360,10 @@ def _sum_fwd(inputs: Any, weights: Any, index: Any, static: Static) -> tuple[jax
   wanted = _Wanted.of(inputs).inputs
   inputs, weights, index = _values((inputs, weights, index))
 
-  def body(sums, rows, first):
+  def body(sums: Inputs, rows: Any, first: Any) -> tuple[Inputs, PerRow]:
     x, weights, index = rows
     chunk, y, z = _chunk_logits(inputs._replace(x=x), index, static)
-    per_row, dense = integer._fwd(z, index, None, chunk.spread, static.dense)
+    per_row, dense = integer.fwd(z, index, None, chunk.spread, static.dense)
     lse_bar = jnp.zeros_like(per_row.lse) if weights.lse is None else 2 * weights.lse * per_row.lse
     bars = weights._replace(lse=lse_bar)
     of_chunk = chunk, index, y, z, dense.normalizer, _uniform_sum(dense, static), bars
@@ -361,18 +372,18 @@ def _sum_fwd(inputs: Any, weights: Any, index: Any, static: Static) -> tuple[jax
   sums = _zeros(wanted, inputs, static)
   gradients, per_row = over_chunks(body, sums, (inputs.x, weights, index), static.chunk_size)
   # Arrays of no elements stand for the dtypes that the gradients are to have.
-  likes = jax.tree.map(lambda x: jnp.zeros(0, x.dtype), inputs)
+  likes = tree_map(lambda x: jnp.zeros(0, x.dtype), inputs)
   return _weighted_sum(weights, per_row), (gradients, likes, per_row, weights, index)
 
 
 def _sum_bwd(static: Static, residuals: Any, bar: Any) -> tuple[Any, ...]:
   gradients, likes, per_row, weights, index = residuals
-  if type(bar) is SymbolicZero:
+  if _is_zero(bar):
     return None, None, None
-  gradients = jax.tree.map(lambda gradient: bar * gradient, gradients)
-  bars = jax.tree.map(lambda weight: bar * weight, weights)
+  gradients = tree_map(lambda gradient: bar * gradient, gradients)
+  bars = tree_map(lambda weight: bar * weight, weights)
   inputs_bar = _as_gradients(gradients, likes, _poison(index, bars))
-  _, pull = jax.vjp(lambda weights: _weighted_sum(weights, per_row), weights)
+  _, pull = vjp(lambda weights: _weighted_sum(weights, per_row), weights)
   return inputs_bar, pull(bar)[0], None
 
 
@@ -394,10 +405,13 @@ def _sum_tangent(static: Static, residuals: Any, args_dot: tuple[Any, ...]) -> j
     jnp.zeros_like(weight) if dot is None and weight is not None else dot
     for weight, dot in zip(weights, weights_dot, strict=True)
   ]
-  weigh = lambda weights: _weighted_sum(weights, per_row)
+
+  def weigh(weights: PerRow) -> jax.Array:
+    return _weighted_sum(weights, per_row)
+
   return total + jax.jvp(weigh, (weights,), (PerRow(*moving),))[1]
 
 
-_sum_rule = jax.custom_vjp(_sum_primal, nondiff_argnums=(3,))
+_sum_rule = custom_vjp(_sum_primal, nondiff_argnums=(3,))
 _sum_rule.defvjp(_sum_fwd, _sum_bwd, symbolic_zeros=True)
 sum_of_losses = enable_forward_mode(_sum_rule, tangent=_sum_tangent)
