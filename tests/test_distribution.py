@@ -1,7 +1,6 @@
-"""What is published: the files of sdist and wheel, their metadata, and that they can be built again.
+"""What is published: the files of sdist and wheel, their metadata, and that a build is repeatable.
 
-They are built without isolation, by the hatchling of the extra `dev`: that needs no network, and the
-same hatchling must give the same bytes.
+They are built without isolation, by the hatchling of the extra `dev`, which needs no network.
 """
 
 import importlib.metadata
