@@ -73,15 +73,38 @@ def test_it_exists_in_this_jax(name):
   assert hasattr(importlib.import_module(module), attribute) or importlib.import_module(name)
 
 
-def test_importing_loads_nothing_of_the_extras():
-  """Also the parts that are imported by name."""
+def loaded_by(statement, before="import jax"):
+  """The modules that a statement loads in a new process, beyond those of another."""
   code = (
-    "import jax, chex, sys; before = set(sys.modules)\n"
-    "import softmax_jax, softmax_jax.derivatives, softmax_jax.verify\n"
-    "print(*sorted(set(sys.modules) - before))"
+    f"import sys\n{before}\nbefore = set(sys.modules)\n{statement}\n"
+    "print(*set(sys.modules) - before)"
   )
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-  loaded = done.stdout.split()
-  assert "softmax_jax.verify" in loaded
-  others = {name.split(".")[0] for name in loaded} - {"softmax_jax", "jax", "chex"}
+  return set(done.stdout.split())
+
+
+def test_importing_loads_little_beyond_jax():
+  """Neither chex nor an extra, and of the library what `__init__` names: imports stay cheap."""
+  loaded = loaded_by("import softmax_jax")
+  assert "softmax_jax._softmax" in loaded
+  others = {name.split(".")[0] for name in loaded} - {"softmax_jax", "jax"}
   assert others <= set(sys.stdlib_module_names)
+  public = {name for name in loaded if name.startswith("softmax_jax.") and "._" not in name}
+  assert not public
+
+
+def test_importing_the_other_parts_loads_nothing_of_the_extras():
+  loaded = loaded_by("import softmax_jax.derivatives, softmax_jax.verify")
+  assert "softmax_jax.verify" in loaded
+  others = {name.split(".")[0] for name in loaded} - {"softmax_jax", "jax"}
+  assert others <= set(sys.stdlib_module_names)
+
+
+def test_every_module_can_be_imported_without_the_extras():
+  names = [path.relative_to(PACKAGE.parent).with_suffix("") for path in MODULES]
+  modules = [".".join(name.parts).removesuffix(".__init__") for name in names]
+  extras = "matplotlib", "mpmath", "optax", "rich", "sklearn", "torch"
+  loaded = loaded_by(
+    f"import {', '.join(modules)}", f"import jax; sys.modules.update(dict.fromkeys({extras}))"
+  )
+  assert set(modules) <= loaded
