@@ -405,7 +405,7 @@ def _softmax(x: jax.Array, *vectors: jax.Array) -> _Softmax:
   if x.shape[-1] == 0:
     return _Softmax(x, x, jnp.zeros(x.shape, bool))
   column = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
-  largest = column == jnp.argmax(x, axis=-1, keepdims=True)
+  largest = column == jnp.argmax(x, axis=-1, keepdims=True).astype(column.dtype)
   top = _at(largest, x)
   difference, lost = _subtract(x, top)
   lost = lax.stop_gradient(jnp.where(jnp.isfinite(difference), lost, 0))
@@ -504,5 +504,5 @@ def _as_label_rows(function: str, labels: Any, x: jax.Array) -> jax.Array:
       f"logits of shape {x.shape}, got shape {t.shape}. Probabilities need a floating dtype."
     )
   t = t[..., None]
-  one_hot = lax.broadcasted_iota(t.dtype, x.shape, x.ndim - 1) == t
-  return jnp.where((t >= 0) & (t < x.shape[-1]), one_hot, jnp.nan).astype(x.dtype)
+  one_hot = (lax.broadcasted_iota(t.dtype, x.shape, x.ndim - 1) == t).astype(x.dtype)
+  return jnp.where((t >= 0) & (t < x.shape[-1]), one_hot, jnp.nan)

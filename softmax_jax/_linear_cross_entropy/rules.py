@@ -111,7 +111,7 @@ def _chunk_logits(
   def add_bias(y: jax.Array, first: Any, size: int) -> jax.Array:
     bias = lax.dynamic_slice_in_dim(inputs.bias, first, size)
     y_block = lax.dynamic_slice_in_dim(y, first, size, 1)
-    return lax.dynamic_update_slice_in_dim(y, y_block + bias, first, 1)
+    return lax.dynamic_update_slice_in_dim(y, y_block + bias[None], first, 1)
 
   def cap(z: jax.Array, first: Any, size: int) -> jax.Array:
     z_block = capped(lax.dynamic_slice_in_dim(y, first, size, 1), inputs.softcap)
@@ -121,7 +121,7 @@ def _chunk_logits(
   def pad(z: jax.Array, first: Any, size: int) -> jax.Array:
     z_block = lax.dynamic_slice_in_dim(z, first, size, 1)
     classes = devices.first_entry(z.shape[1], static.axis_name) + first + jnp.arange(size)
-    z_block = jnp.where(classes < static.num_classes, z_block, -jnp.inf)
+    z_block = jnp.where(classes[None] < static.num_classes, z_block, -jnp.inf)
     return lax.dynamic_update_slice_in_dim(z, z_block, first, 1)
 
   if inputs.bias is not None:

@@ -134,8 +134,8 @@ def _initial_weights(key: jax.Array) -> _Weights:
 def _logits(weights: _Weights, images: jax.Array) -> jax.Array:
   *hidden, (matrix, bias) = weights
   for hidden_matrix, hidden_bias in hidden:
-    images = jax.nn.relu(images @ hidden_matrix + hidden_bias)
-  return images @ matrix + bias
+    images = jax.nn.relu(images @ hidden_matrix + hidden_bias[None])
+  return images @ matrix + bias[None]
 
 
 def _loss(weights: _Weights, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:

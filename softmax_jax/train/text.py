@@ -259,7 +259,7 @@ def _normalized(x: jax.Array) -> jax.Array:
 
 def _features(weights: _Weights, words: jax.Array, positions: jax.Array) -> jax.Array:
   """The features [T, H] of the words before each of the T positions."""
-  before = words[positions[:, None] - jnp.arange(1, _CONTEXT + 1)]
+  before = words[positions[:, None] - jnp.arange(1, _CONTEXT + 1)[None]]
   x = jnp.einsum("tnh,nhk->tk", weights.embedding[before], weights.place)
   return _FEATURE_SCALE * _normalized(x + jax.nn.relu(_normalized(x) @ weights.up) @ weights.down)
 
@@ -291,7 +291,7 @@ def _dense(vocabulary: int) -> _CrossEntropy:
   """The same loss of the logits [T, V]."""
 
   def cross_entropy(x: jax.Array, head: jax.Array, bias: jax.Array, labels: jax.Array) -> jax.Array:
-    logits = x @ head.T + bias
+    logits = x @ head.T + bias[None]
     where = None
     if logits.shape[1] > vocabulary:
       where = jnp.arange(logits.shape[1])[None] < vocabulary
