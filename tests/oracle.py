@@ -8,6 +8,7 @@ summed from the other probabilities.
 `linearize` lifts a rule to arrays: any axis, a mask, labels and weights that broadcast.
 """
 
+import contextlib
 import functools
 
 import jax
@@ -219,6 +220,13 @@ def relative_error(actual, expected):
 # Comparison of a JAX function with the oracle.
 
 
+@contextlib.contextmanager
+def default_promotion():
+  """JAX's promotion of dtypes and ranks, for peers and formulas that need it, whatever is set."""
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    yield
+
+
 def tolerance(dtype):
   """A few roundings; for sixteen bits the single one at the end, as the work is done in float32."""
   eps = float(jnp.finfo(dtype).eps)
@@ -248,6 +256,7 @@ def check(name, f, peer, x, second=None, *, loosen=1, **options):
   random and not one. `loosen` multiplies the tolerance of the derivatives in sixteen bits.
   """
   args = (jnp.asarray(x),)
+  peer = peer and default_promotion()(peer)
   if second is None:
     bind = lambda f, up: lambda x: f(up(x), **options)
   elif jnp.issubdtype(jnp.result_type(second), jnp.integer):
@@ -255,11 +264,12 @@ def check(name, f, peer, x, second=None, *, loosen=1, **options):
   else:
     args += (jnp.asarray(second),)
     bind = lambda f, up: lambda x, t: f(up(x), up(t), **options)
-  up = lambda v: v.astype(jnp.promote_types(v.dtype, jnp.float32))  # peers do not do so themselves
+  at_least_float32 = lambda dtype: default_promotion()(jnp.promote_types)(dtype, jnp.float32)
+  up = lambda v: v.astype(at_least_float32(v.dtype))  # peers do not do so themselves
 
   y, jvp, vjp = linearize(name, x, second, **options)
   is_loss = "cross_entropy" in name
-  dtype = jnp.promote_types(args[0].dtype, jnp.float32) if is_loss else jnp.result_type(*args)
+  dtype = at_least_float32(args[0].dtype) if is_loss else jnp.result_type(*args)
   args_dot = tuple(jnp.asarray(random(i, v.shape, v.dtype)) for i, v in enumerate(args, start=7))
   y_bar = jnp.asarray(random(9, y.shape, dtype))
 

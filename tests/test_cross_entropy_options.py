@@ -25,6 +25,7 @@ OUTPUTS = ("loss", "nll", "lse", "z_loss", "weight")
 every_loss = pytest.mark.parametrize("name", LOSSES)
 
 
+@oracle.default_promotion()
 def formulas(
   xp,
   logits,

@@ -3,8 +3,11 @@
 import importlib
 import inspect
 import re
+import sys
 
 import pytest
+
+pytestmark = pytest.mark.skipif(sys.flags.optimize == 2, reason="python -OO drops docstrings")
 
 MODULES = ("softmax_jax", "softmax_jax.derivatives", "softmax_jax.verify")
 PUBLIC = [(module, name) for module in MODULES for name in importlib.import_module(module).__all__]

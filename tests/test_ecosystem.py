@@ -29,7 +29,7 @@ LOGITS = X @ WEIGHT + BIAS
 
 def plain_loss(weight, bias):
   """The mean loss of a linear layer in `jax.nn`, for values and gradients away from saturation."""
-  log_a = jax.nn.log_softmax(X @ weight + bias)
+  log_a = jax.nn.log_softmax(X @ weight + bias[None])
   return -jnp.take_along_axis(log_a, LABELS[:, None], axis=1).mean()
 
 
@@ -45,7 +45,7 @@ EXPECTED = jax.grad(plain_loss, argnums=(0, 1))(WEIGHT, BIAS)
 
 def test_optax_step():
   def loss(params):
-    return cross_entropy(X @ params["w"] + params["b"], LABELS, reduction="mean")
+    return cross_entropy(X @ params["w"] + params["b"][None], LABELS, reduction="mean")
 
   optimizer = optax.sgd(0.5)
   params = {"w": jnp.asarray(WEIGHT), "b": jnp.asarray(BIAS)}
@@ -95,7 +95,7 @@ def test_checkpoint_policies(policy):
 
   @functools.partial(jax.checkpoint, policy=chosen)
   def loss(weight, bias):
-    logits = checkpoint_name(X @ weight + bias, "logits")
+    logits = checkpoint_name(X @ weight + bias[None], "logits")
     return cross_entropy(logits, LABELS, reduction="mean")
 
   assert_near(jax.jit(jax.grad(loss, argnums=(0, 1)))(WEIGHT, BIAS), EXPECTED)

@@ -17,6 +17,7 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from oracle import default_promotion
 
 from softmax_jax import enable_forward_mode
 
@@ -487,6 +488,7 @@ FLOAT0 = np.zeros((), jax.dtypes.float0)
 @pytest.mark.parametrize(
   "enable", [enable_forward_mode, functools.partial(enable_forward_mode, tangent=mixed_tangent)]
 )
+@default_promotion()
 def test_pytrees_integers_keywords_and_defaults(enable):
   f = define(mixed, mixed_fwd, mixed_bwd, enable)
   args = (PARAMS, V, 3, np.float32(1.5))
@@ -631,17 +633,17 @@ def test_aliases_and_empty_residuals(name, tangent):
 def test_none_and_variadic_arguments():
   def masked(x, mask=None, *xs):
     y = sum(xs, jnp.sin(x))
-    return y if mask is None else y * mask, None, ()
+    return y if mask is None else jnp.where(mask, y, 0), None, ()
 
   def bwd(residuals, bars):
     x, mask, xs = residuals
-    y_bar = bars[0] if mask is None else bars[0] * mask
+    y_bar = bars[0] if mask is None else jnp.where(mask, bars[0], 0)
     return jnp.cos(x) * y_bar, None, *(y_bar for _ in xs)
 
   def rule(residuals, args_dot):
     x, mask, _ = residuals
     y_dot = jnp.cos(x) * args_dot[0] + sum(dot for dot in args_dot[2:] if dot is not None)
-    return y_dot if mask is None else y_dot * mask, None, ()
+    return y_dot if mask is None else jnp.where(mask, y_dot, 0), None, ()
 
   def fwd(x, mask=None, *xs):
     return masked(x, mask, *xs), (x, mask, xs)
@@ -721,6 +723,7 @@ COMPLEX = {
 
 
 @pytest.mark.parametrize("name", COMPLEX)
+@default_promotion()
 def test_complex_dtypes(name):
   function, bwd = COMPLEX[name]
   f = define(function, lambda z: (function(z), z), lambda z, b: (bwd(z, b).astype(z.dtype),))
@@ -1270,10 +1273,13 @@ def test_shard_map(name, axis_type):
     inside = [sharded(transform(f)) for transform in INSIDE.values()]
     return inside + [transform(sharded(f)) for transform in OUTSIDE.values()]
 
+  def results(f):
+    return fast_jit(lambda x: [program(x) for program in programs(f)])(x)
+
   with jax.set_mesh(mesh):
-    ours, expected = (
-      fast_jit(lambda x, f=f: [program(x) for program in programs(f)])(x) for f in SHARDED[name]
-    )
+    ours = results(SHARDED[name][0])
+    with jax.enable_checks(False):  # which JAX's own function does not stand
+      expected = results(SHARDED[name][1])
     assert_close(ours, expected, 5e-6)
     eager, expected = (sharded(INSIDE["jvp"](f))(x) for f in SHARDED[name])
     assert_close(eager, expected)

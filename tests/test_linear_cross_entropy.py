@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import random, relative_error
+from oracle import default_promotion, random, relative_error
 
 from softmax_jax import linear_softmax_cross_entropy as linear
 from softmax_jax import softmax_cross_entropy_with_integer_labels
@@ -49,6 +49,7 @@ def dense(
   return softmax_cross_entropy_with_integer_labels(z, labels, reduction=reduction, **options)
 
 
+@default_promotion()
 def formulas(
   x,
   weight,
@@ -288,6 +289,7 @@ def test_sixteen_bits_lose_no_more_than_the_dense_loss_in_float32(dtype, reducti
     assert error < 1.25 * relative_error(dense_gradient, exact_gradient)
 
 
+@default_promotion()
 def test_mixed_dtypes_are_promoted_and_gradients_come_back_as_their_arguments_were():
   labels, smooth = arguments(["bias"])
   smooth["x"] = smooth["x"].astype(jnp.bfloat16)

@@ -13,6 +13,7 @@ import pytest
 DOCS = Path(__file__).parents[1] / "docs"
 if not DOCS.exists():
   pytest.skip("the sources of the reference are not beside the tests", allow_module_level=True)
+pytestmark = pytest.mark.skipif(sys.flags.optimize == 2, reason="python -OO drops docstrings")
 MODULES = ("softmax_jax", "softmax_jax.derivatives", "softmax_jax.verify")
 
 

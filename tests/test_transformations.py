@@ -224,7 +224,7 @@ def test_three_deep(name):
       g = by[mode](g, direction.astype(x.dtype))
     return g(x)
 
-  with jax.enable_x64(True):
+  with jax.enable_x64(True), oracle.default_promotion():
     expected = third(PEERS[name], jnp.asarray(ROWS[0], "float64"), ["forward"] * 3)
   nestings = list(itertools.product(by, repeat=3))
   actual = jax.jit(lambda x: [third(FUNCTIONS[name], x, nesting) for nesting in nestings])(ROWS[0])

@@ -531,7 +531,7 @@ def test_bad_arguments():
 def test_checks_and_skip_choose():
   assert list(statuses(check_derivatives(softmax, X, checks=["vjp", "value"]))) == ["value", "vjp"]
   assert not check_derivatives(softmax, X, checks="vjp", skip="vjp").rows
-  assert all(describe_checks().values())
+  assert all(describe_checks().values()) or sys.flags.optimize == 2
 
 
 def test_seed_decides_and_arguments_are_left_alone():
@@ -605,4 +605,4 @@ def test_what_is_too_large_or_complex_is_refused():
   with pytest.raises(TypeError, match="integers of at most 32 bits"):
     check_derivatives(lambda x, n: x, X, 2**40)
   with pytest.raises(TypeError, match="real numbers, got complex ones"):
-    check_derivatives(lambda x: x + 1j, X)
+    check_derivatives(lambda x: jax.lax.complex(x, x), X)

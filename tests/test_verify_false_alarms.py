@@ -11,7 +11,9 @@ from softmax_jax.verify import chosen_checks, run_checks, verifier
 
 def layer_norm(x, gain, bias):
   centered = x - x.mean(axis=-1, keepdims=True)
-  return centered * jax.lax.rsqrt(jnp.var(x, axis=-1, keepdims=True) + 1e-5) * gain + bias
+  return (
+    centered * jax.lax.rsqrt(jnp.var(x, axis=-1, keepdims=True) + 1e-5) * gain[None] + bias[None]
+  )
 
 
 def recurrent(x, weight):

@@ -130,7 +130,8 @@ def describe_checks() -> dict[str, str]:
   """What each check compares, by its name.
 
   Returns:
-    The description of every check in `CHECKS`, in their order.
+    The description of every check in `CHECKS`, in their order; empty under ``python -OO``, which
+    drops docstrings.
 
   Example:
     >>> from softmax_jax.verify import describe_checks
