@@ -49,10 +49,7 @@ _DTYPES = (
   *("float16", "bfloat16", "float32", "float64", "bool"),
   *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
 )
-_MAX_SIZE = 5_000_000
-
-# The folders of code that an error passes through on its way here.
-_NOT_THE_USERS = tuple(module.__path__[0] + os.sep for module in (softmax_jax, jax, importlib))
+_MAX_SIZES, _MAX_SIZE = 32, 5_000_000
 
 _Spec = tuple[tuple[int, ...], str]  # the shape of an argument, and its dtype
 
@@ -65,11 +62,11 @@ def _shape(text: str) -> tuple[int, ...]:
   if re.fullmatch(r"(\d+(,\s*\d+)*)?", plain):
     with contextlib.suppress(ValueError):  # Python reads no number of thousands of digits.
       shape = tuple(int(n) for n in plain.split(",") if n)
-      if math.prod(shape) <= _MAX_SIZE:
+      if len(shape) <= _MAX_SIZES and math.prod(shape) <= _MAX_SIZE:
         return shape
   raise argparse.ArgumentTypeError(
-    f"expected sizes with commas between, such as 4,8, of at most {_MAX_SIZE:,} entries, "
-    f"got {text!r}"
+    f"expected sizes with commas between, such as 4,8, at most {_MAX_SIZES} and of at most "
+    f"{_MAX_SIZE:,} entries, got {text!r}"
   )
 
 
@@ -258,16 +255,26 @@ def _function(args: argparse.Namespace) -> Report:
   reference = None
   if args.reference is not None:
     reference = _imported("--reference", args.reference)
+<<<<<<< HEAD
   command_line.devices()  # After the imports: a module may configure JAX.
   given = args.args or [((4, 8) if args.shape is None else args.shape, args.dtype)]
   specs: list[_Spec] = [(shape, dtype or "float32") for shape, dtype in given]
+=======
+  specs = args.args or [((4, 8) if args.shape is None else args.shape, args.dtype)]
+  specs = [(shape, dtype or "float32") for shape, dtype in specs]
+>>>>>>> types-tools
   kwargs = dict(args.kwarg)
   if args.axis is not None:
     kwargs["axis"] = args.axis
+  command_line.devices()  # After the imports: a module may configure JAX.
   wide = any(dtype.endswith("64") for _, dtype in specs)
+<<<<<<< HEAD
   with jax.enable_x64(wide or jax.config.jax_enable_x64):  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
+=======
+  with jax.enable_x64(wide or jax.config.jax_enable_x64):
+    arrays = _random_arguments(args, specs)
+>>>>>>> types-tools
     try:
-      arrays = _random_arguments(args, specs)
       v = verifier(
         f, *arrays, reference=reference, kwargs=kwargs, name=args.function, seed=args.seed
       )
@@ -322,6 +329,10 @@ def _checked(f: Callable[..., Any], name: str, /, *args: Any, **kwargs: Any) -> 
     if not (hasattr(leaf, "dtype") or isinstance(leaf, (bool, int, float, complex))):
       raise TypeError(f"expected arrays, got {type(leaf).__name__} from {name}")
   return out
+
+
+# The folders of code that an error passes through on its way here.
+_NOT_THE_USERS = tuple(module.__path__[0] + os.sep for module in (softmax_jax, jax, importlib))
 
 
 def _said(error: BaseException) -> str:
