@@ -57,11 +57,7 @@ def devices() -> list[Any]:
     return cast(list[Any], jax.devices())
   except Exception as error:  # What is raised, and whether it says a word, is up to the backend.
     why = (str(error).splitlines() or [type(error).__name__])[0]
-<<<<<<< HEAD
-    wanted = cast("str | None", jax.config.jax_platforms)  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
-=======
     wanted = cast(Any, jax.config).jax_platforms
->>>>>>> types-tools
     where = f", with JAX_PLATFORMS={wanted}" if wanted else ""
     raise argparse.ArgumentError(None, f"JAX has no device to compute on{where}: {why}") from error
 

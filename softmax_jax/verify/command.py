@@ -255,25 +255,15 @@ def _function(args: argparse.Namespace) -> Report:
   reference = None
   if args.reference is not None:
     reference = _imported("--reference", args.reference)
-<<<<<<< HEAD
-  command_line.devices()  # After the imports: a module may configure JAX.
   given = args.args or [((4, 8) if args.shape is None else args.shape, args.dtype)]
   specs: list[_Spec] = [(shape, dtype or "float32") for shape, dtype in given]
-=======
-  specs = args.args or [((4, 8) if args.shape is None else args.shape, args.dtype)]
-  specs = [(shape, dtype or "float32") for shape, dtype in specs]
->>>>>>> types-tools
   kwargs = dict(args.kwarg)
   if args.axis is not None:
     kwargs["axis"] = args.axis
   command_line.devices()  # After the imports: a module may configure JAX.
   wide = any(dtype.endswith("64") for _, dtype in specs)
-<<<<<<< HEAD
   with jax.enable_x64(wide or jax.config.jax_enable_x64):  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
-=======
-  with jax.enable_x64(wide or jax.config.jax_enable_x64):
     arrays = _random_arguments(args, specs)
->>>>>>> types-tools
     try:
       v = verifier(
         f, *arrays, reference=reference, kwargs=kwargs, name=args.function, seed=args.seed
