@@ -32,7 +32,7 @@ log_softmax(x, -1, None, "vocab")  # reportCallIssue
 probability: float = softmax(x)  # reportAssignmentType
 log: jnp.ndarray = logsumexp(x, return_sign=True)  # reportAssignmentType
 softmax_cross_entropy(x)  # reportCallIssue
-softmax_cross_entropy(x, x, reduction="average")  # reportArgumentType
+linear_softmax_cross_entropy(x, weight, labels, reduction="average")  # reportArgumentType
 softmax_cross_entropy_with_integer_labels(x, labels, label_smooting=0.1)  # reportCallIssue
 softmax_cross_entropy_with_integer_labels(x, labels).nll  # reportAttributeAccessIssue
 softmax_cross_entropy(x, x, return_aux=True).mean()  # reportAttributeAccessIssue

@@ -89,7 +89,7 @@ def cube(x: Array) -> Array:
   return x**3
 
 
-cube.defvjp(cube_fwd, cube_bwd)  # pyright: ignore[reportFunctionMemberAccess]
+cube.defvjp(cube_fwd, cube_bwd)
 
 
 @jax.custom_vjp
@@ -119,11 +119,13 @@ def inputs(flag: bool, reduction: Literal["none", "mean"]) -> Array:
   return assert_type(total, Array).sum() + log * sign
 
 
-def losses_with_aux(logits: Array, labels: Array) -> Array:
+def losses_with_aux(logits: Array, labels: Array, flag: bool) -> Array:
   hard = softmax_cross_entropy_with_integer_labels(
     logits, labels, class_weights=jnp.ones(3), ignore_index=-100, reduction="sum", return_aux=True
   )
   soft = softmax_cross_entropy(logits, softmax(logits), z_loss=jnp.ones(()), return_aux=True)
+  either = softmax_cross_entropy_with_integer_labels(logits, labels, return_aux=flag)
+  assert_type(either, Array | tuple[Array, CrossEntropyAux])
   assert_type(hard, tuple[Array, CrossEntropyAux])
   value, aux = assert_type(soft, tuple[Array, CrossEntropyAux])
   assert_type(aux.z_loss, Array)
@@ -171,7 +173,7 @@ def main() -> None:
   assert jacfwd(cube)(jnp.float32(2)) == 12
   assert with_a_tangent(cast(Callable[[Array], Array], reverse_cube), jnp.float32(2)) == 12
   assert inputs(True, "mean").shape == ()
-  assert losses_with_aux(logits, labels).shape == (3,)
+  assert losses_with_aux(logits, labels, False).shape == (3,)
   assert linear(x, weights.T, labels).shape == ()
   assert len(closed_forms(logits[0])) == 8
   assert report_on(softmax, logits[0]) == "2 passed, 0 failed, 0 skipped"
