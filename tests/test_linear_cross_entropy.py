@@ -36,6 +36,7 @@ def small_blocks(monkeypatch):
   monkeypatch.setattr(chunks, "BLOCK_BYTES", 1024)
 
 
+@default_promotion()
 def logits(x, weight, bias=None, softcap=None, vocab_axis=-1):
   z = x @ (weight if vocab_axis == -1 else weight.T)
   z = z if bias is None else z + bias
