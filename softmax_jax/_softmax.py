@@ -475,6 +475,8 @@ def logsumexp(
     a = broadcast(a, arguments.common_shape(name, "a", a.shape, "b", b.shape))
     b = b.reshape((1,) * (a.ndim - b.ndim) + b.shape)
   a, mask, rows = _as_input(name, "a", a, axis, where, axis_name)
+  keepdims = arguments.as_flag(name, "keepdims", keepdims)
+  return_sign = arguments.as_flag(name, "return_sign", return_sign)
   if b is None:
     out = _logsumexp(a, mask, rows)
     sign = jnp.where(jnp.isnan(out), out, jnp.where(out == -jnp.inf, 0, 1).astype(out.dtype))

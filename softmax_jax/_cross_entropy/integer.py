@@ -402,6 +402,7 @@ def softmax_cross_entropy_with_integer_labels(
   labels = arguments.as_class_indices(name, labels)
   axes = arguments.as_axes(name, "logits", axis, logits.shape)
   chosen = options.checked(name, dtype, label_smoothing, z_loss, reduction)
+  return_aux = arguments.as_flag(name, "return_aux", return_aux)
   weights = None
   if class_weights is not None:
     class_shape = tuple(logits.shape[a] for a in axes)

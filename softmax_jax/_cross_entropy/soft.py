@@ -357,6 +357,7 @@ def softmax_cross_entropy(
   dtype = arguments.compute_dtype(logits.dtype, labels.dtype)
   axes = arguments.as_axes(name, "logits", axis, logits.shape)
   chosen = options.checked(name, dtype, label_smoothing, z_loss, reduction)
+  return_aux = arguments.as_flag(name, "return_aux", return_aux)
   shape = arguments.common_shape(name, "logits", logits.shape, "labels", labels.shape)
   axes = tuple(a + len(shape) - logits.ndim for a in axes)
   logits = broadcast(logits, shape)

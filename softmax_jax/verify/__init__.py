@@ -10,7 +10,8 @@ checks are in `CHECKS`, by name; what an error is and where the bounds come from
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from numbers import Integral, Real
 from typing import Any
 
 import jax
@@ -85,9 +86,10 @@ def check_derivatives(
     than the rules of ``f`` itself (or any check passed, if ``checks`` asks for none of these).
 
   Raises:
-    TypeError: if ``f`` is not callable, an argument or a result is complex, or ``f`` needs the
-      value of an argument.
-    ValueError: if a check has no such name, or ``reference`` returns other shapes than ``f``.
+    TypeError: if ``f`` is not callable, an argument or a result is complex, ``f`` needs the value
+      of an argument, or an option is of another type.
+    ValueError: if a check has no such name, ``reference`` returns other shapes than ``f``, or a
+      bound or ``seed`` is negative.
     Exception: whatever ``f`` raises at its arguments, or ``reference`` in float64. What they raise
       when they are differentiated or transformed is a row that failed.
 
@@ -110,7 +112,6 @@ def check_derivatives(
   the classical test of an adjoint.
   """
   chosen = chosen_checks(checks, skip)
-  chosen_checks(bounds, ())
   v = verifier(
     f,
     *args,
@@ -146,8 +147,12 @@ def describe_checks() -> dict[str, str]:
 
 def chosen_checks(checks: Collection[str] | None, skip: Collection[str] = ()) -> list[str]:
   """The checks in their order, without those to be skipped."""
-  for group in (checks or (), skip):
+  for what, group in (("checks", () if checks is None else checks), ("skip", skip)):
     names = [group] if isinstance(group, str) else group
+    if not (isinstance(names, (Sequence, Set, Mapping)) and all(isinstance(name, str) for name in names)):
+      raise TypeError(
+        f"check_derivatives expected {what} to be names of checks, got {type(group).__name__}."
+      )
     for name in names:
       if name not in CHECKS:
         raise ValueError(
@@ -170,11 +175,40 @@ def verifier(
   seed: int = 0,
 ) -> Verifier:
   """What `run_checks` runs on; the arguments are those of `check_derivatives`."""
-  for what, function in (("f", f), ("reference", reference), ("jacobian", jacobian)):
-    if not callable(function) and (what == "f" or function is not None):
+  mapping = lambda x, keys, values: (
+    isinstance(x, Mapping)
+    and all(isinstance(k, keys) for k in x)
+    and all(isinstance(v, values) for v in x.values())
+  )
+  rows = lambda x: isinstance(x, (list, tuple)) and all(isinstance(p, (list, tuple)) for p in x)
+  for what, value, fits, expected in (
+    ("f", f, callable(f), "a function"),
+    ("reference", reference, reference is None or callable(reference), "a function"),
+    ("jacobian", jacobian, jacobian is None or callable(jacobian), "a function"),
+    ("kwargs", kwargs, kwargs is None or mapping(kwargs, str, object), "a dict with names as keys"),
+    ("edge_points", edge_points, rows(edge_points), "a list of tuples of arguments"),
+    ("bounds", bounds, bounds is None or mapping(bounds, str, Real), "a dict from names to numbers"),
+    (
+      "max_residual_bytes",
+      max_residual_bytes,
+      max_residual_bytes is None or isinstance(max_residual_bytes, Real),
+      "a number",
+    ),
+    ("name", name, name is None or isinstance(name, str), "a string"),
+    ("seed", seed, isinstance(seed, Integral), "an int"),
+  ):
+    if not fits:
       raise TypeError(
-        f"check_derivatives expected {what} to be a function, got {type(function).__name__}."
+        f"check_derivatives expected {what} to be {expected}, got {type(value).__name__}."
       )
+  chosen_checks(bounds)
+  for what, number in (
+    ("seed", seed),
+    ("max_residual_bytes", max_residual_bytes or 0),
+    *((f"bounds[{check!r}]", bound) for check, bound in (bounds or {}).items()),
+  ):
+    if not number >= 0:
+      raise ValueError(f"check_derivatives expected {what} to be at least 0, got {number}.")
   if name is None:
     name = getattr(f, "__name__", None) or getattr(getattr(f, "func", None), "__name__", "f")
   with jax.default_matmul_precision("highest"):

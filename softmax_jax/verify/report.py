@@ -91,6 +91,11 @@ class Report:
 
   rows: tuple[Row, ...]
 
+  def __post_init__(self):
+    """Refuses what is no tuple of rows."""
+    if not (isinstance(self.rows, tuple) and all(isinstance(row, Row) for row in self.rows)):
+      raise TypeError(f"Report expected a tuple of Row, got {type(self.rows).__name__}.")
+
   @property
   def failed(self) -> tuple[Row, ...]:
     """The rows that failed."""
@@ -110,7 +115,7 @@ class Report:
 
   def __add__(self, other: Report) -> Report:
     """The rows of both."""
-    return Report(self.rows + other.rows)
+    return Report(self.rows + other.rows) if isinstance(other, Report) else NotImplemented
 
   def raise_if_failed(self) -> Report:
     """Returns the report itself if it is true.
