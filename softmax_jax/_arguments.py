@@ -22,6 +22,9 @@ from softmax_jax._forward_mode import varying_axes
 
 Axis = int | Sequence[int] | None
 
+# The methods by which things tell JAX that they are arrays.
+_ARRAY_PROTOCOLS = ("__array__", "__jax_array__", "__cuda_array_interface__")
+
 
 def as_array(function: str, name: str, value: Any) -> jax.Array:
   """``value`` as a JAX array; sequences and masked arrays are refused."""
@@ -40,10 +43,13 @@ def as_array(function: str, name: str, value: Any) -> jax.Array:
         "jax.jit is given with donate_argnums. Use what that call returned in its place."
       )
     return value
-  by_numpy = hasattr(value, "__array__") and not hasattr(value, "__jax_array__")
+  no_array = TypeError(f"{function} expected {name} to be an array, got {type(value).__name__}.")
+  protocols = [p for p in _ARRAY_PROTOCOLS if hasattr(value, p)]
+  if not protocols and not isinstance(value, (bool, int, float, complex)):
+    raise no_array  # of some other things JAX makes booleans
   try:
-    exact = np.asarray(value) if by_numpy else None
     x = jnp.asarray(value)
+    exact = np.asarray(value) if protocols == ["__array__"] else None
   except OverflowError as error:
     raise _too_wide(function, name) from error
   except Exception as error:  # of JAX, or of the method that makes an array of the value
@@ -52,9 +58,7 @@ def as_array(function: str, name: str, value: Any) -> jax.Array:
         f"{function} expected {name} of a dtype that JAX has, got dtype {value.dtype}. Convert it "
         "with astype."
       ) from error
-    raise TypeError(
-      f"{function} expected {name} to be an array, got {type(value).__name__}."
-    ) from error
+    raise no_array from error
   if exact is not None and exact.dtype.kind in "iu" and exact.dtype != x.dtype and exact.size:
     info = jnp.iinfo(x.dtype)
     if np.min(exact) < info.min or np.max(exact) > info.max:

@@ -149,7 +149,9 @@ def chosen_checks(checks: Collection[str] | None, skip: Collection[str] = ()) ->
   """The checks in their order, without those to be skipped."""
   for what, group in (("checks", () if checks is None else checks), ("skip", skip)):
     names = [group] if isinstance(group, str) else group
-    if not (isinstance(names, (Sequence, Set, Mapping)) and all(isinstance(name, str) for name in names)):
+    if not (
+      isinstance(names, (Sequence, Set, Mapping)) and all(isinstance(name, str) for name in names)
+    ):
       raise TypeError(
         f"check_derivatives expected {what} to be names of checks, got {type(group).__name__}."
       )
@@ -187,7 +189,12 @@ def verifier(
     ("jacobian", jacobian, jacobian is None or callable(jacobian), "a function"),
     ("kwargs", kwargs, kwargs is None or mapping(kwargs, str, object), "a dict with names as keys"),
     ("edge_points", edge_points, rows(edge_points), "a list of tuples of arguments"),
-    ("bounds", bounds, bounds is None or mapping(bounds, str, Real), "a dict from names to numbers"),
+    (
+      "bounds",
+      bounds,
+      bounds is None or mapping(bounds, str, Real),
+      "a dict from names to numbers",
+    ),
     (
       "max_residual_bytes",
       max_residual_bytes,
