@@ -452,8 +452,9 @@ def logsumexp(
     sum gives NaN unless ``return_sign`` is set.
 
   Raises:
-    TypeError: if ``a`` or ``b`` is not an array of real numbers, ``where`` is not boolean, or
-      ``axis`` is not a static int, tuple of ints or None.
+    TypeError: if ``a`` or ``b`` is not an array of real numbers, ``where`` is not boolean, ``axis``
+      is not a static int, tuple of ints or None, or ``keepdims`` or ``return_sign`` not a static
+      bool.
     ValueError: if ``axis`` is out of range or repeats an axis, the shapes do not broadcast, or
       ``axis_name`` is no axis of a surrounding `jax.shard_map` with ``check_vma=True`` over which
       ``a`` is spread.

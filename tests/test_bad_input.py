@@ -8,6 +8,7 @@ another number. What each argument takes is said once, in `ARGUMENTS` and the `K
 import dataclasses
 import decimal
 import fractions
+import functools
 import inspect
 import numbers
 from collections.abc import Callable, Iterator
@@ -609,8 +610,8 @@ def test_an_error_that_names_the_function_or_the_documented_result(function, arg
       fault = ""
     else:  # as clear where the other arrays are traced
       messages.add(message)
-      f_of = lambda xs, value=make(): f(**xs, **{argument: value})
-      _, traced = _outcome(function, lambda f_of=f_of: jax.eval_shape(f_of, arrays))
+      of_arrays = functools.partial(f, **{argument: make()})
+      _, traced = _outcome(function, lambda g=of_arrays: jax.eval_shape(lambda xs: g(**xs), arrays))
       fault = f"traced, {traced}" if not traced or traced.startswith("NOT") else ""
     if fault:
       faults.append(f"{name}: {fault}")
@@ -637,7 +638,7 @@ def test_what_is_wrong_is_said_inside_of_transformations(function):
     bad = lambda x, argument=argument: f(**{**rest, first: x, argument: {}})
     for transform in (jax.jit, jax.grad, jax.jacfwd, jax.vmap):
       x = jnp.asarray(good[first])[(None,) if transform is jax.vmap else ()]
-      _, message = _outcome(function, lambda t=transform(bad), x=x: t(x))
+      _, message = _outcome(function, lambda t=transform, bad=bad, x=x: t(bad)(x))
       assert message.startswith(f"{function} expected ") and argument in message, message
 
 
@@ -702,7 +703,7 @@ def test_a_tangent_rule_that_returns_no_tangent(name):
   elif isinstance(value, (float, np.float64)) or name in ("0-d float", "0-d jax float"):
     np.testing.assert_array_equal(call(), value)
   else:
-    with pytest.raises(TypeError, match="^the tangent rule of cube must return "):
+    with pytest.raises(TypeError, match=r"^the tangent rule of cube must return "):
       call()
 
 
@@ -740,7 +741,7 @@ def _takes(name, value):
     "jacobian": value is None or callable(value),
     "kwargs": value is None or isinstance(value, dict),
     "edge_points": isinstance(value, (list, tuple)) and all(isinstance(p, tuple) for p in value),
-    "checks": value is None or isinstance(value, (list, tuple)) and not value,
+    "checks": value is None or (isinstance(value, (list, tuple)) and not value),
     "skip": isinstance(value, (list, tuple)) and not value,
     "bounds": value is None,
     "max_residual_bytes": value is None or number,
@@ -795,11 +796,11 @@ def test_bounds_and_reports():
     ({"vjp": np.nan}, ValueError),
     ({"vpj": 1.0}, ValueError),
   ):
-    with pytest.raises(error, match="^check_derivatives (expected|knows no) "):
+    with pytest.raises(error, match=r"^check_derivatives (expected|knows no) "):
       _check(jnp.sin, checks=[], bounds=bounds)
   row = Row("f", "vjp", "passed")
   for rows in (None, row, [row], (row, None), "ab", 3):
-    with pytest.raises(TypeError, match="^Report expected a tuple of Row, got "):
+    with pytest.raises(TypeError, match=r"^Report expected a tuple of Row, got "):
       Report(rows)
   for other in (3, None, row, (row,)):
     with pytest.raises(TypeError, match="unsupported operand"):
