@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,7 @@ def _too_wide(function: str, name: str) -> TypeError:
   )
 
 
-def _is_sequence(value: Any) -> bool:
+def _is_sequence(value: Any) -> TypeGuard[Sequence[Any]]:
   """Whether ``value`` is a sequence of anything but characters or bytes."""
   return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))
 
@@ -85,8 +85,8 @@ def _described(value: Any) -> str:
     return "a traced value"
   if isinstance(value, (jax.Array, np.ndarray)):
     return f"an array of shape {value.shape} and dtype {value.dtype}"
-  names = value if isinstance(value, (list, tuple)) else (value,)
-  shown = value is None or all(isinstance(n, str) for n in names)
+  parts: Sequence[Any] = value if _is_sequence(value) else (value,)
+  shown = value is None or all(isinstance(part, str) for part in parts)
   return repr(value) if shown else type(value).__name__
 
 
@@ -294,12 +294,11 @@ def as_axes(function: str, name: str, axis: Axis, shape: tuple[int, ...]) -> tup
   ndim = len(shape)
   if axis is None:
     return tuple(range(ndim))
-  axes = []
-  for a in axis if _is_sequence(axis) else (axis,):
-    axes.append(as_axis(function, name, a, shape))
+  axes_given = tuple(axis) if _is_sequence(axis) else (axis,)
+  axes = [as_axis(function, name, a, shape) for a in axes_given]
   if len(set(axes)) < len(axes):
     raise ValueError(
-      f"{function} expected distinct axes, got axis={tuple(axis)} for {name} of shape {shape}."
+      f"{function} expected distinct axes, got axis={axes_given} for {name} of shape {shape}."
     )
   return tuple(axes)
 

@@ -147,6 +147,7 @@ def describe_checks() -> dict[str, str]:
 
 def chosen_checks(checks: Collection[str] | None, skip: Collection[str] = ()) -> list[str]:
   """The checks in their order, without those to be skipped."""
+  group: Any
   for what, group in (("checks", () if checks is None else checks), ("skip", skip)):
     names = [group] if isinstance(group, str) else group
     if not (
@@ -177,31 +178,63 @@ def verifier(
   seed: int = 0,
 ) -> Verifier:
   """What `run_checks` runs on; the arguments are those of `check_derivatives`."""
-  mapping = lambda x, keys, values: (
-    isinstance(x, Mapping)
-    and all(isinstance(k, keys) for k in x)
-    and all(isinstance(v, values) for v in x.values())
+  _check_options(
+    f, reference, jacobian, kwargs, edge_points, bounds, max_residual_bytes, name, seed
   )
-  rows = lambda x: isinstance(x, (list, tuple)) and all(isinstance(p, (list, tuple)) for p in x)
+  if name is None:
+    name = getattr(f, "__name__", None) or getattr(getattr(f, "func", None), "__name__", "f")
+  with jax.default_matmul_precision("highest"):
+    problem = Problem(f, args, kwargs or {}, seed)
+    return Verifier(
+      problem,
+      Oracle(problem, reference),
+      name=name,
+      jacobian=jacobian,
+      edge_points=edge_points,
+      limits=bounds,
+      max_residual_bytes=max_residual_bytes,
+    )
+
+
+def _check_options(
+  f: Any,
+  reference: Any,
+  jacobian: Any,
+  kwargs: Any,
+  edge_points: Any,
+  bounds: Any,
+  max_residual_bytes: Any,
+  name: Any,
+  seed: Any,
+) -> None:
+  """Raises where one is of another type than `check_derivatives` says."""
+  is_of = lambda x, type_: x is None or isinstance(x, type_)
   for what, value, fits, expected in (
     ("f", f, callable(f), "a function"),
     ("reference", reference, reference is None or callable(reference), "a function"),
     ("jacobian", jacobian, jacobian is None or callable(jacobian), "a function"),
-    ("kwargs", kwargs, kwargs is None or mapping(kwargs, str, object), "a dict with names as keys"),
-    ("edge_points", edge_points, rows(edge_points), "a list of tuples of arguments"),
+    (
+      "kwargs",
+      kwargs,
+      is_of(kwargs, Mapping) and all(isinstance(k, str) for k in kwargs or {}),
+      "a dict with names as keys",
+    ),
+    (
+      "edge_points",
+      edge_points,
+      isinstance(edge_points, (list, tuple))
+      and all(isinstance(args, (list, tuple)) for args in edge_points),
+      "a list of tuples of arguments",
+    ),
     (
       "bounds",
       bounds,
-      bounds is None or mapping(bounds, str, Real),
+      is_of(bounds, Mapping)
+      and all(isinstance(k, str) and isinstance(x, Real) for k, x in (bounds or {}).items()),
       "a dict from names to numbers",
     ),
-    (
-      "max_residual_bytes",
-      max_residual_bytes,
-      max_residual_bytes is None or isinstance(max_residual_bytes, Real),
-      "a number",
-    ),
-    ("name", name, name is None or isinstance(name, str), "a string"),
+    ("max_residual_bytes", max_residual_bytes, is_of(max_residual_bytes, Real), "a number"),
+    ("name", name, is_of(name, str), "a string"),
     ("seed", seed, isinstance(seed, Integral), "an int"),
   ):
     if not fits:
@@ -216,19 +249,6 @@ def verifier(
   ):
     if not number >= 0:
       raise ValueError(f"check_derivatives expected {what} to be at least 0, got {number}.")
-  if name is None:
-    name = getattr(f, "__name__", None) or getattr(getattr(f, "func", None), "__name__", "f")
-  with jax.default_matmul_precision("highest"):
-    problem = Problem(f, args, kwargs or {}, seed)
-    return Verifier(
-      problem,
-      Oracle(problem, reference),
-      name=name,
-      jacobian=jacobian,
-      edge_points=edge_points,
-      limits=bounds,
-      max_residual_bytes=max_residual_bytes,
-    )
 
 
 def run_checks(v: Verifier, chosen: Sequence[str]) -> Report:

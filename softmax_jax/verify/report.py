@@ -113,7 +113,7 @@ class Report:
     telling = [row for row in rows if row.check.split(": ")[-1] not in others]
     return any(row.status == "passed" for row in telling or rows)
 
-  def __add__(self, other: Report) -> Report:
+  def __add__(self, other: object) -> Report:
     """The rows of both."""
     return Report(self.rows + other.rows) if isinstance(other, Report) else NotImplemented
 
