@@ -326,7 +326,7 @@ def _static_int(function: str, name: str, value: Any, expected: str) -> int:
       raise TypeError("a bool is no index")
     return operator.index(value)
   except Exception as error:  # of JAX, or of the value's own __index__
-    got = type(value).__name__ if isinstance(value, str) else _described(value)
+    got = type(value).__name__ if isinstance(value, (str, type(None))) else _described(value)
     raise TypeError(f"{function} expected {name} to be {expected}, got {got}.") from error
 
 
@@ -354,10 +354,10 @@ def as_axis_name(
 ) -> AxisName:
   """``axis_name`` as that of a mesh axis over which ``spread`` is spread and ``same`` is not."""
   names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-  if not names or not all(isinstance(n, str) for n in names):
+  if not names or not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
     raise TypeError(
-      f"{function} expected axis_name to be the name of a mesh axis or a tuple of names, got "
-      f"{_described(axis_name)}."
+      f"{function} expected axis_name to be the name of a mesh axis or a tuple of distinct names, "
+      f"got {_described(axis_name)}."
     )
   for n in names:
     try:

@@ -121,6 +121,18 @@ CASES = {
     ValueError,
     f"{SOFT} expected return_aux to be True or False, static, got 2.",
   ),
+  "axis_name repeated": (
+    lambda: sj.softmax(X, axis_name=("i", "i")),
+    TypeError,
+    "softmax expected axis_name to be the name of a mesh axis or a tuple of distinct names, got "
+    "('i', 'i').",
+  ),
+  "axis_name a list": (
+    lambda: sj.log_softmax(X, axis_name=["i"]),
+    TypeError,
+    "log_softmax expected axis_name to be the name of a mesh axis or a tuple of distinct names, "
+    "got ['i'].",
+  ),
   "axis of bytes": (
     lambda: sj.softmax(X, axis=b"\0"),
     TypeError,
