@@ -2,14 +2,14 @@
 
 Every message names the function, what it expected and what it got, and ends with the fix where
 there is one. Only what JAX knows while tracing is checked (types, shapes, dtypes, axes), never a
-value.
+value that may be traced.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,9 @@ from softmax_jax._forward_mode import varying_axes
 
 Axis = int | Sequence[int] | None
 
+# The methods by which things tell JAX that they are arrays.
+_ARRAY_PROTOCOLS = ("__array__", "__jax_array__", "__cuda_array_interface__")
+
 
 def as_array(function: str, name: str, value: Any) -> jax.Array:
   """``value`` as a JAX array; sequences and masked arrays are refused."""
@@ -30,26 +33,79 @@ def as_array(function: str, name: str, value: Any) -> jax.Array:
       f"{function} expected {name} to be an array, got a NumPy masked array, whose mask JAX would "
       f"drop. Pass {name}.data and where=~{name}.mask."
     )
-  got = type(value).__name__
-  if isinstance(value, (list, tuple)):
-    raise TypeError(
-      f"{function} expected {name} to be an array, got {got}. Pass jnp.asarray({name})."
-    )
+  no_array = f"{function} expected {name} to be an array, got {type(value).__name__}."
+  if isinstance(value, Sequence):
+    raise TypeError(no_array + (f" Pass jnp.asarray({name})." if _is_sequence(value) else ""))
   if isinstance(value, jax.Array):  # jnp.asarray would copy a traced one
+    if is_concrete(value) and value.is_deleted():
+      raise ValueError(
+        f"{function} expected {name} to be an array, got one that was deleted, as arrays are that "
+        "jax.jit is given with donate_argnums. Use what that call returned in its place."
+      )
     return value
+  protocols = [p for p in _ARRAY_PROTOCOLS if hasattr(value, p)]
+  if not protocols and not isinstance(value, (bool, int, float, complex)):
+    raise TypeError(no_array)  # of some other things JAX makes booleans
   try:
-    return jnp.asarray(value)
-  except (OverflowError, TypeError, ValueError) as error:
-    raise TypeError(f"{function} expected {name} to be an array, got {got}.") from error
+    x = jnp.asarray(value)
+    exact = np.asarray(value) if protocols == ["__array__"] else None
+  except OverflowError as error:
+    raise _too_wide(function, name) from error
+  except Exception as error:  # of JAX, or of the method that makes an array of the value
+    if isinstance(value, (np.ndarray, np.generic)):
+      raise TypeError(
+        f"{function} expected {name} of a dtype that JAX has, got dtype {value.dtype}. Convert it "
+        "with astype."
+      ) from error
+    raise TypeError(no_array) from error
+  if exact is not None and exact.dtype.kind in "iu" and exact.dtype != x.dtype and exact.size:
+    info = jnp.iinfo(x.dtype)
+    if np.min(exact) < info.min or np.max(exact) > info.max:
+      raise _too_wide(function, name)
+  return x
+
+
+def _too_wide(function: str, name: str) -> TypeError:
+  bits = jnp.iinfo(jnp.result_type(int)).bits
+  return TypeError(
+    f"{function} expected integers of at most {bits} bits in {name}, got larger ones, which JAX "
+    "cannot hold."
+  )
+
+
+def _is_sequence(value: Any) -> TypeGuard[Sequence[Any]]:
+  """Whether ``value`` is a sequence of anything but characters or bytes."""
+  return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))
+
+
+def _described(value: Any) -> str:
+  """``value`` itself, if it is made of strings; otherwise what kind of thing it is."""
+  if not is_concrete(value):
+    return "a traced value"
+  if isinstance(value, (jax.Array, np.ndarray)):
+    return f"an array of shape {value.shape} and dtype {value.dtype}"
+  parts: Sequence[Any] = value if _is_sequence(value) else (value,)
+  shown = value is None or all(isinstance(part, str) for part in parts)
+  return repr(value) if shown else type(value).__name__
 
 
 def as_real(function: str, name: str, value: Any) -> jax.Array:
   """``value`` as an array of a floating dtype; integers become what ``jnp.exp`` makes of them."""
   x = as_array(function, name, value)
   if jnp.issubdtype(x.dtype, jnp.integer):
-    return x.astype(jax.eval_shape(jnp.exp, x).dtype)
+    return x.astype(jnp.float64 if jnp.iinfo(x.dtype).bits == 64 else jnp.float32)
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise TypeError(f"{function} expected {name} of a real dtype, got dtype {x.dtype}.")
+  return _of_bytes(function, name, x)
+
+
+def _of_bytes(function: str, name: str, x: jax.Array) -> jax.Array:
+  """``x``, unless it is of a floating dtype of four or six bits, for which XLA lacks operations."""
+  if jnp.finfo(x.dtype).bits < 8:
+    raise TypeError(
+      f"{function} expected {name} of a dtype of at least 8 bits, got dtype {x.dtype}. "
+      f"Pass {name}.astype(jnp.bfloat16)."
+    )
   return x
 
 
@@ -82,7 +138,7 @@ def as_logits(function: str, name: str, value: Any) -> jax.Array:
   if not jnp.issubdtype(x.dtype, jnp.floating):
     fix = f" Pass {name}.astype(jnp.float32)." if jnp.issubdtype(x.dtype, jnp.integer) else ""
     raise TypeError(f"{function} expected {name} of a floating dtype, got dtype {x.dtype}.{fix}")
-  return x
+  return _of_bytes(function, name, x)
 
 
 def as_class_indices(function: str, labels: Any) -> jax.Array:
@@ -99,13 +155,15 @@ def as_class_indices(function: str, labels: Any) -> jax.Array:
   return _saturated(x, jnp.int32 if jnp.iinfo(x.dtype).bits <= 32 else jnp.int64)
 
 
-def _narrowed(value: object) -> object:
+def _narrowed(value: Any) -> Any:
   """``value`` with NumPy's and Python's wide integers clipped to 32 bits, where JAX would wrap."""
-  kind = type(value)
-  if issubclass(kind, (int, np.ndarray, np.generic)) and not issubclass(kind, np.ma.MaskedArray):
+  info = np.iinfo(np.int32)
+  kind: type[Any] = type(value)
+  if issubclass(kind, int) and kind is not bool:
+    return min(max(value, info.min), info.max)
+  if issubclass(kind, (np.ndarray, np.generic)) and not issubclass(kind, np.ma.MaskedArray):
     x = np.asarray(value)
-    if x.dtype.kind in "iuO" and kind is not bool and x.dtype.itemsize == 8:
-      info = np.iinfo(np.int32)
+    if x.dtype.kind in "iu" and x.dtype.itemsize == 8:
       return np.clip(x, info.min, info.max).astype(np.int32)
   return value
 
@@ -138,6 +196,15 @@ def as_coefficient(function: str, name: str, value: Any, dtype: DTypeLike) -> ja
   return x.astype(dtype)
 
 
+def as_label_smoothing(function: str, value: Any, dtype: DTypeLike) -> jax.Array:
+  """``value`` as a scalar of ``dtype``, in [0, 1] if that can be known."""
+  x = as_coefficient(function, "label_smoothing", value, dtype)
+  number = _known_number(value)
+  if number is not None and not 0 <= number <= 1:
+    raise ValueError(f"{function} expected label_smoothing in [0, 1], got {number:g}.")
+  return x
+
+
 def as_class_weights(function: str, value: Any, shape: tuple[int, ...]) -> jax.Array:
   """``value`` as an array with one number per class."""
   x = as_real(function, "class_weights", value)
@@ -153,12 +220,19 @@ def is_concrete(x: Any) -> bool:
   return not isinstance(x, Tracer)
 
 
+def _known_number(scalar: Any) -> float | None:
+  """The number that ``scalar`` is, or None where that is not known while tracing."""
+  as_jax = getattr(scalar, "__jax_array__", None)
+  x = scalar if as_jax is None else as_jax()
+  return float(np.asarray(x)) if is_concrete(x) else None
+
+
 def as_probabilities(function: str, labels: Any) -> jax.Array:
   """``labels`` as an array of a real dtype."""
   x = as_array(function, "labels", labels)
   if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
     raise TypeError(f"{function} expected labels of a real dtype, got dtype {x.dtype}.")
-  return x
+  return x if jnp.issubdtype(x.dtype, jnp.integer) else _of_bytes(function, "labels", x)
 
 
 def as_mask(
@@ -168,7 +242,7 @@ def as_mask(
 
   With ``row_axes`` a mask of lower rank holds one value per row: those axes are inserted.
   """
-  mask = as_array(function, "where", where)
+  mask = given = as_array(function, "where", where)
   if mask.dtype != jnp.bool_:
     raise TypeError(
       f"{function} expected where to be boolean, got dtype {mask.dtype}. Pass where != 0."
@@ -178,7 +252,7 @@ def as_mask(
   if _broadcast_shapes(mask.shape, shape) != shape:
     raise ValueError(
       f"{function} expected where to broadcast to {name} of shape {shape}"
-      f"{', or one value per row' if row_axes else ''}, got shape {jnp.shape(where)}."
+      f"{', or one value per row' if row_axes else ''}, got shape {given.shape}."
     )
   return mask.reshape((1,) * (len(shape) - mask.ndim) + mask.shape)
 
@@ -221,11 +295,11 @@ def as_axes(function: str, name: str, axis: Axis, shape: tuple[int, ...]) -> tup
   ndim = len(shape)
   if axis is None:
     return tuple(range(ndim))
-  given = tuple(axis) if isinstance(axis, Sequence) and not isinstance(axis, str) else (axis,)
-  axes = tuple(as_axis(function, name, a, shape) for a in given)
+  axes_given = tuple(axis) if _is_sequence(axis) else (axis,)
+  axes = tuple(as_axis(function, name, a, shape) for a in axes_given)
   if len(set(axes)) < len(axes):
     raise ValueError(
-      f"{function} expected distinct axes, got axis={given} for {name} of shape {shape}."
+      f"{function} expected distinct axes, got axis={axes_given} for {name} of shape {shape}."
     )
   return axes
 
@@ -249,12 +323,31 @@ def as_axis(function: str, name: str, axis: Any, shape: tuple[int, ...]) -> int:
 def _static_int(function: str, name: str, value: Any, expected: str) -> int:
   """``value`` as an int that is known while tracing; ``expected`` says what else it may be."""
   try:
-    if type(value) not in (bool, np.bool_):
-      return operator.index(value)
-  except (TypeError, jax.errors.JAXTypeError):
-    pass
-  got = type(value).__name__ if is_concrete(value) else "a traced value"
-  raise TypeError(f"{function} expected {name} to be {expected}, got {got}.")
+    if isinstance(value, (bool, np.bool_)):
+      raise TypeError("a bool is no index")
+    return operator.index(value)
+  except Exception as error:  # of JAX, or of the value's own __index__
+    got = type(value).__name__ if isinstance(value, (str, type(None))) else _described(value)
+    raise TypeError(f"{function} expected {name} to be {expected}, got {got}.") from error
+
+
+def as_flag(function: str, name: str, value: Any) -> bool:
+  """``value`` as a bool that is known while tracing; 0 and 1 are such."""
+  if type(value) in (bool, np.bool_):
+    return bool(value)
+  expected = "True or False, static"
+  number = _static_int(function, name, value, expected)
+  if number not in (0, 1):
+    raise ValueError(f"{function} expected {name} to be {expected}, got {number}.")
+  return bool(number)
+
+
+def check_reduction(function: str, value: Any) -> None:
+  """Raises unless ``value`` names a reduction."""
+  if not isinstance(value, str) or value not in ("none", "sum", "mean"):
+    raise ValueError(
+      f'{function} expected reduction to be "none", "sum" or "mean", got {_described(value)}.'
+    )
 
 
 def check_axis_name(
@@ -266,10 +359,10 @@ def check_axis_name(
 ) -> None:
   """Raises unless ``axis_name`` is a mesh axis that ``spread`` is spread over, and ``same`` not."""
   names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-  if not names or not all(isinstance(n, str) for n in names):
+  if not names or not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
     raise TypeError(
-      f"{function} expected axis_name to be the name of a mesh axis or a tuple of names, got "
-      f"{axis_name!r}."
+      f"{function} expected axis_name to be the name of a mesh axis or a tuple of distinct names, "
+      f"got {_described(axis_name)}."
     )
   for n in names:
     try:
@@ -380,10 +473,11 @@ def as_bias(function: str, value: Any, shape: tuple[int, ...]) -> jax.Array:
 def as_softcap(function: str, value: Any, dtype: DTypeLike) -> jax.Array:
   """``value`` as a scalar of ``dtype``, positive and finite if that can be known."""
   x = as_coefficient(function, "softcap", value, dtype)
-  if is_concrete(value) and not 0 < float(value) < float("inf"):
+  number, limits = _known_number(value), np.finfo(dtype)
+  if number is not None and not float(limits.tiny) <= number <= float(limits.max):
     raise ValueError(
-      f"{function} expected softcap to be positive and finite, got {float(value):g}. Pass None for "
-      "no softcap."
+      f"{function} expected softcap to be positive and finite in {limits.dtype}, got {number:g}. "
+      "Pass None for no softcap."
     )
   return x
 

@@ -27,7 +27,6 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, ParamSpec, TypeVar, TypeVarTuple
 
 import jax
-import jax.numpy as jnp
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import (
@@ -364,7 +363,10 @@ def enable_forward_mode(
   @functools.wraps(f, updated=())
   def forward_mode(*args: P.args, **kwargs: P.kwargs) -> R:
     # jax.custom_jvp stops the gradient of a tracer among the nondiff_argnums, where f refuses it.
-    bound = inspect.signature(f).bind(*args, **kwargs)
+    try:
+      bound = inspect.signature(f).bind(*args, **kwargs)
+    except TypeError as error:
+      raise TypeError(f"{name}() is called with other arguments than it has: {error}.") from None
     bound.apply_defaults()
     static = [bound.args[i] for i in nondiff_argnums]
     traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(static))
@@ -444,10 +446,14 @@ def _checked_tangent(
     expected, dot = out_types[i], dots[i]
     if dot is None:
       dot = ad.zeros_like_aval(expected)
-    if jnp.shape(dot) != expected.shape or jnp.result_type(dot) != expected.dtype:
+    try:
+      actual = jax.typeof(dot)
+    except Exception:  # of JAX: no array
+      actual = None
+    if actual is None or (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
       raise TypeError(
         f"the tangent rule of {name} must return tangents of the shape and dtype of its output, "
-        f"{expected.str_short()}, got {jax.typeof(dot).str_short()}."
+        f"{expected.str_short()}, got {actual.str_short() if actual else type(dot).__name__}."
       )
     checked.append(_varying_as(expected, dot))
   return tuple(checked)

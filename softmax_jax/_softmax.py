@@ -467,8 +467,9 @@ def logsumexp(
     sum gives NaN unless ``return_sign`` is set.
 
   Raises:
-    TypeError: if ``a`` or ``b`` is not an array of real numbers, ``where`` is not boolean, or
-      ``axis`` is not a static int, tuple of ints or None.
+    TypeError: if ``a`` or ``b`` is not an array of real numbers, ``where`` is not boolean, ``axis``
+      is not a static int, tuple of ints or None, or ``keepdims`` or ``return_sign`` not a static
+      bool.
     ValueError: if ``axis`` is out of range or repeats an axis, the shapes do not broadcast, or
       ``axis_name`` is no axis of a surrounding `jax.shard_map` with ``check_vma=True`` over which
       ``a`` is spread.
@@ -490,6 +491,8 @@ def logsumexp(
     a = broadcast(a, arguments.common_shape(name, "a", a.shape, "b", b.shape))
     b = b.reshape((1,) * (a.ndim - b.ndim) + b.shape)
   a, mask, rows = _as_input(name, "a", a, axis, where, axis_name)
+  keepdims = arguments.as_flag(name, "keepdims", keepdims)
+  return_sign = arguments.as_flag(name, "return_sign", return_sign)
   if b is None:
     out = _logsumexp(a, mask, rows)
     sign = jnp.where(jnp.isnan(out), out, jnp.where(out == -jnp.inf, 0, 1).astype(out.dtype))

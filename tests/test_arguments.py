@@ -15,6 +15,12 @@ INTEGER = "softmax_cross_entropy_with_integer_labels"
 SOFT = "softmax_cross_entropy"
 
 
+def _deleted():
+  x = jnp.zeros(2)
+  x.delete()
+  return x
+
+
 def _axis(x):
   """Traces with the axis as a traced value, where a static one is needed."""
   return jax.jit(lambda axis: sj.softmax(x, axis))(1)
@@ -67,6 +73,88 @@ CASES = {
     TypeError,
     "softmax expected x to be an array, got a NumPy masked array, whose mask JAX would drop. "
     "Pass x.data and where=~x.mask.",
+  ),
+  "a dtype that JAX lacks": (
+    lambda: sj.softmax(np.array([1.0, 2.0], ">f4")),
+    TypeError,
+    "softmax expected x of a dtype that JAX has, got dtype >f4. Convert it with astype.",
+  ),
+  "a float of less than a byte": (
+    lambda: sj.log_softmax(X.astype(jnp.float4_e2m1fn)),
+    TypeError,
+    "log_softmax expected x of a dtype of at least 8 bits, got dtype float4_e2m1fn. "
+    "Pass x.astype(jnp.bfloat16).",
+  ),
+  "integers that JAX would wrap": (
+    lambda: sj.softmax(np.array([0, 2**32])),
+    TypeError,
+    "softmax expected integers of at most 32 bits in x, got larger ones, which JAX cannot hold.",
+  ),
+  "a large Python int": (
+    lambda: sj.logsumexp(2**40),
+    TypeError,
+    "logsumexp expected integers of at most 32 bits in a, got larger ones, which JAX cannot hold.",
+  ),
+  "a deleted array": (
+    lambda: sj.softmax(_deleted()),
+    ValueError,
+    "softmax expected x to be an array, got one that was deleted, as arrays are that jax.jit is "
+    "given with donate_argnums. Use what that call returned in its place.",
+  ),
+  "where without a value": (
+    lambda: sj.softmax(X, where=jax.ShapeDtypeStruct(X.shape, bool)),
+    TypeError,
+    "softmax expected where to be an array, got ShapeDtypeStruct.",
+  ),
+  "keepdims a string": (
+    lambda: sj.logsumexp(X, keepdims="no"),
+    TypeError,
+    "logsumexp expected keepdims to be True or False, static, got str.",
+  ),
+  "return_sign traced": (
+    lambda: jax.jit(lambda flag: sj.logsumexp(X, return_sign=flag))(True),
+    TypeError,
+    "logsumexp expected return_sign to be True or False, static, got a traced value.",
+  ),
+  "return_aux a number": (
+    lambda: sj.softmax_cross_entropy(X, X, return_aux=2),
+    ValueError,
+    f"{SOFT} expected return_aux to be True or False, static, got 2.",
+  ),
+  "axis_name repeated": (
+    lambda: sj.softmax(X, axis_name=("i", "i")),
+    TypeError,
+    "softmax expected axis_name to be the name of a mesh axis or a tuple of distinct names, got "
+    "('i', 'i').",
+  ),
+  "axis_name a list": (
+    lambda: sj.log_softmax(X, axis_name=["i"]),
+    TypeError,
+    "log_softmax expected axis_name to be the name of a mesh axis or a tuple of distinct names, "
+    "got ['i'].",
+  ),
+  "axis of bytes": (
+    lambda: sj.softmax(X, axis=b"\0"),
+    TypeError,
+    "softmax expected axis to be an int, a tuple of ints or None, all static, got bytes.",
+  ),
+  "axis an array": (
+    lambda: sj.softmax(X, axis=np.array([0, 1])),
+    TypeError,
+    "softmax expected axis to be an int, a tuple of ints or None, all static, got an array of "
+    "shape (2,) and dtype int64.",
+  ),
+  "reduction an array": (
+    lambda: sj.softmax_cross_entropy(X, X, reduction=X),
+    ValueError,
+    f'{SOFT} expected reduction to be "none", "sum" or "mean", got an array of shape (3, 4) and '
+    "dtype float32.",
+  ),
+  "softcap too large for float32": (
+    lambda: sj.linear_softmax_cross_entropy(X, X.T, LABELS, softcap=1e300),
+    ValueError,
+    "linear_softmax_cross_entropy expected softcap to be positive and finite in float32, got "
+    "1e+300. Pass None for no softcap.",
   ),
   "axis out of range": (
     lambda: sj.softmax(X, axis=2),

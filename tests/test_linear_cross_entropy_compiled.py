@@ -358,7 +358,8 @@ ERRORS = {
   "softcap 0": (
     lambda: linear(X, WEIGHT, LABELS, softcap=0),
     ValueError,
-    f"{NAME} expected softcap to be positive and finite, got 0. Pass None for no softcap.",
+    f"{NAME} expected softcap to be positive and finite in float32, got 0. Pass None for no "
+    "softcap.",
   ),
   "softcap per row": (
     lambda: linear(X, WEIGHT, LABELS, softcap=jnp.ones(6)),

@@ -498,7 +498,7 @@ def test_an_unknown_axis_is_refused():
 
 @pytest.mark.parametrize("axis_name", [0, (), ("v", 1), ["v"]])
 def test_what_is_no_name_is_refused(axis_name):
-  with pytest.raises(TypeError, match="the name of a mesh axis or a tuple of names"):
+  with pytest.raises(TypeError, match="the name of a mesh axis or a tuple of distinct names"):
     softmax(LOGITS, axis_name=axis_name)
 
 

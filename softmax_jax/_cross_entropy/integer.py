@@ -389,8 +389,8 @@ def softmax_cross_entropy_with_integer_labels(
 
   Raises:
     TypeError: if the logits are not of a floating dtype, the labels or ``ignore_index`` not of an
-      integer dtype, ``where`` is not boolean, a coefficient not a real scalar, or ``axis`` not a
-      static int, tuple of ints or None.
+      integer dtype, ``where`` is not boolean, a coefficient not a real scalar, ``axis`` not a
+      static int, tuple of ints or None, or ``return_aux`` not a static bool.
     ValueError: if ``axis`` is out of range or repeats an axis, the shapes do not fit, ``reduction``
       is unknown, ``label_smoothing`` is known while tracing and outside [0, 1], or ``axis_name`` is
       no axis of a surrounding `jax.shard_map` with ``check_vma=True`` over which the logits, but
@@ -421,6 +421,7 @@ def softmax_cross_entropy_with_integer_labels(
   labels = arguments.as_class_indices(name, labels)
   axes = arguments.as_axes(name, "logits", axis, logits.shape)
   chosen = options.checked(name, dtype, label_smoothing, z_loss, reduction)
+  return_aux = arguments.as_flag(name, "return_aux", return_aux)
   weights = None
   if class_weights is not None:
     class_shape = tuple(logits.shape[a] for a in axes)

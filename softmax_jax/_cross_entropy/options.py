@@ -64,15 +64,8 @@ def checked(
   function: str, dtype: np.dtype, label_smoothing: Any, z_loss: Any, reduction: Any
 ) -> Options:
   """The options of ``function``, with coefficients of ``dtype``."""
-  if reduction not in ("none", "sum", "mean"):
-    raise ValueError(
-      f'{function} expected reduction to be "none", "sum" or "mean", got {reduction!r}.'
-    )
-  smoothing = arguments.as_coefficient(function, "label_smoothing", label_smoothing, dtype)
-  if arguments.is_concrete(label_smoothing) and not 0 <= float(label_smoothing) <= 1:
-    raise ValueError(
-      f"{function} expected label_smoothing in [0, 1], got {float(label_smoothing):g}."
-    )
+  arguments.check_reduction(function, reduction)
+  smoothing = arguments.as_label_smoothing(function, label_smoothing, dtype)
   penalty = arguments.as_coefficient(function, "z_loss", z_loss, dtype)
   return Options(_unless_zero(label_smoothing, smoothing), _unless_zero(z_loss, penalty), reduction)
 

@@ -357,8 +357,8 @@ def softmax_cross_entropy(
 
   Raises:
     TypeError: if the logits are not of a floating dtype, the labels not of a real dtype, ``where``
-      is not boolean, a coefficient not a real scalar, or ``axis`` not a static int, tuple of ints
-      or None.
+      is not boolean, a coefficient not a real scalar, ``axis`` not a static int, tuple of ints or
+      None, or ``return_aux`` not a static bool.
     ValueError: if ``axis`` is out of range or repeats an axis, the shapes do not fit, ``reduction``
       is unknown, ``label_smoothing`` is known while tracing and outside [0, 1], or ``axis_name`` is
       no axis of a surrounding `jax.shard_map` with ``check_vma=True`` over which the logits are
@@ -386,6 +386,7 @@ def softmax_cross_entropy(
   dtype = arguments.compute_dtype(logits.dtype, labels.dtype)
   axes = arguments.as_axes(name, "logits", axis, logits.shape)
   chosen = options.checked(name, dtype, label_smoothing, z_loss, reduction)
+  return_aux = arguments.as_flag(name, "return_aux", return_aux)
   shape = arguments.common_shape(name, "logits", logits.shape, "labels", labels.shape)
   axes = tuple(a + len(shape) - logits.ndim for a in axes)
   logits = broadcast(logits, shape)

@@ -10,7 +10,9 @@ checks are in `CHECKS`, by name; what an error is and where the bounds come from
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from numbers import Integral, Real
+from types import NoneType
 from typing import Any
 
 import jax
@@ -85,9 +87,10 @@ def check_derivatives(
     than the rules of ``f`` itself (or any check passed, if ``checks`` asks for none of these).
 
   Raises:
-    TypeError: if ``f`` is not callable, an argument or a result is complex, or ``f`` needs the
-      value of an argument.
-    ValueError: if a check has no such name, or ``reference`` returns other shapes than ``f``.
+    TypeError: if ``f`` is not callable, an argument or a result is complex, ``f`` needs the value
+      of an argument, or an option is of another type.
+    ValueError: if a check has no such name, ``reference`` returns other shapes than ``f``, or a
+      bound or ``seed`` is negative.
     Exception: whatever ``f`` raises at its arguments, or ``reference`` in float64. What they raise
       when they are differentiated or transformed is a row that failed.
 
@@ -110,7 +113,6 @@ def check_derivatives(
   the classical test of an adjoint.
   """
   chosen = chosen_checks(checks, skip)
-  chosen_checks(bounds, ())
   v = verifier(
     f,
     *args,
@@ -147,15 +149,21 @@ def describe_checks() -> dict[str, str]:
 
 def chosen_checks(checks: Collection[str] | None, skip: Collection[str] = ()) -> list[str]:
   """The checks in their order, without those to be skipped."""
-  wanted, unwanted = _names(CHECKS if checks is None else checks), _names(skip)
+  wanted = _names("checks", CHECKS if checks is None else checks)
+  unwanted = _names("skip", skip)
   for name in (*wanted, *unwanted):
     if name not in CHECKS:
       raise ValueError(f"check_derivatives knows no check {name!r}; there are {', '.join(CHECKS)}.")
   return [name for name in CHECKS if name in wanted and name not in unwanted]
 
 
-def _names(checks: Collection[str]) -> Collection[str]:
-  return [checks] if isinstance(checks, str) else checks
+def _names(option: str, checks: Any) -> Collection[str]:
+  names: Any = [checks] if isinstance(checks, str) else checks
+  if _is_a(names, (Sequence, Set, Mapping)) and all(isinstance(name, str) for name in names):
+    return names
+  raise TypeError(
+    f"check_derivatives expected {option} to be names of checks, got {type(checks).__name__}."
+  )
 
 
 def verifier(
@@ -171,11 +179,9 @@ def verifier(
   seed: int = 0,
 ) -> Verifier:
   """What `run_checks` runs on; the arguments are those of `check_derivatives`."""
-  for what, function in (("f", f), ("reference", reference), ("jacobian", jacobian)):
-    if not callable(function) and (what == "f" or function is not None):
-      raise TypeError(
-        f"check_derivatives expected {what} to be a function, got {type(function).__name__}."
-      )
+  _check_options(
+    f, reference, jacobian, kwargs, edge_points, bounds, max_residual_bytes, name, seed
+  )
   if name is None:
     name = _name(f)
   with jax.default_matmul_precision("highest"):
@@ -193,6 +199,67 @@ def verifier(
 
 def _name(f: Callable[..., Any]) -> str:
   return getattr(f, "__name__", None) or getattr(getattr(f, "func", None), "__name__", "f")
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+  return isinstance(value, kind)
+
+
+def _check_options(
+  f: Any,
+  reference: Any,
+  jacobian: Any,
+  kwargs: Any,
+  edge_points: Any,
+  bounds: Any,
+  max_residual_bytes: Any,
+  name: Any,
+  seed: Any,
+) -> None:
+  """Raises where one is of another type than `check_derivatives` says."""
+  for what, value, fits, expected in (
+    ("f", f, callable(f), "a function"),
+    ("reference", reference, reference is None or callable(reference), "a function"),
+    ("jacobian", jacobian, jacobian is None or callable(jacobian), "a function"),
+    (
+      "kwargs",
+      kwargs,
+      _is_a(kwargs, (Mapping, NoneType)) and all(isinstance(k, str) for k in kwargs or ()),
+      "a dict with names as keys",
+    ),
+    (
+      "edge_points",
+      edge_points,
+      _is_a(edge_points, (list, tuple)) and all(_is_a(args, (list, tuple)) for args in edge_points),
+      "a list of tuples of arguments",
+    ),
+    (
+      "bounds",
+      bounds,
+      _is_a(bounds, (Mapping, NoneType))
+      and all(isinstance(k, str) and _is_a(bounds[k], Real) for k in bounds or ()),
+      "a dict from names to numbers",
+    ),
+    (
+      "max_residual_bytes",
+      max_residual_bytes,
+      _is_a(max_residual_bytes, (Real, NoneType)),
+      "a number",
+    ),
+    ("name", name, _is_a(name, (str, NoneType)), "a string"),
+    ("seed", seed, _is_a(seed, Integral), "an int"),
+  ):
+    if not fits:
+      raise TypeError(
+        f"check_derivatives expected {what} to be {expected}, got {type(value).__name__}."
+      )
+  chosen_checks(bounds)
+  numbers: dict[str, Any] = {"seed": seed, "max_residual_bytes": max_residual_bytes or 0}
+  for check in bounds or ():
+    numbers[f"bounds[{check!r}]"] = bounds[check]
+  for what, number in numbers.items():
+    if not number >= 0:
+      raise ValueError(f"check_derivatives expected {what} to be at least 0, got {number}.")
 
 
 def run_checks(v: Verifier, chosen: Sequence[str]) -> Report:

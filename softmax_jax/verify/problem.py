@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from softmax_jax import _arguments as arguments
+
 Arrays = list[np.ndarray]
 # Of arrays, tracers or types of arrays: whatever JAX traces a function with.
 Leaves = Sequence[Any]
@@ -83,22 +85,17 @@ class Problem:
     """Of ``f(*args, **kwargs)``; ``seed`` decides its points."""
     self.f, self.kwargs, self.seed = f, dict(kwargs), seed
     paths, self.tree = _flattened(tuple(args))
-    try:
-      self.leaves = [
-        jnp.asarray(leaf) if _is_array(leaf) else leaf for _, leaf in paths
-      ]  # in the dtypes that JAX gives them
-    except OverflowError as error:
-      raise TypeError(
-        f"check_derivatives expected integers of at most 32 bits ({error}). Pass what is no array "
-        "in kwargs=."
-      ) from error
+    names = [f"args{jax.tree_util.keystr(path)}" for path, _ in paths]
+    self.leaves = [
+      arguments.as_array("check_derivatives", name, leaf) if _is_array(leaf) else leaf
+      for name, (_, leaf) in zip(names, paths, strict=True)
+    ]  # in the dtypes that JAX gives them
     dtypes = [leaf.dtype if isinstance(leaf, jax.Array) else None for leaf in self.leaves]
     if any(d is not None and jnp.issubdtype(d, jnp.complexfloating) for d in dtypes):
       raise TypeError("check_derivatives expected real arguments, got a complex one.")
     self.float_places = [i for i, d in enumerate(dtypes) if d is not None and _is_float(d)]
     other = [i for i, d in enumerate(dtypes) if d is not None and not _is_float(d)]
     self.other_places = other
-    names = [f"args{jax.tree_util.keystr(path)}" for path, _ in paths]
     self.names = [names[i] for i in self.float_places]
     self.other_names = [names[i] for i in other]
     self.xs = [np.asarray(self.leaves[i]) for i in self.float_places]

@@ -74,6 +74,11 @@ class Report:
 
   rows: tuple[Row, ...]
 
+  def __post_init__(self):
+    """Refuses what is no tuple of rows."""
+    if type(self.rows) is not tuple or {type(row) for row in self.rows} - {Row}:
+      raise TypeError(f"Report expected a tuple of Row, got {type(self.rows).__name__}.")
+
   @property
   def failed(self) -> tuple[Row, ...]:
     """The rows that failed."""
@@ -91,9 +96,9 @@ class Report:
     telling = [row for row in rows if row.check.split(": ")[-1] not in others]
     return any(row.status == "passed" for row in telling or rows)
 
-  def __add__(self, other: Report) -> Report:
+  def __add__(self, other: object) -> Report:
     """The rows of both."""
-    return Report(self.rows + other.rows)
+    return Report(self.rows + other.rows) if isinstance(other, Report) else NotImplemented
 
   def raise_if_failed(self) -> Report:
     """Returns the report itself if it is true.
