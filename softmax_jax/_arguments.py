@@ -158,7 +158,7 @@ def as_class_indices(function: str, labels: Any) -> jax.Array:
 def _narrowed(value: Any) -> Any:
   """``value`` with NumPy's and Python's wide integers clipped to 32 bits, where JAX would wrap."""
   info = np.iinfo(np.int32)
-  kind: type[Any] = type(value)
+  kind: type[Any] = type(value)  # pyright: ignore[reportUnknownVariableType]  # of Any
   if issubclass(kind, int) and kind is not bool:
     return min(max(value, info.min), info.max)
   if issubclass(kind, (np.ndarray, np.generic)) and not issubclass(kind, np.ma.MaskedArray):

@@ -1,5 +1,18 @@
-"""Several host devices, for the tests of sharding: set before JAX starts."""
+"""Several host devices for the tests of sharding, set before JAX starts, and the marker `without`."""
+
+import contextlib
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+  """Runs a test with the settings of JAX off that its marker names, though all others have them."""
+  with contextlib.ExitStack() as stack:
+    for marker in item.iter_markers("without"):
+      for setting in marker.args:
+        stack.enter_context(getattr(jax, setting)(False))
+    return (yield)

@@ -380,6 +380,7 @@ def wide_loss(z, labels):
   )
 
 
+@pytest.mark.without("debug_nans")
 @pytest.mark.parametrize("dtype", ALL_INTEGERS)
 def test_integer_labels_of_every_dtype(dtype):
   """300 classes, more than an int8 counts to. The last label is the least of the dtype."""
@@ -401,6 +402,7 @@ def test_integer_labels_of_every_dtype(dtype):
   assert relative_error(loss, expected) < oracle.tolerance("float32")
 
 
+@pytest.mark.without("debug_nans")
 @pytest.mark.parametrize("dtype", ["uint32", "uint64"])
 def test_huge_unsigned_labels_are_out_of_range(dtype):
   with jax.enable_x64(dtype == "uint64"):
@@ -441,6 +443,7 @@ def test_ignored_rows_may_hold_anything(ignore_index, junk):
   assert np.all(gradient[:3] != 0)
 
 
+@pytest.mark.without("debug_nans")
 @pytest.mark.parametrize("how", ["ignored", "masked", "weightless", "empty"])
 def test_the_mean_of_nothing_is_zero(how):
   """Also its gradients. The logits of rows that do not count are NaN."""
@@ -508,6 +511,7 @@ def test_a_label_without_weight_at_minus_infinity_adds_nothing():
   assert integer_loss(z, 0, label_smoothing=0.5) == np.inf
 
 
+@pytest.mark.without("debug_nans")
 def test_a_label_out_of_range_is_nan_in_its_row_alone():
   z, w, labels = random(6, (3, 5)), np.float32([1, 2, 3, 4, 5]), np.array([1, 5, 3])
 
@@ -636,6 +640,7 @@ def test_soft_labels_have_no_index_to_ignore():
 # What goes wrong elsewhere.
 
 
+@pytest.mark.without("debug_nans")
 def test_a_label_of_minus_one_is_not_the_last_class():
   """As it is in optax, by NumPy's indexing."""
   z = random(7, (2, 5))
@@ -663,6 +668,7 @@ def test_soft_labels_need_not_sum_to_one():
   assert relative_error(jax.jit(jax.grad(softmax_cross_entropy))(z, t), 2 * a - t) < 1e-6
 
 
+@pytest.mark.without("debug_nans")
 @pytest.mark.parametrize("options", [{}, {"z_loss": 0.03}])
 def test_forward_mode_is_finite_where_a_label_of_zero_meets_minus_infinity(options):
   """NaN in optax's safe_softmax_cross_entropy."""
@@ -676,6 +682,7 @@ def test_forward_mode_is_finite_where_a_label_of_zero_meets_minus_infinity(optio
   assert relative_error(tangent, 0.5 + 2 * penalty * np.log(2) * 2.5) < 1e-6
 
 
+@pytest.mark.without("debug_nans")
 def test_a_soft_label_of_zero_at_minus_infinity_adds_nothing():
   """NaN in torch, and in optax without the word "safe"."""
   z, t = np.float32([-np.inf, 0, 0]), np.float32([0, 1, 0])

@@ -492,6 +492,7 @@ def test_label_of_minus_infinity():
     np.testing.assert_array_equal(gradient(x, label), [0.5, -1.0, 0.5])
 
 
+@pytest.mark.without("debug_nans")
 @pytest.mark.parametrize("bad", ["nan", "inf", "two inf", "-inf alone"])
 def test_a_bad_row_is_nan_and_touches_no_other(bad):
   args = arguments(18, (3, 4))
@@ -504,6 +505,7 @@ def test_a_bad_row_is_nan_and_touches_no_other(bad):
     np.testing.assert_array_equal(value, expected, err_msg=name)
 
 
+@pytest.mark.without("debug_nans")
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_one_class(bad):
   args = arguments(19, (2, 1))
@@ -520,6 +522,7 @@ def test_further_derivatives_of_minus_infinity_alone():
     np.testing.assert_array_equal(value, np.zeros((6, 6, 6)))
 
 
+@pytest.mark.without("debug_nans")
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "uint32"])
 def test_labels_out_of_range(dtype):
   x = arguments(20, (4, 3))[0]
@@ -531,6 +534,7 @@ def test_labels_out_of_range(dtype):
   np.testing.assert_array_equal(values[0], gradient(x, np.ones(4, np.int32))[0])
 
 
+@pytest.mark.without("debug_nans")
 def test_labels_of_a_narrow_dtype():
   """100 in int8 is class 100 of 300, and -1 is none of them."""
   x = arguments(21, (2, 300))[0]

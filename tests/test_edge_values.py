@@ -215,6 +215,7 @@ def test_a_row_that_is_masked_altogether(name, x):
     np.testing.assert_array_equal(derivative, 0)
 
 
+@pytest.mark.without("debug_nans")
 @every_loss
 def test_whole_rows_masked_by_one_value_each(name):
   x = jnp.stack([row(1, 2, 3, 4), row(NAN, INF, -INF, 0), row(0, 1, 0, -1)])
@@ -249,6 +250,7 @@ def loss_of(x, label, where=None):
   return softmax_cross_entropy_with_integer_labels(x, label, where=where)
 
 
+@pytest.mark.without("debug_nans")
 @pytest.mark.parametrize(
   ("label", "dtype"),
   [
@@ -286,6 +288,7 @@ def test_label_out_of_range_in_a_row_that_is_masked_altogether():
   assert_same(pull(np.float32([1, 1]))[0], [*vjp(np.ones(1))[0], np.zeros(4)])
 
 
+@pytest.mark.without("debug_nans")
 def test_label_out_of_range_beside_masked_entries():
   where = np.array([True, True, False, True])
   for v in both_modes(loss_of, row(1, 2, 3, 4), np.int32(4), where):
@@ -295,6 +298,7 @@ def test_label_out_of_range_beside_masked_entries():
 # Rows do not notice each other.
 
 
+@pytest.mark.without("debug_nans")
 @every_function
 def test_ordinary_rows_do_not_notice_special_ones(name):
   f, x = FUNCTIONS[name], random(1, (9, 4))

@@ -275,6 +275,7 @@ on_eight = jax.jit(
 on_one = jax.jit(value_and_vjp(on_one_device(every_function), 1))
 
 
+@pytest.mark.without("debug_nans")
 @pytest.mark.parametrize("edge", EDGES)
 def test_special_rows_are_those_of_one_device(edge):
   one_hot = jax.nn.one_hot(LABELS, V)
@@ -306,6 +307,7 @@ def test_a_loss_of_a_confident_row_keeps_its_digits_across_devices():
     np.testing.assert_allclose(at_label, exact, rtol=5e-7)
 
 
+@pytest.mark.without("debug_nans")
 @pytest.mark.parametrize("label", [-1, V, 2**31 - 1, -100])
 def test_a_label_that_is_no_class_is_ignored_or_nan_on_every_device(label):
   t = np.where(np.arange(T) == 1, label, LABELS)
@@ -341,6 +343,7 @@ def test_sixteen_bits_are_those_of_one_device(dtype):
 # A number of classes that is no multiple of that of the devices.
 
 
+@pytest.mark.without("debug_nans")
 def test_padding_left_out_by_a_mask_takes_no_part():
   classes = V - 3
   mask = np.arange(V) < classes
@@ -381,6 +384,7 @@ def test_padding_of_the_linear_loss_takes_no_part(reduction):
     assert not np.any(g[..., e.shape[-1] :])
 
 
+@pytest.mark.without("debug_nans")
 def test_a_label_in_the_padding_is_no_class():
   f = lambda n, x, weight, t: linear(x, weight, t, reduction="none", num_classes=9, axis_name=n)
   t = np.array([8, 9, 0, 1, 2, 3])

@@ -257,6 +257,7 @@ def test_loss_is_that_of_float64():
     assert float(loss) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.without("debug_nans")
 def test_step_donates_and_its_memory_is_that_of_the_program(passed, text):
   """With all in bytes by hand: donated once, the words, the positions, and what XLA adds."""
   optimizer = optax.sgd(0.1)

@@ -131,11 +131,16 @@ def _initial_weights(key: jax.Array) -> _Weights:
   ]
 
 
+def _affine(x: jax.Array, matrix: jax.Array, bias: jax.Array) -> jax.Array:
+  y = x @ matrix
+  return y + jnp.broadcast_to(bias, y.shape)
+
+
 def _logits(weights: _Weights, images: jax.Array) -> jax.Array:
   *hidden, (matrix, bias) = weights
   for hidden_matrix, hidden_bias in hidden:
-    images = jax.nn.relu(images @ hidden_matrix + hidden_bias[None])
-  return images @ matrix + bias[None]
+    images = jax.nn.relu(_affine(images, hidden_matrix, hidden_bias))
+  return _affine(images, matrix, bias)
 
 
 def _loss(weights: _Weights, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
