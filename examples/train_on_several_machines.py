@@ -25,7 +25,7 @@ CLASSES, FEATURES, TOKENS = 1000, 64, 512
 
 def main() -> None:
   """Trains, and prints the loss of every step."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
   parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
   parser.add_argument("--processes", type=int, default=1, metavar="N")
   parser.add_argument("--process", type=int, default=0, metavar="I", help="from 0 to N - 1")

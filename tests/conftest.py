@@ -1,4 +1,4 @@
-"""Several host devices for the tests of sharding, set before JAX starts, and the marker `without`."""
+"""Several host devices for the tests of sharding, set before JAX starts; the marker `without`."""
 
 import contextlib
 

@@ -117,7 +117,7 @@ def test_dtypes_that_do_not_promote():
 PRODUCTS = {
   "times": lambda y: y * 1.7,
   "softcap": lambda y: 20.1 * jnp.tanh(y / 20.1),
-  "bias and temperature": lambda y: 1.3 * (y + 0.1 * jnp.arange(y.shape[-1], dtype=y.dtype)),
+  "bias and temperature": lambda y: 1.3 * (y + 0.1 * jnp.arange(y.shape[-1], dtype=y.dtype)[None]),
 }
 
 

@@ -177,7 +177,8 @@ def _train(
     measured, weights_bar = jax.value_and_grad(_loss, has_aux=True)(
       weights, images[batch], labels[batch]
     )
-    updates, optimizer_state = optimizer.update(weights_bar, optimizer_state, weights)
+    with jax.numpy_dtype_promotion("standard"):  # optax multiplies by its integer counter.
+      updates, optimizer_state = optimizer.update(weights_bar, optimizer_state, weights)
     return (optax.apply_updates(weights, updates), optimizer_state), measured
 
   measure = cast(Callable[..., tuple[jax.Array, jax.Array]], jax.jit(_loss))

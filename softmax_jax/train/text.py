@@ -327,7 +327,8 @@ def _compiled_step(
     loss, weights_bar = jax.value_and_grad(functools.partial(_loss, cross_entropy))(
       weights, words, positions
     )
-    updates, optimizer_state = optimizer.update(weights_bar, optimizer_state, weights)
+    with jax.numpy_dtype_promotion("standard"):  # optax multiplies by its integer counter.
+      updates, optimizer_state = optimizer.update(weights_bar, optimizer_state, weights)
     return (optax.apply_updates(weights, updates), optimizer_state), loss
 
   return step.lower(state, words, positions).compile()
