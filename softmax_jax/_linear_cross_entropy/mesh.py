@@ -6,6 +6,7 @@ from all tokens, they would be gathered.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -68,13 +69,27 @@ def on_mesh(
   )
   specs = Arrays(*(None if a is None else s for a, s in zip(arrays, specs, strict=True)))
   arrays = jax.tree.map(jax.sharding.reshard, arrays, specs)
-
-  def on_device(arrays):
-    out = f(arrays, settings._replace(axis_name=over_classes or None))
-    return lax.psum(out, over_rows) if summed and over_rows else out
-
+  settings = settings._replace(axis_name=over_classes or None)
+  added_over = over_rows if summed else ()
   out_specs = (spec(), spec()) if summed else spec(*rows)
-  return jax.jit(jax.shard_map(on_device, in_specs=(specs,), out_specs=out_specs))(arrays)
+  return _on_devices(arrays, f, settings, added_over, specs, out_specs)
+
+
+# One function, so that calls outside of `jax.jit` are compiled once.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _on_devices(
+  arrays: Arrays,
+  f: Callable[..., Any],
+  settings: Any,
+  added_over: tuple[str, ...],
+  specs: Arrays,
+  out_specs: Any,
+) -> Any:
+  def on_device(arrays):
+    out = f(arrays, settings)
+    return lax.psum(out, added_over) if added_over else out
+
+  return jax.shard_map(on_device, in_specs=(specs,), out_specs=out_specs)(arrays)
 
 
 def _spec(x: jax.Array) -> tuple[Any, ...]:
