@@ -328,8 +328,11 @@ def enable_forward_mode(
 
   g.defjvp(jvp, symbolic_zeros=True)
 
+  # A function and not `g` itself, which cannot be pickled by its name.
   @functools.wraps(f, updated=())
   def forward_mode(*args, **kwargs):
+    if not nondiff_argnums:
+      return g(*args, **kwargs)
     # jax.custom_jvp stops the gradient of a tracer among the nondiff_argnums, where f refuses it.
     bound = inspect.signature(f).bind(*args, **kwargs)
     bound.apply_defaults()
@@ -337,9 +340,8 @@ def enable_forward_mode(
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(static))
     return (f if traced else g)(*args, **kwargs)
 
-  enabled = forward_mode if nondiff_argnums else g
-  enabled.defvjp = f.defvjp
-  return enabled
+  forward_mode.defvjp = f.defvjp
+  return forward_mode
 
 
 @contextlib.contextmanager

@@ -956,7 +956,7 @@ def test_tangent_rule_with_a_wrong_result(wrong, message):
     (jax.jit(make_spiral(enable=plain)), "spiral of type PjitFunction"),
     (functools.partial(make_spiral(enable=plain)), "partial"),
     (jax.custom_jvp(spiral), "spiral of type custom_jvp"),
-    (make_spiral(), "spiral of type custom_jvp"),
+    (make_spiral(), "spiral of type function"),
     (jax.custom_vjp, "custom_vjp of type type"),
     (None, "NoneType"),
   ],
