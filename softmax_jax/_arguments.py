@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.export import is_symbolic_dim
 from jax.typing import DTypeLike
 
 from softmax_jax._forward_mode import varying_axes
@@ -488,6 +489,15 @@ def as_chunk_size(function: str, value: Any) -> int:
   if size < 1:
     raise ValueError(f"{function} expected chunk_size to be at least 1, got {size}.")
   return size
+
+
+def check_symbolic_tokens(function: str, num_tokens: Any, chunk_size: int | None) -> None:
+  """Raises unless ``num_tokens``, where `jax.export` leaves it open, makes whole chunks."""
+  if is_symbolic_dim(num_tokens) and (chunk_size is None or num_tokens % chunk_size != 0):
+    raise ValueError(
+      f"{function} expected a chunk_size that divides the symbolic number of tokens, {num_tokens}, "
+      f"got {chunk_size}. Pass chunk_size=512 for jax.export.symbolic_shape('512*n'), say."
+    )
 
 
 def as_num_classes(function: str, value: Any, num_columns: int) -> int:

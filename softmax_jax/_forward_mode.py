@@ -360,8 +360,11 @@ def enable_forward_mode(
 
   g.defjvp(jvp, symbolic_zeros=True)
 
+  # A function and not `g` itself, which cannot be pickled by its name.
   @functools.wraps(f, updated=())
   def forward_mode(*args: P.args, **kwargs: P.kwargs) -> R:
+    if not nondiff_argnums:
+      return g(*args, **kwargs)
     # jax.custom_jvp stops the gradient of a tracer among the nondiff_argnums, where f refuses it.
     try:
       bound = inspect.signature(f).bind(*args, **kwargs)
@@ -372,7 +375,7 @@ def enable_forward_mode(
     traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(static))
     return (f if traced else g)(*args, **kwargs)
 
-  enabled: Any = forward_mode if nondiff_argnums else g
+  enabled: Any = forward_mode
   enabled.defvjp = f.defvjp
   return enabled
 

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.export import is_symbolic_dim
 from jax.typing import DTypeLike
 
 from softmax_jax import _devices as devices
@@ -192,7 +193,8 @@ def largest(z: jax.Array, axes: Axes) -> jax.Array:
 
 def few(shape: tuple[int, ...], axes: Axes) -> bool:
   """Whether a row along ``axes`` has only a few entries."""
-  return math.prod(shape[axis] for axis in axes) <= _FEW
+  size = math.prod(shape[axis] for axis in axes)
+  return not is_symbolic_dim(size) and size <= _FEW
 
 
 def _sums(x: jax.Array, y: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:

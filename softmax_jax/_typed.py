@@ -80,11 +80,6 @@ def vjp(f: Callable[[T], R], x: T) -> tuple[R, Callable[[R], tuple[T]]]:
   return jax.vjp(f, x)
 
 
-def jit(f: Callable[P, R]) -> Callable[P, R]:
-  """`jax.jit`."""
-  return jax.jit(f)
-
-
 def tree_map(f: Callable[[Any], Any], tree: T, is_leaf: Callable[[Any], bool] | None = None) -> T:
   """`jax.tree.map` over one tree."""
   return jax.tree.map(f, tree, is_leaf=is_leaf)

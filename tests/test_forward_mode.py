@@ -1,7 +1,6 @@
 """enable_forward_mode on users' own jax.custom_vjp functions, against plain JAX."""
 
 import concurrent.futures
-import contextlib
 import functools
 import gc
 import inspect
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import compilations
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -959,7 +959,7 @@ def test_tangent_rule_with_a_wrong_result(wrong, message):
     (jax.jit(make_spiral(enable=plain)), "spiral of type PjitFunction"),
     (functools.partial(make_spiral(enable=plain)), "partial"),
     (jax.custom_jvp(spiral), "spiral of type custom_jvp"),
-    (make_spiral(), "spiral of type custom_jvp"),
+    (make_spiral(), "spiral of type function"),
     (jax.custom_vjp, "custom_vjp of type type"),
     (None, "NoneType"),
   ],
@@ -1103,20 +1103,6 @@ def test_switches_of_jax(context, enable):
   with context():
     ours = programs(make_spiral(enable=enable))
   assert_close(ours, programs(product), 2e-6)
-
-
-@contextlib.contextmanager
-def compilations():
-  """A list that grows by one with every program that XLA compiles."""
-  compiled = []
-
-  def listener(event, duration, **_):
-    if event == "/jax/core/compile/backend_compile_duration":
-      compiled.append(duration)
-
-  jax.monitoring.register_event_duration_secs_listener(listener)
-  yield compiled
-  jax.monitoring.unregister_event_duration_listener(listener)
 
 
 def test_eager_calls_neither_compile_again_nor_keep_arrays():

@@ -172,7 +172,9 @@ def _bwd(
     g = g + bars.uniform * uniform.label_sum(num_classes)
   scale = bars.nll * inverse
   total = (jnp.sum(p, axis=axes, keepdims=True) if total is None else total) * scale
-  total, scale, g, rest = jax.lax.optimization_barrier((total, scale, g * inverse, s.rest * scale))
+  # What is linear in another cotangent has its own barrier, as JAX cannot transpose half of one.
+  total, scale, rest = jax.lax.optimization_barrier((total, scale, s.rest * scale))
+  g = jax.lax.optimization_barrier(g * inverse)
   z_bar = (e * total - p * scale) + (e * g - p * rest)
   if u is not None:
     z_bar = z_bar - u * bars.uniform

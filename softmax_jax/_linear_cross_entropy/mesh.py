@@ -6,6 +6,7 @@ from all tokens, they would be gathered.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from jax.sharding import PartitionSpec
 from softmax_jax import _arguments as arguments
 from softmax_jax import _devices as devices
 from softmax_jax._devices import AxisName
-from softmax_jax._typed import jit, psum
+from softmax_jax._typed import psum
 
 
 class Arrays(NamedTuple):
@@ -72,13 +73,27 @@ def on_mesh(
   def placed(array: jax.Array, spec: PartitionSpec) -> jax.Array:
     return jax.sharding.reshard(array, spec)
 
-  def on_device(arrays: Arrays) -> Any:
-    out = f(arrays, settings._replace(axis_name=over_classes or None))
-    return psum(out, over_rows) if summed and over_rows else out
-
+  settings = settings._replace(axis_name=over_classes or None)
+  added_over = over_rows if summed else ()
   out_specs = (spec(), spec()) if summed else spec(*rows)
-  run = jit(jax.shard_map(on_device, in_specs=(specs,), out_specs=out_specs))
-  return run(jax.tree.map(placed, arrays, specs))
+  return _on_devices(  # pyright: ignore[reportUnknownVariableType]  # of a partial jax.jitjax.tree.map(placed, arrays, specs), f, settings, added_over, specs, out_specs)
+
+
+# One function, so that calls outside of `jax.jit` are compiled once.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _on_devices(
+  arrays: Arrays,
+  f: Callable[..., Any],
+  settings: Any,
+  added_over: tuple[str, ...],
+  specs: Arrays,
+  out_specs: Any,
+) -> Any:
+  def on_device(arrays: Arrays) -> Any:
+    out = f(arrays, settings)
+    return psum(out, added_over) if added_over else out
+
+  return jax.shard_map(on_device, in_specs=(specs,), out_specs=out_specs)(arrays)
 
 
 def _spec(x: jax.Array) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ Both know which inputs are differentiated, and form no product for the others.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +33,7 @@ from softmax_jax._linear_cross_entropy.projection import (
   capped,
   capped_tangent,
 )
-from softmax_jax._normalizer import Normalizer
+from softmax_jax._normalizer import Normalizer, compiled
 from softmax_jax._typed import custom_vjp, tree_map, vjp
 
 
@@ -253,11 +254,15 @@ def _as_gradients(gradients: Inputs, inputs: Inputs, poison: jax.Array) -> Input
 
 # The losses of all rows.
 
+# What loops over the chunks is `compiled`, here and below: outside of `jax.jit` a loop would be
+# compiled in every call, as its body is a new function each time.
+
 
 def _rows_primal(inputs: Inputs, index: jax.Array, static: Static) -> PerRow:
   return _rows_forward(inputs, index, static)[0]
 
 
+@functools.partial(compiled, static_argnums=2)
 def _rows_forward(
   inputs: Inputs, index: jax.Array, static: Static
 ) -> tuple[PerRow, Normalizer, jax.Array | None]:
@@ -294,10 +299,15 @@ def _is_zero(bar: Any) -> bool:
 
 
 def _rows_bwd(static: Static, residuals: Any, bars: Any) -> tuple[Inputs, None]:
-  wanted, inputs, index, normalizer, uniform_sum = residuals
   bars = tree_map(
     lambda bar: jnp.zeros(bar.shape, bar.dtype) if _is_zero(bar) else bar, bars, is_leaf=_is_zero
   )
+  return _rows_gradients(static, residuals, bars), None
+
+
+@functools.partial(compiled, static_argnums=0)
+def _rows_gradients(static: Static, residuals: Any, bars: PerRow) -> Inputs:
+  wanted, inputs, index, normalizer, uniform_sum = residuals
 
   def body(sums: Inputs, rows: Any, first: Any) -> tuple[Inputs, None]:
     x, index, s, uniform_sum, bars = rows
@@ -308,10 +318,11 @@ def _rows_bwd(static: Static, residuals: Any, bars: Any) -> tuple[Inputs, None]:
   sums = _zeros(wanted.inputs, inputs, static)
   rows = inputs.x, index, normalizer, uniform_sum, bars
   gradients, _ = over_chunks(body, sums, rows, static.chunk_size)
-  return _as_gradients(gradients, inputs, _poison(index, bars)), None
+  return _as_gradients(gradients, inputs, _poison(index, bars))
 
 
 # The tangent of the logits goes through the tangent rule of the dense loss, chunk by chunk.
+@functools.partial(compiled, static_argnums=0)
 def _rows_tangent(static: Static, residuals: Any, args_dot: tuple[Any, ...]) -> PerRow:
   _, inputs, index, normalizer, uniform_sum = residuals
   dots = Inputs(*args_dot[0])
@@ -357,9 +368,18 @@ def _sum_primal(inputs: Inputs, weights: PerRow, index: jax.Array, static: Stati
 
 # In the forward pass, for a cotangent of 1: nll_bar = p, uniform_bar = q, lse_bar = 2 r lse.
 def _sum_fwd(inputs: Any, weights: Any, index: Any, static: Static) -> tuple[jax.Array, Any]:
-  wanted = _Wanted.of(inputs).inputs
+  wanted = _Wanted.of(inputs)
   inputs, weights, index = _values((inputs, weights, index))
+  gradients, per_row = _sum_gradients(inputs, weights, index, wanted, static)
+  # Arrays of no elements stand for the dtypes that the gradients are to have.
+  likes = tree_map(lambda x: jnp.zeros(0, x.dtype), inputs)
+  return _weighted_sum(weights, per_row), (gradients, likes, per_row, weights, index)
 
+
+@functools.partial(compiled, static_argnums=(3, 4))
+def _sum_gradients(
+  inputs: Inputs, weights: PerRow, index: jax.Array, wanted: _Wanted, static: Static
+) -> tuple[Inputs, PerRow]:
   def body(sums: Inputs, rows: Any, first: Any) -> tuple[Inputs, PerRow]:
     x, weights, index = rows
     chunk, y, z = _chunk_logits(inputs._replace(x=x), index, static)
@@ -367,13 +387,11 @@ def _sum_fwd(inputs: Any, weights: Any, index: Any, static: Static) -> tuple[jax
     lse_bar = jnp.zeros_like(per_row.lse) if weights.lse is None else 2 * weights.lse * per_row.lse
     bars = weights._replace(lse=lse_bar)
     of_chunk = chunk, index, y, z, dense.normalizer, _uniform_sum(dense, static), bars
-    return _chunk_gradients(wanted, static, *of_chunk, sums, first), per_row._replace(weight=None)
+    sums = _chunk_gradients(wanted.inputs, static, *of_chunk, sums, first)
+    return sums, per_row._replace(weight=None)
 
-  sums = _zeros(wanted, inputs, static)
-  gradients, per_row = over_chunks(body, sums, (inputs.x, weights, index), static.chunk_size)
-  # Arrays of no elements stand for the dtypes that the gradients are to have.
-  likes = tree_map(lambda x: jnp.zeros(0, x.dtype), inputs)
-  return _weighted_sum(weights, per_row), (gradients, likes, per_row, weights, index)
+  sums = _zeros(wanted.inputs, inputs, static)
+  return over_chunks(body, sums, (inputs.x, weights, index), static.chunk_size)
 
 
 def _sum_bwd(static: Static, residuals: Any, bar: Any) -> tuple[Any, ...]:
