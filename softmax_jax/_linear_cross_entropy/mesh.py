@@ -76,7 +76,8 @@ def on_mesh(
   settings = settings._replace(axis_name=over_classes or None)
   added_over = over_rows if summed else ()
   out_specs = (spec(), spec()) if summed else spec(*rows)
-  return _on_devices(  # pyright: ignore[reportUnknownVariableType]  # of a partial jax.jitjax.tree.map(placed, arrays, specs), f, settings, added_over, specs, out_specs)
+  arrays = jax.tree.map(placed, arrays, specs)
+  return _on_devices(arrays, f, settings, added_over, specs, out_specs)  # pyright: ignore[reportUnknownVariableType]
 
 
 # One function, so that calls outside of `jax.jit` are compiled once.
