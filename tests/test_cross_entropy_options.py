@@ -511,7 +511,7 @@ def test_a_label_without_weight_at_minus_infinity_adds_nothing():
   assert integer_loss(z, 0, label_smoothing=0.5) == np.inf
 
 
-@pytest.mark.without("debug_nans")
+@pytest.mark.without("debug_nans", "enable_x64")
 def test_a_label_out_of_range_is_nan_in_its_row_alone():
   z, w, labels = random(6, (3, 5)), np.float32([1, 2, 3, 4, 5]), np.array([1, 5, 3])
 
@@ -532,8 +532,8 @@ def test_a_label_out_of_range_is_nan_in_its_row_alone():
 
 # Errors.
 
-X, Y = jnp.zeros((3, 4)), jnp.zeros(3, jnp.int32)
-T = jnp.full((3, 4), 0.25)
+X, Y = jnp.zeros((3, 4), jnp.float32), jnp.zeros(3, jnp.int32)
+T = jnp.full((3, 4), 0.25, jnp.float32)
 ERRORS = {
   "smoothing below 0": (
     lambda: integer_loss(X, Y, label_smoothing=-0.1),
@@ -623,6 +623,7 @@ ERRORS = {
 }
 
 
+@pytest.mark.without("enable_x64")
 @pytest.mark.parametrize("case", ERRORS)
 def test_the_whole_message(case):
   call, error, message = ERRORS[case]

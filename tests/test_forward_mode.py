@@ -485,6 +485,7 @@ PARAMS = {"weight": X, "shift": (np.float32(0.5),)}
 FLOAT0 = np.zeros((), jax.dtypes.float0)
 
 
+@pytest.mark.without("enable_x64")
 @pytest.mark.parametrize(
   "enable", [enable_forward_mode, functools.partial(enable_forward_mode, tangent=mixed_tangent)]
 )
@@ -675,6 +676,7 @@ def test_forward_rule_that_calls_the_decorated_function():
   check(f, spiral, transforms, 1e-5)
 
 
+@pytest.mark.without("enable_x64")
 def test_nothing_moves():
   f = define(mixed, mixed_fwd, mixed_bwd)
   expected = mixed(PARAMS, V, 3)
@@ -884,6 +886,7 @@ def test_tangent_rule_gets_none_for_what_is_not_differentiated():
   ]
 
 
+@pytest.mark.without("enable_x64")
 def test_tangent_rule_may_return_none_for_a_zero():
   def rule(x, args_dot):
     return None, args_dot[0]
@@ -1043,6 +1046,7 @@ def test_errors_of_the_users_own_rules_are_not_disguised():
       transform()
 
 
+@pytest.mark.without("enable_x64")
 def test_rules_that_close_over_a_traced_value():
   def scaled(scale, transform):
     f = define(
@@ -1271,6 +1275,7 @@ def test_shard_map(name, axis_type):
     assert_close(eager, expected)
 
 
+@pytest.mark.without("enable_x64")
 def test_weight_that_is_whole_on_every_device():
   mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
   args = (jnp.float32(0.7), jnp.linspace(-1, 1, 4))
