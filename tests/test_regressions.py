@@ -149,3 +149,13 @@ def test_logits_that_are_fused_products_are_rounded_first(product, num_classes):
   by_compiler = jax.jit(lambda y, t: losses_of_product(product, y, t))(y, t)
   for loss, expected in zip(by_compiler, (nll, nll, lse, nll), strict=True):
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
+
+
+def test_a_difference_of_logits_that_overflows():
+  """A limit: the term is infinite, however small its share, and the gradient is as ever."""
+  largest = np.finfo(np.float32).max
+  logits, shares = np.array([-largest, largest]), np.array([0.25, 0.25], np.float32)
+  value, gradient = jax.value_and_grad(softmax_cross_entropy)(logits.astype(np.float32), shares)
+  assert value == np.inf
+  np.testing.assert_array_equal(gradient, [-0.25, 0.25])
+  assert softmax_cross_entropy(logits.astype(np.float32), np.float32([0, 1])) == 0

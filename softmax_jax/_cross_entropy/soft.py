@@ -354,8 +354,9 @@ def softmax_cross_entropy(
 
   Returns:
     Losses ``[*B]``, or one number if reduced, in float32 (float64 where an argument has it). A
-    class whose logit is -inf adds +inf, or 0 where its weighted label is exactly 0, in which case
-    its derivatives are 0 too. Rows that contain NaN or +inf, or logits of -inf alone, give NaN.
+    class whose logit is -inf, or so far below the largest that their difference overflows, adds
+    +inf, or 0 where its weighted label is exactly 0, in which case its derivatives are 0 too. Rows
+    that contain NaN or +inf, or logits of -inf alone, give NaN.
 
   Raises:
     TypeError: if the logits are not of a floating dtype, the labels not of a real dtype, ``where``
