@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 
 import commands
 import jax
@@ -295,7 +296,12 @@ def test_a_second_interrupt_ends_at_once(tmp_path):
     "print('ready', flush=True)\n"
     "time.sleep(600)\n"
   )
-  command = [sys.executable, "-m", "softmax_jax", "verify", "slow:f"]
+  # A process that a script starts in the background ignores SIGINT, and so do those that it starts.
+  program = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "from softmax_jax.__main__ import main; sys.exit(main(['verify', 'slow:f']))"
+  )
+  command = [sys.executable, "-c", program]
   root = str(pathlib.Path(softmax_jax.__file__).parent.parent)
   pipe = subprocess.PIPE
   with subprocess.Popen(
@@ -306,6 +312,8 @@ def test_a_second_interrupt_ends_at_once(tmp_path):
     cwd=tmp_path,
     env={**os.environ, "PYTHONPATH": root},
   ) as process:
+    watch = threading.Timer(60, process.kill)
+    watch.start()
     try:
       assert process.stdout.readline() == "ready\n"
       process.send_signal(signal.SIGINT)
@@ -314,6 +322,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path):
       assert process.wait(60) == -signal.SIGINT
       assert process.stderr.read() == ""
     finally:
+      watch.cancel()
       process.kill()
 
 
