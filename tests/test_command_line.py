@@ -299,9 +299,9 @@ def test_a_second_interrupt_ends_at_once(tmp_path):
   # A process that a script starts in the background ignores SIGINT, and so do those that it starts.
   program = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    "from softmax_jax.__main__ import main; sys.exit(main(['verify', 'slow:f']))"
+    "from softmax_jax.__main__ import main; sys.exit(main())"
   )
-  command = [sys.executable, "-c", program]
+  command = [sys.executable, "-c", program, "verify", "slow:f"]
   root = str(pathlib.Path(softmax_jax.__file__).parent.parent)
   pipe = subprocess.PIPE
   with subprocess.Popen(
