@@ -114,6 +114,17 @@ def test_dtypes_that_do_not_promote():
   assert str(raised.value) == message
 
 
+def test_the_first_argument_broadcasts_too():
+  """To a second one of more entries, with a gradient of its own shape."""
+  a, b = LOGITS[:1], jnp.abs(LOGITS) + 1
+  wide = jnp.broadcast_to(a, b.shape)
+  for f in (lambda a: logsumexp(a, axis=-1, b=b), lambda a: softmax_cross_entropy(a, b)):
+    total = lambda a, f=f: jnp.vdot(f(a), jnp.arange(1.0, 4))
+    assert relative_error(f(a), f(wide)) < 1e-6
+    expected = jax.grad(total)(wide).sum(axis=0, keepdims=True)
+    assert relative_error(jax.grad(total)(a), expected) < 1e-6
+
+
 # Logits that are products, fused with what follows. The CPU and the GPU subtract from the exact
 # product there, so that the largest logit less the largest is not 0: losses were off by up to 9 %.
 
