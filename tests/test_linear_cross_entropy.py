@@ -9,13 +9,14 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
 from oracle import default_promotion, random, relative_error
 
 from softmax_jax import linear_softmax_cross_entropy as linear
 from softmax_jax import softmax_cross_entropy_with_integer_labels
-from softmax_jax._linear_cross_entropy import chunks
+from softmax_jax._linear_cross_entropy import chunks, projection
 
 T, H, V = 6, 5, 300  # two chunks of 3 tokens, and blocks of 128, 128 and 44 classes
 CHUNK = 3
@@ -198,6 +199,21 @@ def test_the_derivative_by_a_distant_softcap_keeps_its_digits():
       assert relative_error(actual["softcap"], expected["softcap"]) < 5e-6
 
 
+def test_the_softcap_and_its_slopes_keep_their_digits_in_float64():
+  v = np.array([1e-9, 1e-3, 0.1, 0.3, 0.45, 0.4999, 0.5001, 0.7, 2.0, 15.0, 300.0])
+  y, softcap = np.concatenate([v, -v]) * 3, np.float64(3)
+  with mpmath.workdps(60):
+    exact = [(mpmath.tanh(a), mpmath.sech(a) ** 2, a) for a in (mpmath.mpf(x) / 3 for x in y)]
+    z = [float(3 * tanh) for tanh, _, _ in exact]
+    by_y = [float(slope) for _, slope, _ in exact]
+    by_softcap = [float(tanh - a * slope) for tanh, slope, a in exact]
+  with jax.enable_x64(True):
+    np.testing.assert_allclose(projection.capped(y, softcap), z, rtol=1e-15)
+    np.testing.assert_allclose(projection.cap_slope(y, softcap), by_y, rtol=1e-13)
+    actual = projection.cap_slope_by_softcap(y, softcap)
+  np.testing.assert_allclose(actual, by_softcap, rtol=4e-15)
+
+
 @pytest.mark.parametrize("chunk_size", [None, 1, 4, 6, 100])
 def test_chunks_and_leading_axes(chunk_size):
   labels, smooth = arguments(["bias"], shape=(2, 3))
@@ -216,6 +232,7 @@ def test_the_chunk_is_chosen_from_the_bytes_of_a_tile():
   size = lambda *shape: chunks.default_chunk_size(*shape, 4)
   assert size(4096, 512, 32768) == 1024  # 128 MiB
   assert size(3000, 512, 32768) == 1000  # three equal chunks rather than two and a remainder
+  assert size(3003, 512, 32768) == 1001  # of any size
   assert size(2053, 512, 32768) == 1024  # a prime: the remainder is a chunk of its own
   assert size(10, 512, 32768) == 10
   assert size(10**6, 8192, 10**6) == 2000  # more than the tile has room for: a quarter of H
@@ -237,15 +254,35 @@ def test_nearly_uniform_logits_of_any_number_of_classes(num_classes):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_no_tokens_and_no_classes(reduction):
-  for num_tokens, num_classes in [(0, 4), (3, 0), (0, 0)]:
-    x, weight = jnp.ones((num_tokens, 2)), jnp.ones((2, num_classes))
-    labels = jnp.zeros(num_tokens, jnp.int32)
+  for tokens, num_classes in [((0,), 4), ((3,), 0), ((0,), 0), ((2, 0), 4), ((2, 3), 0)]:
+    x, weight = jnp.ones((*tokens, 2)), jnp.ones((2, num_classes))
+    labels = jnp.zeros(tokens, jnp.int32)
+    losses = linear(x, weight, labels, reduction=reduction)
+    assert losses.shape == (tokens if reduction == "none" else ())
     f = lambda x, weight, labels=labels: jnp.sum(linear(x, weight, labels, reduction=reduction))
     value, gradients = jax.value_and_grad(f, argnums=(0, 1))(x, weight)
     assert value == 0
     assert all(not np.any(gradient) for gradient in gradients)
   x = jnp.zeros((2, 0))  # no features
   np.testing.assert_allclose(linear(x, jnp.zeros((0, 4)), jnp.array([1, 2])), np.log(4), rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_classes", [200, V])
+@pytest.mark.parametrize("options", [(), ("bias", "z_loss"), ("label_smoothing",), tuple(SMOOTH)])
+def test_columns_of_padding_take_no_part(options, num_classes):
+  labels, smooth = arguments(options)
+  labels = labels % num_classes
+  cut = lambda a: a if np.shape(a)[-1:] != (V,) else jnp.asarray(a)[..., :num_classes]
+
+  def padded(linear_smooth):
+    return linear(**linear_smooth, labels=labels, num_classes=num_classes)
+
+  def dense_of_the_classes(linear_smooth):
+    return dense(**jax.tree.map(cut, linear_smooth), labels=labels)
+
+  actual = jax.jit(jax.value_and_grad(padded))(smooth)
+  expected = jax.jit(jax.value_and_grad(dense_of_the_classes))(smooth)
+  assert_equal(actual, expected, 2e-6)
 
 
 def test_confident_rows_keep_their_digits():

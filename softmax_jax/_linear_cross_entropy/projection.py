@@ -94,7 +94,10 @@ def cap_slope_by_softcap(y: jax.Array, softcap: jax.Array) -> jax.Array:
   """dz/dc."""
   v = jnp.clip(y / softcap, -100, 100)  # where dz/dy is 0 and tanh v is 1
   u = (2 * v) ** 2
-  series = v * u / 6 * (1 + u / 20 * (1 + u / 42 * (1 + u / 72 * (1 + u / 110 * (1 + u / 156)))))
+  ratio = jnp.ones_like(u)  # and 1 + u/20 (1 + u/42 (...)), as far as float64 can tell
+  for k in range(8, 1, -1):
+    ratio = 1 + u / (2 * k * (2 * k + 1)) * ratio
+  series = v * u / 6 * ratio
   slope = cap_slope(y, softcap)
   return jnp.where(u < 1, series * slope, jnp.tanh(v) - v * slope)
 
