@@ -188,6 +188,33 @@ def test_every_combination_equals_the_dense_loss_in_float32(reduction):
     assert_equal(actual, expected, 2e-6)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_each_argument_alone(reduction):
+  """What does not move has no tangent and no cotangent at all, rather than zeros."""
+  with jax.enable_x64(True):
+    labels, smooth = arguments(tuple(SMOOTH), np.float64)
+    smooth_dot = like(20, smooth)
+
+    def derivatives_by_each(f, **fixed):
+      @jax.jit
+      def program(smooth, smooth_dot):
+        found = {}
+        for key in smooth:
+          of_one = lambda value, key=key: f(
+            **{**smooth, key: value}, labels=labels, reduction=reduction, **fixed
+          )
+          found[key] = (
+            jax.jvp(of_one, (smooth[key],), (smooth_dot[key],))[1],
+            jax.grad(lambda value, of_one=of_one: jnp.sum(of_one(value)))(smooth[key]),
+          )
+        return found
+
+      return program(smooth, smooth_dot)
+
+    actual = derivatives_by_each(linear, chunk_size=CHUNK)
+    assert_equal(actual, derivatives_by_each(formulas), 1e-11)
+
+
 def test_the_derivative_by_a_distant_softcap_keeps_its_digits():
   labels, smooth = arguments(["softcap"])
   for softcap in (1e4, 50.0, 0.5):
