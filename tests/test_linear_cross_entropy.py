@@ -294,6 +294,24 @@ def test_no_tokens_and_no_classes(reduction):
   np.testing.assert_allclose(linear(x, jnp.zeros((0, 4)), jnp.array([1, 2])), np.log(4), rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_a_chunk_without_a_token_that_counts_adds_nothing(dtype):
+  _, smooth = arguments((), dtype)
+  labels = np.where(np.arange(T) < CHUNK, LABELS, IGNORED)
+
+  def gradients(tokens):
+    f = lambda x, weight: linear(
+      x, weight, labels[:tokens], ignore_index=IGNORED, reduction="none", chunk_size=CHUNK
+    )
+    return jax.vjp(jax.jit(f), smooth["x"][:tokens], smooth["weight"])[1](jnp.ones(tokens))
+
+  x_bar, weight_bar = gradients(T)
+  expected_x_bar, expected_weight_bar = gradients(CHUNK)
+  np.testing.assert_array_equal(x_bar[:CHUNK], expected_x_bar)
+  np.testing.assert_array_equal(x_bar[CHUNK:], 0)
+  np.testing.assert_array_equal(weight_bar, expected_weight_bar)
+
+
 @pytest.mark.parametrize("num_classes", [200, V])
 @pytest.mark.parametrize("options", [(), ("bias", "z_loss"), ("label_smoothing",), tuple(SMOOTH)])
 def test_columns_of_padding_take_no_part(options, num_classes):

@@ -198,7 +198,7 @@ def bwd(
   z = entries(logits, mask, s.any, s.shift.dtype)
   inverse = inverse_sum(s)
   nll_bar = _bar_by_row(index, bars.nll)
-  g = jnp.where(index == IGNORED, 0, bars.lse)
+  g = bars.lse
   label = _Label.of(index, z.shape[axis], static.axis_name)
   is_label = _classes(z, axis) == index - devices.first_entry(z.shape[axis], static.axis_name)
   weights_bar = None
