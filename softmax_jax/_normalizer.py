@@ -54,6 +54,17 @@ class Normalizer(NamedTuple):
     """``log S``; adding ``shift`` gives the logsumexp."""
     return jnp.log1p(self.rest)
 
+  def below(self, x: jax.Array) -> jax.Array:
+    """``x - shift``, exactly 0 for the largest entry where it holds most of the sum.
+
+    Where x is computed by a product, each of the loops that XLA fuses it into may round it in its
+    own way, and what the largest entry differs by from itself would be more than the share of all
+    others. In such a row no other entry is as near to the shift as -1/4.
+    """
+    d = x - self.shift
+    is_shift = _dominated(self.rest) & (d > -0.25)
+    return d - lax.stop_gradient(jnp.where(is_shift, d, jnp.zeros_like(d)))
+
 
 class OwnSum(NamedTuple):
   """What one device knows of a `Normalizer`, before the devices add up what they know.

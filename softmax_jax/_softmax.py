@@ -5,6 +5,7 @@ The notation is that of `softmax_jax._normalizer`.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple, overload
 
 import jax
@@ -14,6 +15,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from softmax_jax import _arguments as arguments
+from softmax_jax import _devices as devices
 from softmax_jax._arguments import Axis
 from softmax_jax._devices import AxisName, row_sum
 from softmax_jax._forward_mode import enable_forward_mode, varying_alike
@@ -22,7 +24,6 @@ from softmax_jax._normalizer import (
   Normalizer,
   broadcast,
   compiled,
-  difference,
   entries,
   entries_and_largest,
   exp_of_difference,
@@ -194,27 +195,73 @@ def _log_softmax_fwd(
   # A row with +inf is NaN, as in the softmax.
   log_sum = jnp.where(s.rest == jnp.inf, jnp.nan, s.log_sum())
   # On a CPU they would be put into memory, repeated along the row, without the barrier.
-  shift, log_sum = lax.optimization_barrier((s.shift, log_sum))
+  s, log_sum = lax.optimization_barrier((s, log_sum))
   # Both terms are at most 0, so that nothing cancels.
-  y = masked((difference(z, shift) - log_sum).astype(x.dtype), mask, -jnp.inf)
+  y = masked((s.below(z) - log_sum).astype(x.dtype), mask, -jnp.inf)
   return y, _LogSoftmaxResiduals(y, mask)
+
+
+class _Top(NamedTuple):
+  """The entry t of a row that holds most of the probability, if there is one.
+
+  Attributes:
+    here: for each entry, whether it is t.
+    rest: 1 - a_t.
+    own: of the numbers that are added up along the row, that of t, or 0.
+    others: the sum of all others.
+  """
+
+  here: jax.Array
+  rest: jax.Array
+  own: jax.Array
+  others: jax.Array
+
+  @classmethod
+  def of(cls, y: jax.Array, x: jax.Array, rows: Rows) -> _Top:
+    """That of the rows with the log-probabilities ``y``, with the sums of ``x``."""
+    here = y > math.log(0.75)
+    zero = jnp.zeros_like(x)
+    parts = jnp.where(here, y, zero), jnp.where(here, x, zero), jnp.where(here, zero, x)
+    sums = [jnp.sum(part, axis=rows.axes, keepdims=True) for part in parts]
+    log_a, own, others = devices.add_up(sums, rows.axis_name)
+    return cls(here, -jnp.expm1(log_a), own, others)
 
 
 # y_i = log a_i, and with seed step 5: dy_i/dx_j = (1 / a_i) a_i (delta_ij - a_j) = delta_ij - a_j,
 # so   x_bar_j = y_bar_j - a_j sum_i y_bar_i,   a_j = exp(y_j).
+# Where one class t holds most of the probability, that would be right at t to the digits of y_bar_t
+# only, and not to those of what is left of it:
+#   x_bar_t = (1 - a_t) y_bar_t - a_t sum_{i != t} y_bar_i,   1 - a_t = -expm1(y_t).
 def _log_softmax_bwd(
   rows: Rows, residuals: _LogSoftmaxResiduals, y_bar: jax.Array
 ) -> tuple[jax.Array, None]:
   y, mask = residuals
   dtype = arguments.compute_dtype(y.dtype)
-  a, log_a_bar = jnp.exp(y.astype(dtype)), masked(y_bar, mask, 0).astype(dtype)
-  x_bar = log_a_bar - a * row_sum(log_a_bar, *rows)
-  return x_bar.astype(y.dtype), None
+  y, log_a_bar = y.astype(dtype), masked(y_bar, mask, 0).astype(dtype)
+  top = _Top.of(y, log_a_bar, rows)
+  a = jnp.exp(y)
+  x_bar = jnp.where(top.here, top.rest * log_a_bar, log_a_bar - a * top.own) - a * top.others
+  return x_bar.astype(residuals.y.dtype), None
+
+
+# With the same sums, of a_j x_dot_j:
+#   y_dot_i = x_dot_i - sum_j a_j x_dot_j,   y_dot_t = (1 - a_t) x_dot_t - sum_{j != t} a_j x_dot_j.
+def _log_softmax_tangent(
+  rows: Rows, residuals: _LogSoftmaxResiduals, args_dot: tuple[jax.Array, None]
+) -> jax.Array:
+  y, mask = residuals
+  dtype = arguments.compute_dtype(y.dtype)
+  y, x_dot = y.astype(dtype), masked(args_dot[0], mask, 0).astype(dtype)
+  top = _Top.of(y, jnp.exp(y) * x_dot, rows)
+  y_dot = jnp.where(top.here, top.rest * x_dot, x_dot - top.own) - top.others
+  return masked(y_dot, mask, 0).astype(residuals.y.dtype)
 
 
 _log_softmax_rule = custom_vjp(_log_softmax_primal, nondiff_argnums=(2,))
 _log_softmax_rule.defvjp(_log_softmax_fwd, _log_softmax_bwd)
-_log_softmax = compiled(enable_forward_mode(_log_softmax_rule), static_argnums=2)
+_log_softmax = compiled(
+  enable_forward_mode(_log_softmax_rule, tangent=_log_softmax_tangent), static_argnums=2
+)
 
 
 def log_softmax(

@@ -62,6 +62,8 @@ def truth(x, label, c):
   np.put_along_axis(gradient, label[:, None], -at(rest, label), -1)
   centered = c - at(c, top)
   mean = (a * centered).sum(-1, keepdims=True)
+  log_bar, bar_scale = without_own(c, a, rest, top, sum_of=lambda c: c, factor=a)
+  log_dot, dot_scale = without_own(c, a, rest, top, sum_of=lambda c: a * c, factor=np.ones_like(a))
   from_label = c - at(c, label)
   return {
     "softmax": a,
@@ -70,11 +72,34 @@ def truth(x, label, c):
     "nll": -at(log_a, label)[:, 0],
     "gradient": gradient,
     "softmax_bar": a * (centered - mean),
+    "log_softmax_bar": log_bar,
+    "log_softmax_bar_scale": bar_scale,
+    "log_softmax_dot": log_dot,
+    "log_softmax_dot_scale": dot_scale,
     "nll_dot": (a * from_label).sum(-1),
     "nll_dot_scale": (a * np.abs(from_label)).sum(-1),
     "lse_dot_scale": (a * np.abs(c)).sum(-1),
     "lse_dot": (a * c).sum(-1),
   }
+
+
+def without_own(c, a, rest, top, sum_of, factor):
+  """``c_j - factor_j sum_i sum_of(c)_i``, and the size of its terms for each row.
+
+  At the largest class it is ``(1 - a_t) c_t - factor_t`` times the sum over the others.
+  """
+
+  def terms(c):
+    terms = sum_of(c)
+    others = terms.copy()
+    np.put_along_axis(others, top[:, None], 0, -1)
+    own, all_ = c.copy(), terms.sum(-1, keepdims=True) * factor
+    np.put_along_axis(own, top[:, None], at(rest * c, top), -1)
+    np.put_along_axis(all_, top[:, None], others.sum(-1, keepdims=True) * at(factor, top), -1)
+    return own, all_
+
+  own, all_ = terms(c)
+  return own - all_, np.linalg.norm(sum(terms(np.abs(c))).astype(np.float64), axis=-1)
 
 
 def test_the_oracle_against_mpmath():
@@ -98,6 +123,10 @@ def test_the_oracle_against_mpmath():
         "nll": -log_a[label[i]],
         "gradient": [p - (j == label[i]) for j, p in enumerate(a)],
         "softmax_bar": [p * (mpmath.mpf(v) - mean) for p, v in zip(a, c[i], strict=True)],
+        "log_softmax_bar": [
+          v - p * sum(map(mpmath.mpf, c[i])) for p, v in zip(a, c[i], strict=True)
+        ],
+        "log_softmax_dot": [mpmath.mpf(v) - mean for v in c[i]],
         "nll_dot": mean - mpmath.mpf(c[i, label[i]]),
       }
       for name, value in exact.items():
@@ -145,16 +174,20 @@ def norms(actual, expected, dtype, scale=None):
 def everything(x, label, t, c, soft=True):
   """Every function and its derivatives by x, in one compilation."""
   values, softmax_vjp = jax.vjp(sj.softmax, x)
+  log_values, log_vjp = jax.vjp(sj.log_softmax, x)
   nll, nll_vjp = jax.vjp(lambda x: sj.softmax_cross_entropy_with_integer_labels(x, label), x)
   lse, lse_vjp = jax.vjp(lambda x: sj.logsumexp(x, axis=-1), x)
   out = {
     "softmax": values,
-    "log_softmax": sj.log_softmax(x),
+    "log_softmax": log_values,
     "logsumexp": lse,
     "nll": nll,
     "gradient": nll_vjp(jnp.ones_like(nll))[0],
     "softmax_bar": softmax_vjp(c)[0],
     "softmax_dot": jax.jvp(sj.softmax, (x,), (c,))[1],
+    "log_softmax_bar": log_vjp(c)[0],
+    "log_softmax_dot": jax.jvp(sj.log_softmax, (x,), (c,))[1],
+    "log_gradient": -log_vjp(t)[0],
     "nll_dot": jax.jvp(
       lambda x: sj.softmax_cross_entropy_with_integer_labels(x, label), (x,), (c,)
     )[1],
@@ -184,6 +217,12 @@ def within_bounds(x, label, c, more=0):
   assert ulps(got["logsumexp"], y["logsumexp"], dtype, largest) <= NORMALIZER
   assert norms(got["softmax_bar"], y["softmax_bar"], dtype) <= softmax_derivative
   assert norms(got["softmax_dot"], y["softmax_bar"], dtype) <= softmax_derivative
+  # Of the saved log a, rounded, a has an error of |log a| u.
+  from_rounded = GRADIENT - math.log(TINY[dtype.name]) + more
+  for name in ("log_softmax_bar", "log_softmax_dot"):
+    assert norms(got[name], y[name], dtype, y[f"{name}_scale"]) <= from_rounded
+  assert norms(got["log_gradient"], y["gradient"], dtype) <= from_rounded
+  assert ulps(at(got["log_gradient"], label), at(y["gradient"], label), dtype) <= AT_LABEL + more
   assert norms(got["lse_bar"], y["softmax"], dtype) <= GRADIENT + more
   assert norms(got["lse_dot"], y["lse_dot"], dtype, y["lse_dot_scale"]) <= GRADIENT + more
   for kind in ("", "soft_"):

@@ -15,6 +15,7 @@ import pytest
 from oracle import random, relative_error
 
 from softmax_jax import (
+  linear_softmax_cross_entropy,
   log_softmax,
   logsumexp,
   softmax,
@@ -382,3 +383,52 @@ def test_weighted_row_that_is_masked_altogether():
 
 def weighted(a, b):
   return logsumexp(a, b=b)
+
+
+# The gradient by the weights of the classes, where what does not count costs infinity.
+
+COSTS_INFINITY = [[0, 0, -INF], [NAN, NAN, NAN], [INF, 0, 0], [-INF, -INF, -INF]]
+
+
+@pytest.mark.without("debug_nans")
+@pytest.mark.parametrize("hidden", COSTS_INFINITY)
+def test_an_ignored_row_has_no_say_in_the_gradient_by_class_weights(hidden):
+  shown, t = row(1, 2, 3), np.array([0, -1])
+  x = np.stack([shown, np.float32(hidden)])
+  smoothed = functools.partial(softmax_cross_entropy_with_integer_labels, label_smoothing=0.1)
+  expected = jax.grad(lambda w: smoothed(shown, 0, class_weights=w))(np.ones(3, np.float32))
+  for loss in (
+    lambda w: smoothed(x, t, ignore_index=-1, class_weights=w).sum(),
+    lambda w: smoothed(x, abs(t), where=t == 0, class_weights=w).sum(),
+  ):
+    for gradient in (jax.grad(loss), jax.jacfwd(loss)):
+      np.testing.assert_allclose(gradient(np.ones(3, np.float32)), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("name", [SOFT, INTEGER, "linear"])
+def test_a_coefficient_that_is_traced_and_0_is_0(name, reduction):
+  """Where it is a Python 0.0, the term is left out; a class without probability costs infinity."""
+  x, t, w = row(1, 2, -INF), 0, np.ones(3, np.float32)
+
+  def loss(w, label_smoothing, z_loss):
+    options = dict(class_weights=w, label_smoothing=label_smoothing, z_loss=z_loss)
+    if name == "linear":
+      zeros = jnp.zeros((1, 1)), jnp.zeros((1, 3)), jnp.array([t])
+      f = functools.partial(linear_softmax_cross_entropy, *zeros, bias=x)
+    elif name == SOFT:
+      f = functools.partial(softmax_cross_entropy, x[None], np.eye(3, dtype=np.float32)[[t]])
+    else:
+      f = functools.partial(softmax_cross_entropy_with_integer_labels, x[None], np.array([t]))
+    return jnp.sum(f(**options, reduction=reduction))
+
+  zero = jnp.float32(0)
+  for derivative in (lambda f: f, jax.grad, jax.jacfwd):
+    np.testing.assert_allclose(
+      derivative(loss)(w, zero, zero), derivative(loss)(w, 0.0, 0.0), rtol=1e-6
+    )
+
+
+def test_a_z_loss_of_0_that_is_traced_adds_nothing_to_an_infinite_loss():
+  x = row(1, INF)[None]
+  assert softmax_cross_entropy_with_integer_labels(x, np.array([0]), z_loss=jnp.float32(0)) == INF

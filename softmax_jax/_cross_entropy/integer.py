@@ -173,7 +173,7 @@ def fwd(
 
   if s.any is not None:  # a row without any class does not count
     index = jnp.where(s.any, index, IGNORED)
-  nll = _by_row(index, minus_log_softmax(z_t, s))
+  nll = _by_row(index, s.log_sum() - s.below(z_t))
   lse = jnp.where(index == IGNORED, 0, s.shift + s.log_sum())
   weight = jnp.where(index == IGNORED, 0, jnp.ones_like(nll) if w_t is None else w_t)
   uniform_loss = None
@@ -215,9 +215,14 @@ def bwd(
     g = g + uniform_bar * uniform.label_sum(static.num_classes)
     of_u = u * uniform_bar
     if weights is not None and weights_bar is not None:
-      cost = cost_of(u, minus_log_softmax(z, s))
-      weights_bar += unbroadcast(masked(cost * uniform_bar, mask, 0) / divisor, weights.shape)
-  e_t = exp_of_difference(label.take(z, axis, elsewhere=-jnp.inf), s.shift)
+      weighted_cost = options.times(uniform_bar, cost_of(u, minus_log_softmax(z, s)))
+      if static.ignores:
+        weighted_cost = masked(weighted_cost, index != IGNORED, 0)
+      weights_bar += unbroadcast(masked(weighted_cost, mask, 0) / divisor, weights.shape)
+  z_t = label.take(z, axis, elsewhere=-jnp.inf)
+  e_t = exp_of_difference(z_t, s.shift)
+  # 1 for the largest entry, however XLA rounds it; with the derivative of e_t nevertheless.
+  e_t += lax.stop_gradient(jnp.where(s.below(z_t) == 0, 1 - e_t, jnp.zeros_like(e_t)))
   at_label = (e_t * g - ((1 - e_t) + s.rest) * nll_bar) * inverse
   z_bar = jnp.where(is_label, at_label, exp_of_difference(z, s.shift) * ((g + nll_bar) * inverse))
   if of_u is not None:
@@ -354,8 +359,9 @@ def softmax_cross_entropy_with_integer_labels(
     logits: array ``[*B, V]`` of a floating dtype, differentiable. Sixteen-bit logits are computed
       in float32.
     labels: integers ``[*B]`` in ``[0, V)`` of any integer dtype; not differentiable. Their axes may
-      broadcast against those of the logits. A label out of range gives a loss and a gradient of NaN
-      in its own row (of 0, if a select discards the loss of that row).
+      broadcast against those of the logits. A label out of range gives a loss of NaN and, in
+      its own row, a gradient of NaN by the logits (of 0, if a select discards that loss; by the
+      options it is NaN even then).
     axis: the axis of the classes. With a tuple (or None, for all axes) a label is a flat index into
       those axes of the logits, in the order given.
     where: optional booleans, either of the rank of the logits, to which they broadcast, or one per

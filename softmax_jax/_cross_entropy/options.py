@@ -82,7 +82,7 @@ def combine(options: Options, rows: PerRow) -> tuple[jax.Array, CrossEntropyAux]
     loss = times(1 - options.label_smoothing, loss) + times(options.label_smoothing, rows.uniform)
   z_loss = jnp.zeros_like(loss)
   if options.z_loss is not None:
-    z_loss = options.z_loss * rows.lse**2
+    z_loss = times(options.z_loss, rows.lse**2)
     loss = loss + z_loss
   total_weight = jnp.sum(rows.weight)
   reduce: dict[Reduction, Callable[[jax.Array], jax.Array]] = {
@@ -108,8 +108,8 @@ Pair = tuple[jax.Array, jax.Array]
 @times.defjvp
 def _times_jvp(primals: Pair, tangents: Pair) -> Pair:
   (coefficient, x), (coefficient_dot, x_dot) = primals, tangents
-  dot = coefficient * x_dot + coefficient_dot * _finite_at_zero(coefficient, x)
-  return times(coefficient, x), dot
+  dot = jnp.where(coefficient == 0, jnp.zeros_like(x_dot), coefficient * x_dot)
+  return times(coefficient, x), dot + coefficient_dot * _finite_at_zero(coefficient, x)
 
 
 def _finite_at_zero(coefficient: jax.Array, x: jax.Array) -> jax.Array:

@@ -185,7 +185,8 @@ def _bwd(
   if weights is not None:
     weights_bar = p_bar * masked(labels.astype(dtype), mask, 0)
     if u is not None:
-      weights_bar = weights_bar + masked(cost_of(u, cost) * bars.uniform, mask, 0) / divisor
+      weighted_cost = options.times(bars.uniform, cost_of(u, cost))
+      weights_bar = weights_bar + masked(weighted_cost, mask, 0) / divisor
     weights_bar = unbroadcast(weights_bar, weights.shape)
   return (
     masked(z_bar, mask, 0).astype(logits.dtype),

@@ -205,7 +205,7 @@ def _chunk_gradients(
       y_bar = z_bar * cap_slope(y_block, inputs.softcap)
     if u is not None and wanted.spread:
       cost = cost_of(cut(u), minus_log_softmax(z_block, s))
-      u_bar = jnp.sum(cost * bars.uniform, axis=0, keepdims=True)
+      u_bar = jnp.sum(options.times(bars.uniform, cost), axis=0, keepdims=True)
       sums = sums._replace(spread=add(sums.spread, u_bar / static.num_classes, 1))
     if inputs.softcap is not None and wanted.softcap:
       c_bar = jnp.sum(z_bar * cap_slope_by_softcap(y_block, inputs.softcap))
@@ -359,7 +359,9 @@ def _weighted_sum(weights: PerRow, per_row: PerRow) -> jax.Array:
   total = jnp.sum(options.times(weights.nll, per_row.nll))
   if weights.uniform is not None:
     total += jnp.sum(options.times(weights.uniform, per_row.uniform))
-  return total if weights.lse is None else total + jnp.sum(weights.lse * per_row.lse**2)
+  if weights.lse is not None:
+    total += jnp.sum(options.times(weights.lse, per_row.lse**2))
+  return total
 
 
 def _sum_primal(inputs: Inputs, weights: PerRow, index: jax.Array, static: Static) -> jax.Array:
