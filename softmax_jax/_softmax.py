@@ -32,6 +32,7 @@ from softmax_jax._normalizer import (
   normalizer,
   unbroadcast,
   vanishing,
+  where_needed,
 )
 from softmax_jax._typed import custom_vjp, platform_dependent
 
@@ -180,6 +181,7 @@ def softmax(
 class _LogSoftmaxResiduals(NamedTuple):
   y: jax.Array
   mask: jax.Array | None
+  rest: jax.Array  # that of the `Normalizer`
 
 
 def _log_softmax_primal(x: jax.Array, mask: jax.Array | None, rows: Rows) -> jax.Array:
@@ -198,63 +200,75 @@ def _log_softmax_fwd(
   s, log_sum = lax.optimization_barrier((s, log_sum))
   # Both terms are at most 0, so that nothing cancels.
   y = masked((s.below(z) - log_sum).astype(x.dtype), mask, -jnp.inf)
-  return y, _LogSoftmaxResiduals(y, mask)
+  return y, _LogSoftmaxResiduals(y, mask, s.rest)
 
 
 class _Top(NamedTuple):
-  """The entry t of a row that holds most of the probability, if there is one.
+  """The entry t of a row that has most of its probability, so that no other entry has.
 
   Attributes:
     here: for each entry, whether it is t.
-    rest: 1 - a_t.
-    own: of the numbers that are added up along the row, that of t, or 0.
-    others: the sum of all others.
+    one_minus_a: 1 - a_t.
+    total: a sum along the row.
+    others: that sum without t.
   """
 
   here: jax.Array
-  rest: jax.Array
-  own: jax.Array
+  one_minus_a: jax.Array
+  total: jax.Array
   others: jax.Array
 
   @classmethod
-  def of(cls, y: jax.Array, x: jax.Array, rows: Rows) -> _Top:
-    """That of the rows with the log-probabilities ``y``, with the sums of ``x``."""
+  def of(cls, y: jax.Array, a: jax.Array, rest: jax.Array, terms: jax.Array, rows: Rows) -> _Top:
+    """That of rows y = log a and of the sums of ``terms``."""
     here = y > math.log(0.75)
-    zero = jnp.zeros_like(x)
-    parts = jnp.where(here, y, zero), jnp.where(here, x, zero), jnp.where(here, zero, x)
-    sums = [jnp.sum(part, axis=rows.axes, keepdims=True) for part in parts]
-    log_a, own, others = devices.add_up(sums, rows.axis_name)
-    return cls(here, -jnp.expm1(log_a), own, others)
+    parts = terms, jnp.where(here, jnp.zeros_like(terms), terms)
+    own = [jnp.sum(part, axis=rows.axes, keepdims=True) for part in parts]
+    total, others = devices.add_up(own, rows.axis_name)
+    # 1 - a_t = (S - 1) / S, but for the derivative, as it is e_t = 1 that moves.
+    one_minus_a = lax.stop_gradient(rest / (1 + rest)) - (a - lax.stop_gradient(a))
+    return cls(here, one_minus_a, total, others)
 
 
 # y_i = log a_i, and with seed step 5: dy_i/dx_j = (1 / a_i) a_i (delta_ij - a_j) = delta_ij - a_j,
 # so   x_bar_j = y_bar_j - a_j sum_i y_bar_i,   a_j = exp(y_j).
-# Where one class t holds most of the probability, that would be right at t to the digits of y_bar_t
-# only, and not to those of what is left of it:
-#   x_bar_t = (1 - a_t) y_bar_t - a_t sum_{i != t} y_bar_i,   1 - a_t = -expm1(y_t).
+# Where one class t holds most of the probability, that is right at t to the digits of y_bar_t, not
+# to those of what is left of it, which is
+#   x_bar_t = (1 - a_t) y_bar_t - a_t sum_{i != t} y_bar_i.
 def _log_softmax_bwd(
   rows: Rows, residuals: _LogSoftmaxResiduals, y_bar: jax.Array
 ) -> tuple[jax.Array, None]:
-  y, mask = residuals
-  dtype = arguments.compute_dtype(y.dtype)
-  y, log_a_bar = y.astype(dtype), masked(y_bar, mask, 0).astype(dtype)
-  top = _Top.of(y, log_a_bar, rows)
-  a = jnp.exp(y)
-  x_bar = jnp.where(top.here, top.rest * log_a_bar, log_a_bar - a * top.own) - a * top.others
-  return x_bar.astype(residuals.y.dtype), None
+  def everywhere(c: jax.Array, y: jax.Array, rest: jax.Array) -> jax.Array:
+    return c - jnp.exp(y.astype(c.dtype)) * row_sum(c, *rows)
+
+  def with_top(c: jax.Array, y: jax.Array, rest: jax.Array) -> jax.Array:
+    a = jnp.exp(y.astype(c.dtype))
+    top = _Top.of(y, a, rest, c, rows)
+    return jnp.where(top.here, top.one_minus_a * c - a * top.others, c - a * top.total)
+
+  y, mask, rest = residuals
+  c = masked(y_bar, mask, 0).astype(rest.dtype)
+  x_bar = where_needed(jnp.any(rest < 0.5), with_top, everywhere, c, y, rest)
+  return x_bar.astype(y.dtype), None
 
 
-# With the same sums, of a_j x_dot_j:
+# Likewise
 #   y_dot_i = x_dot_i - sum_j a_j x_dot_j,   y_dot_t = (1 - a_t) x_dot_t - sum_{j != t} a_j x_dot_j.
 def _log_softmax_tangent(
   rows: Rows, residuals: _LogSoftmaxResiduals, args_dot: tuple[jax.Array, None]
 ) -> jax.Array:
-  y, mask = residuals
-  dtype = arguments.compute_dtype(y.dtype)
-  y, x_dot = y.astype(dtype), masked(args_dot[0], mask, 0).astype(dtype)
-  top = _Top.of(y, jnp.exp(y) * x_dot, rows)
-  y_dot = jnp.where(top.here, top.rest * x_dot, x_dot - top.own) - top.others
-  return masked(y_dot, mask, 0).astype(residuals.y.dtype)
+  def everywhere(x_dot: jax.Array, y: jax.Array, rest: jax.Array) -> jax.Array:
+    return x_dot - row_sum(jnp.exp(y.astype(x_dot.dtype)) * x_dot, *rows)
+
+  def with_top(x_dot: jax.Array, y: jax.Array, rest: jax.Array) -> jax.Array:
+    a = jnp.exp(y.astype(x_dot.dtype))
+    top = _Top.of(y, a, rest, a * x_dot, rows)
+    return jnp.where(top.here, top.one_minus_a * x_dot - top.others, x_dot - top.total)
+
+  y, mask, rest = residuals
+  x_dot = masked(args_dot[0], mask, 0).astype(rest.dtype)
+  y_dot = where_needed(jnp.any(rest < 0.5), with_top, everywhere, x_dot, y, rest)
+  return masked(y_dot, mask, 0).astype(y.dtype)
 
 
 _log_softmax_rule = custom_vjp(_log_softmax_primal, nondiff_argnums=(2,))
@@ -277,8 +291,9 @@ def log_softmax(
     \frac{\partial \log a_i}{\partial x_j} = \delta_{ij} - a_j
 
   A drop-in replacement for `jax.nn.log_softmax`, differentiable in both modes. Unlike there, an
-  entry whose probability is close to one keeps all its digits. The output is all that is saved for
-  the backward pass.
+  entry whose probability is close to one keeps all its digits, and so does its derivative. The
+  output and one number per row are saved for the backward pass; as what is saved is rounded,
+  derivatives are right to :math:`|\log a_j|` roundings of each term.
 
   Args:
     x: array of any shape and a floating dtype, differentiable; integers are converted as
