@@ -156,6 +156,30 @@ CASES = {
     "linear_softmax_cross_entropy expected softcap to be positive and finite in float32, got "
     "1e+300. Pass None for no softcap.",
   ),
+  "vocab_axis out of range": (
+    lambda: sj.linear_softmax_cross_entropy(X, X.T, LABELS, vocab_axis=2),
+    ValueError,
+    "linear_softmax_cross_entropy expected weight [H, V] with vocab_axis=-1, or [V, H] with "
+    "vocab_axis=0, got shape (4, 3) with vocab_axis=2.",
+  ),
+  "weight [V, H]": (
+    lambda: sj.linear_softmax_cross_entropy(X, jnp.ones((5, 4)), LABELS),
+    ValueError,
+    "linear_softmax_cross_entropy expected x of shape [..., 5] for weight of shape (5, 4) with "
+    "vocab_axis=1, got shape (3, 4). For a weight [V, H] pass vocab_axis=0.",
+  ),
+  "weight [H, V]": (
+    lambda: sj.linear_softmax_cross_entropy(X, jnp.ones((4, 5)), LABELS, vocab_axis=0),
+    ValueError,
+    "linear_softmax_cross_entropy expected x of shape [..., 5] for weight of shape (4, 5) with "
+    "vocab_axis=0, got shape (3, 4). For a weight [H, V] pass vocab_axis=-1.",
+  ),
+  "weight of other features": (
+    lambda: sj.linear_softmax_cross_entropy(X, jnp.ones((6, 5)), LABELS),
+    ValueError,
+    "linear_softmax_cross_entropy expected x of shape [..., 6] for weight of shape (6, 5) with "
+    "vocab_axis=1, got shape (3, 4).",
+  ),
   "axis out of range": (
     lambda: sj.softmax(X, axis=2),
     ValueError,

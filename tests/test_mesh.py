@@ -102,6 +102,15 @@ CASES = {
     2,
     2,
   ),
+  "integer labels, smoothed": (
+    lambda n, z, t: integer(z, t, label_smoothing=0.1, axis_name=n),
+    [LOGITS, LABELS],
+    [SPREAD, SAME],
+    SAME,
+    1,
+    2,
+    2,
+  ),
   "integer labels, every option": (
     lambda n, z, w, t, mask: integer(
       z, t, class_weights=w, where=mask, ignore_index=3, reduction="mean", axis_name=n, **OPTIONS
@@ -115,6 +124,15 @@ CASES = {
   ),
   "soft labels": (
     lambda n, z, t: soft(z, t, axis_name=n),
+    [LOGITS, PROBABILITIES],
+    [SPREAD, SPREAD],
+    SAME,
+    2,
+    2,
+    2,
+  ),
+  "soft labels, smoothed": (
+    lambda n, z, t: soft(z, t, label_smoothing=0.1, axis_name=n),
     [LOGITS, PROBABILITIES],
     [SPREAD, SPREAD],
     SAME,
