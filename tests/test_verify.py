@@ -545,9 +545,42 @@ def test_seed_decides_and_arguments_are_left_alone():
   np.testing.assert_array_equal(x, X)
 
 
-def test_sizes_zero_and_none():
-  for x in (np.zeros((0, 3), np.float32), np.float32(0.5)):
-    check_derivatives(jnp.sin, x).raise_if_failed()
+def test_a_scalar():
+  check_derivatives(jnp.sin, np.float32(0.5)).raise_if_failed()
+
+
+negative_sine = with_rule(jnp.sin, lambda x, u: -jnp.cos(x) * u)
+
+
+@pytest.mark.parametrize(
+  "f, shape, empty",
+  [
+    (negative_sine, (0, 3), "argument"),
+    (lambda x: negative_sine(x).sum(), (0, 3), "argument"),
+    (lambda x: negative_sine(x)[:0], (3,), "output"),
+  ],
+  ids=["both", "argument", "output"],
+)
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_without_an_entry_nothing_is_confirmed(f, shape, empty, with_reference):
+  report = check_derivatives(f, np.zeros(shape, "float32"), reference=f if with_reference else None)
+  assert not report.failed
+  with pytest.raises(DerivativeError, match=f"no {empty} with a floating dtype has an entry"):
+    report.raise_if_failed()
+
+
+@pytest.mark.parametrize(
+  "combined", [lambda y, e: y + e.sum(), lambda y, e: (y, e)], ids=["argument", "output"]
+)
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_what_is_empty_neither_fails_nor_hides_the_others(combined, with_reference):
+  right = lambda x, e: combined(jnp.sin(x), e)
+  wrong = lambda x, e: combined(negative_sine(x), e)
+  options = {"reference": right} if with_reference else {}
+  empty = np.zeros((0, 3), np.float32)
+  rows = check_derivatives(right, X, empty, **options).raise_if_failed().rows
+  assert {row.status for row in rows if 0 in (row.shape or ())} == {"skipped"}
+  assert check_derivatives(wrong, X, empty, **options).failed
 
 
 def test_import_needs_no_extra():

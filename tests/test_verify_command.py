@@ -194,6 +194,13 @@ def test_nothing_to_differentiate_is_not_passed(capsys, module):
   assert "no argument has a floating dtype" in " ".join(out.split())
 
 
+def test_an_empty_argument_is_not_passed(capsys, module):
+  code, out, _ = commands.run(capsys, "verify", f"{module}:wrong", "--shape=0,3")
+  assert code == 1
+  assert "no argument with a floating dtype has an entry" in " ".join(out.split())
+  assert " 0 failed" in out
+
+
 def test_a_picture_without_a_jacobian_is_refused_in_plain_words(capsys, module):
   code, _, err = commands.run(capsys, "verify", f"{module}:chatty", "--dtype=int32", "--plot=a.png")
   assert code == 2

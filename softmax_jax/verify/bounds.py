@@ -86,7 +86,9 @@ def judge(
     floor: the least size that errors are measured by.
   """
   error, near = errors[0], errors[1:]
-  if error.size and np.isnan(expected).all():
+  if not error.size:
+    return Verdict(math.nan, math.nan, (), True, "it is empty")
+  if np.isnan(expected).all():
     return Verdict(math.nan, math.nan, (), True, "the reference is not a number anywhere")
   only_zeros = np.isnan(expected).any() and not np.any(np.nan_to_num(expected))
   error = np.where(np.isnan(expected), 0, error)
@@ -102,14 +104,14 @@ def judge(
   limits = finfo(dtype)
   half = limits.bits == 16 and limits.nmant > 7
   tiny = float(4 * limits.smallest_subnormal if half else limits.tiny)
-  typical = math.sqrt(np.mean(scale**2)) if scale.size else 0.0
+  typical = math.sqrt(np.mean(scale**2))
 
   reason = ""
   # The largest ratio, with its error, bound, axis and place.
   worst: tuple[float, float, float, int | None, int] = (0.0, 0.0, 0.0, None, 0)
   for axis in (None, *range(1, error.ndim)):
     others = None if axis is None else tuple(a for a in range(error.ndim) if a != axis)
-    count = error.size if axis is None else error.size // max(error.shape[axis], 1)
+    count = error.size if axis is None else error.size // error.shape[axis]
     if axis is not None and (count * len(near) < _SAMPLES or error.shape[axis] == 1):
       continue
     total = functools.partial(_total, axes=others)
@@ -118,9 +120,9 @@ def judge(
     if bound is None:
       limit = (
         NOISE * np.sqrt(total(squared_noise))
-        + ROUNDING * unit * math.sqrt(2 + math.log2(max(size, 1))) * size_g
+        + ROUNDING * unit * math.sqrt(2 + math.log2(size)) * size_g
         + np.sqrt(total(slack**2))
-        + tiny * math.sqrt(max(count, 1))
+        + tiny * math.sqrt(count)
       )
     else:
       limit = bound * size_g
@@ -137,7 +139,7 @@ def judge(
     if axis is None or ratio[place] > worst[0]:
       worst = ratio[place], found[place] / unit_g[place], limit[place] / unit_g[place], axis, place
   _, relative, allowed, axis, place = worst
-  size_of = np.abs(error).max(axis=0) if error.size else np.zeros((1,))
+  size_of = np.abs(error).max(axis=0)
   if axis is not None:
     inside = np.zeros(size_of.shape, bool)
     inside[(slice(None),) * (axis - 1) + (place,)] = True

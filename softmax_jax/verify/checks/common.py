@@ -30,7 +30,9 @@ def directions(v: Verifier, point: Point) -> list[tuple[str, list[np.ndarray]]]:
     return [(names[0], point.vs)]
   directions = [("all arguments", point.vs)]
   if len(names) <= MAX_ARGUMENTS:
-    directions += [(name, point.only_argument(j)) for j, name in enumerate(names)]
+    directions += [
+      (name, point.only_argument(j)) for j, name in enumerate(names) if point.vs[j].size
+    ]
   return directions
 
 
@@ -41,7 +43,7 @@ def one_by_one(v: Verifier, us: list[np.ndarray]) -> list[tuple[int, str, list[n
   return [
     (i, f" by {name}", [u if i == j else np.zeros_like(u) for j, u in enumerate(us)])
     for i, name in enumerate(v.problem.out_names[:MAX_ARGUMENTS])
-    if us[i].size == 0 or v.problem.masks[i].any()
+    if v.problem.masks[i].any()
   ]
 
 

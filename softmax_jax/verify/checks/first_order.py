@@ -109,6 +109,9 @@ def each_argument(v: Verifier) -> list[Row]:
     raise Skip("f has one floating argument, to which vjp and jvp apply")
 
   def rows_of(j: int) -> list[Row]:
+    if not problem.xs[j].size:
+      raise Skip("it is empty")
+
     def both(xs: Leaves, ns: Leaves, us: Leaves, tangent: Any) -> tuple[Any, Any]:
       f: Callable[[Any], Any] = lambda x: problem.outputs([*xs[:j], x, *xs[j + 1 :]], ns)[0]
       (bar,) = pull_back(f, [xs[j]], us)

@@ -135,6 +135,8 @@ def reference_jacobian(v: Verifier, point: Point) -> list[list[_Pair]]:
 
   def block(part: int, i: int, j: int) -> np.ndarray:
     shape = (*v.problem.out_types[i].shape, *point.xs[j].shape)
+    if not point.xs[j].size:
+      return np.zeros(shape)
     return np.stack([np.asarray(c[part][i]) for c in columns[j]], axis=-1).reshape(shape)
 
   return [
