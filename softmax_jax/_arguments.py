@@ -236,26 +236,57 @@ def as_probabilities(function: str, labels: Any) -> jax.Array:
   return x if jnp.issubdtype(x.dtype, jnp.integer) else _of_bytes(function, "labels", x)
 
 
-def as_mask(
-  function: str, where: Any, name: str, shape: tuple[int, ...], row_axes: tuple[int, ...] = ()
-) -> jax.Array:
-  """``where`` as a boolean array of the rank of ``shape``, to which it broadcasts.
+def as_mask(function: str, where: Any, name: str, shape: tuple[int, ...]) -> jax.Array:
+  """``where`` as a boolean array of the rank of ``shape``, to which it broadcasts."""
+  mask = _as_booleans(function, where)
+  if _broadcast_shapes(mask.shape, shape) != shape:
+    raise ValueError(
+      f"{function} expected where to broadcast to {name} of shape {shape}, got shape {mask.shape}."
+    )
+  return _with_rank(mask, len(shape))
 
-  With ``row_axes`` a mask of lower rank holds one value per row: those axes are inserted.
+
+def as_class_mask(
+  function: str,
+  where: Any,
+  logits: tuple[int, ...],
+  labels: tuple[int, ...],
+  shape: tuple[int, ...],
+  class_axes: tuple[int, ...],
+) -> jax.Array:
+  """``where`` as a boolean array of the rank of ``shape``, that of the logits beside the labels.
+
+  It broadcasts to that as an array of the rank of the logits that were given, of shape ``logits``,
+  or holds one value per row: then ``class_axes`` are inserted.
   """
-  mask = given = as_array(function, "where", where)
+  mask = _as_booleans(function, where)
+  rows = tuple(size for a, size in enumerate(shape) if a not in class_axes)
+  of_logits = mask.ndim == len(logits) and _broadcast_shapes(mask.shape, shape) == shape
+  per_row = mask.ndim == len(rows) and not of_logits
+  expected = rows if per_row else shape
+  if _broadcast_shapes(mask.shape, expected) != expected:
+    beside = "" if logits == shape else f" with labels of shape {labels}"
+    raise ValueError(
+      f"{function} expected where to broadcast to logits of shape {logits}{beside}, or one value "
+      f"per row, of shape {rows}, got shape {mask.shape}."
+    )
+  if per_row:
+    mask = jnp.expand_dims(mask, class_axes)
+  return _with_rank(mask, len(shape))
+
+
+def _as_booleans(function: str, where: Any) -> jax.Array:
+  mask = as_array(function, "where", where)
   if mask.dtype != jnp.bool_:
     raise TypeError(
       f"{function} expected where to be boolean, got dtype {mask.dtype}. Pass where != 0."
     )
-  if row_axes and mask.ndim == len(shape) - len(row_axes):
-    mask = jnp.expand_dims(mask, row_axes)
-  if _broadcast_shapes(mask.shape, shape) != shape:
-    raise ValueError(
-      f"{function} expected where to broadcast to {name} of shape {shape}"
-      f"{', or one value per row' if row_axes else ''}, got shape {given.shape}."
-    )
-  return mask.reshape((1,) * (len(shape) - mask.ndim) + mask.shape)
+  return mask
+
+
+def _with_rank(x: jax.Array, ndim: int) -> jax.Array:
+  """``x`` with axes of size 1 in front."""
+  return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
 
 def common_shape(

@@ -238,8 +238,20 @@ CASES = {
   "where of a loss": (
     lambda: sj.softmax_cross_entropy(X, X, where=jnp.ones(4, bool)),
     ValueError,
-    f"{SOFT} expected where to broadcast to logits of shape (3, 4), or one value per row, got "
-    "shape (4,).",
+    f"{SOFT} expected where to broadcast to logits of shape (3, 4), or one value per row, of shape "
+    "(3,), got shape (4,).",
+  ),
+  "where of logits that broadcast": (
+    lambda: sj.softmax_cross_entropy(X[0], X, where=jnp.ones(2, bool)),
+    ValueError,
+    f"{SOFT} expected where to broadcast to logits of shape (4,) with labels of shape (3, 4), or "
+    "one value per row, of shape (3,), got shape (2,).",
+  ),
+  "where of logits that broadcast against indices": (
+    lambda: sj.softmax_cross_entropy_with_integer_labels(X[:1], LABELS, where=jnp.ones(2, bool)),
+    ValueError,
+    f"{INTEGER} expected where to broadcast to logits of shape (1, 4) with labels of shape (3,), "
+    "or one value per row, of shape (3,), got shape (2,).",
   ),
   "b of another shape": (
     lambda: sj.logsumexp(X, b=jnp.ones(3)),

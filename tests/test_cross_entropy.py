@@ -147,6 +147,51 @@ def test_masks(name, axis, where):
   check(name, LOSSES[name], peer, logits, labels, axis=axis, where=where)
 
 
+CLASSES, TWO = np.array([True, True, False]), np.array([False, True])
+FIVE_BY_THREE = np.random.default_rng(0).random((5, 3)) < 0.7
+FOUR_BY_FIVE = np.random.default_rng(1).random((4, 5)) < 0.7
+
+
+@pytest.mark.parametrize(
+  ("name", "shape", "labels_shape", "axis", "where", "of_all"),
+  [
+    (SOFT, (3,), (2, 3), -1, CLASSES, CLASSES),
+    (SOFT, (3,), (3, 3), -1, CLASSES, CLASSES),
+    (SOFT, (3,), (2, 3), -1, TWO, TWO[:, None]),
+    (SOFT, (1, 3), (2, 3), -1, TWO, TWO[:, None]),
+    (SOFT, (1, 3), (2, 3), -1, CLASSES[None], CLASSES),
+    (SOFT, (5, 3), (4, 5, 3), -1, FIVE_BY_THREE, FIVE_BY_THREE),
+    (SOFT, (5, 3), (4, 5, 3), -1, FOUR_BY_FIVE, FOUR_BY_FIVE[..., None]),
+    (INTEGER, (1, 3), (2,), -1, TWO, TWO[:, None]),
+    (INTEGER, (1, 3), (2,), -1, CLASSES[None], CLASSES),
+    (INTEGER, (1, 3), (2,), -1, np.outer(TWO, CLASSES), np.outer(TWO, CLASSES)),
+    (INTEGER, (3, 1), (2,), 0, TWO, TWO[None]),
+    (INTEGER, (1, 1, 3), (2,), (1, 2), TWO, TWO[:, None, None]),
+  ],
+)
+def test_masks_where_logits_broadcast_against_the_labels(
+  name, shape, labels_shape, axis, where, of_all
+):
+  """As with logits and mask written out."""
+  logits, labels = random(0, shape), random(1, labels_shape)
+  full = labels if name == SOFT else np.expand_dims(labels, axis)
+  full = np.broadcast_shapes(shape, full.shape)
+  if name == INTEGER:
+    labels = np.zeros(labels_shape, np.int32)
+
+  def value_and_gradient(written_out):
+    def f(z):
+      mask = np.broadcast_to(of_all, full) if written_out else where
+      z = jnp.broadcast_to(z, full) if written_out else z
+      losses = LOSSES[name](z, labels, axis, mask)
+      return losses.sum(), losses
+
+    gradient, losses = jax.grad(f, has_aux=True)(logits)
+    return losses, gradient
+
+  chex.assert_trees_all_close(value_and_gradient(False), value_and_gradient(True), rtol=1e-6)
+
+
 @every_loss
 def test_rows_masked_in_a_batch_of_rank_four(name):
   logits, axis = random(7, (2, 3, 2, 2)), (1, -1)

@@ -365,8 +365,8 @@ def softmax_cross_entropy_with_integer_labels(
     axis: the axis of the classes. With a tuple (or None, for all axes) a label is a flat index into
       those axes of the logits, in the order given.
     where: optional booleans, either of the rank of the logits, to which they broadcast, or one per
-      row. Classes where it is False have probability 0 and derivative 0, whatever their logits
-      hold; a row without any class does not count: its loss is 0.
+      row, of the shape of the losses. Classes where it is False have probability 0 and derivative
+      0, whatever their logits hold; a row without any class does not count: its loss is 0.
     label_smoothing: the share alpha of the label that is spread evenly over the K unmasked classes;
       a scalar in [0, 1], differentiable.
     z_loss: the coefficient lambda of the squared log-normalizer, which keeps that near 0; a scalar,
@@ -432,9 +432,13 @@ def softmax_cross_entropy_with_integer_labels(
   if class_weights is not None:
     class_shape = tuple(logits.shape[a] for a in axes)
     weights = arguments.as_class_weights(name, class_weights, class_shape).astype(dtype).ravel()
+  rows = tuple(size for a, size in enumerate(logits.shape) if a not in axes)
+  rows = arguments.rows_of_labels(name, labels.shape, rows, logits.shape)
+  sizes = iter(rows)
+  shape = tuple(size if a in axes else next(sizes) for a, size in enumerate(logits.shape))
   mask = None
   if where is not None:
-    mask = arguments.as_mask(name, where, "logits", logits.shape, row_axes=axes)
+    mask = arguments.as_class_mask(name, where, logits.shape, labels.shape, shape, axes)
   if axis_name is not None:
     arguments.check_one_class_axis(name, axes)
     same = {"labels": labels}
@@ -443,15 +447,13 @@ def softmax_cross_entropy_with_integer_labels(
     arguments.check_axis_name(name, axis_name, "logits", logits, **same)
   if len(axes) != 1:
     if mask is not None:
-      mask = _merge_axes(jnp.broadcast_to(mask, logits.shape), axes)
+      mask = _merge_axes(jnp.broadcast_to(mask, shape), axes)
     logits = _merge_axes(logits, axes)
     axes = (logits.ndim - 1,)
 
   (class_axis,) = axes
   size = logits.shape[class_axis]
   num_classes = size * devices.count(axis_name)
-  rows = logits.shape[:class_axis] + logits.shape[class_axis + 1 :]
-  rows = arguments.rows_of_labels(name, labels.shape, rows, logits.shape)
   index = class_index(name, labels, ignore_index, num_classes)
   index = jnp.expand_dims(jnp.broadcast_to(index, rows), class_axis)
   if mask is not None and mask.shape[class_axis] < size:  # one value per row: the index says it all

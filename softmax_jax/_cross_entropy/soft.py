@@ -335,9 +335,9 @@ def softmax_cross_entropy(
       class, not necessarily summing to 1. Logits and labels broadcast against each other.
     axis: the axis or axes of the classes; None stands for all.
     where: optional booleans, either of the rank of the logits, to which they broadcast, or one per
-      row. Classes where it is False take no part: they have probability 0, their label is left out
-      of the sum, and their derivatives are 0, whatever they hold. A row without any class does not
-      count: its loss is 0.
+      row, of the shape of the losses (a mask that fits both is one of classes). Classes where it is
+      False take no part: they have probability 0, their label is left out of the sum, and their
+      derivatives are 0, whatever they hold. A row without any class does not count: its loss is 0.
     label_smoothing: the share alpha of the label that is replaced by the uniform distribution over
       the K unmasked classes; a scalar in [0, 1], differentiable.
     z_loss: the coefficient lambda of the squared log-normalizer, which keeps that near 0; a scalar,
@@ -393,8 +393,6 @@ def softmax_cross_entropy(
   return_aux = arguments.as_flag(name, "return_aux", return_aux)
   shape = arguments.common_shape(name, "logits", logits.shape, "labels", labels.shape)
   axes = tuple(a + len(shape) - logits.ndim for a in axes)
-  logits = broadcast(logits, shape)
-  labels = labels.reshape((1,) * (len(shape) - labels.ndim) + labels.shape)
   weights = None
   if class_weights is not None:
     class_shape = tuple(shape[a] for a in axes)
@@ -403,8 +401,9 @@ def softmax_cross_entropy(
     weights = jnp.expand_dims(weights, [a for a in range(len(shape)) if a not in axes])
   mask = None
   if where is not None:
-    mask = arguments.as_mask(name, where, "logits", shape, row_axes=axes)
-
+    mask = arguments.as_class_mask(name, where, logits.shape, labels.shape, shape, axes)
+  logits = broadcast(logits, shape)
+  labels = labels.reshape((1,) * (len(shape) - labels.ndim) + labels.shape)
   if axis_name is not None:
     arguments.check_axis_name(name, axis_name, "logits", logits)
 
