@@ -337,6 +337,27 @@ def test_no_classes(name):
   check(f, (x,), value.get(name, np.zeros((2, 0))), np.zeros((*f(x).shape, 2, 0)))
 
 
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("where", [None, np.ones(2, bool), np.ones((2, 0), bool)])
+def test_without_classes_no_row_counts(reduction, where):
+  """Whatever the options; the two losses are alike in it."""
+  for loss, labels in (
+    (softmax_cross_entropy, jnp.zeros((2, 0))),
+    (softmax_cross_entropy_with_integer_labels, jnp.zeros(2, int)),
+  ):
+
+    def f(z, z_loss, w, loss=loss, labels=labels):
+      options = {"label_smoothing": 0.1, "class_weights": w, "reduction": reduction}
+      value, aux = loss(z, labels, where=where, z_loss=z_loss, return_aux=True, **options)
+      return jnp.sum(value), (value, aux)
+
+    args = jnp.zeros((2, 0)), jnp.float32(0.5), jnp.zeros(0)
+    bars, (value, aux) = jax.jit(jax.grad(f, argnums=(0, 1, 2), has_aux=True))(*args)
+    assert value.shape == ((2,) if reduction == "none" else ())
+    results = value, aux, bars
+    chex.assert_trees_all_equal(results, jax.tree.map(jnp.zeros_like, results))
+
+
 @every_function
 def test_one_class(name):
   value = {"softmax": [1], "logsumexp": 2.5}.get(name, [0] if name == "log_softmax" else 0)

@@ -68,8 +68,6 @@ class UniformSums(NamedTuple):
 
   def loss(self, s: Normalizer, num_classes: int) -> jax.Array:
     """``-sum_k u_k log a_k`` with the (weighted) uniform label u."""
-    if num_classes == 0:
-      return self.cost
     cost = self.cost / self.divisor(num_classes)
     return cost + self.label_sum(num_classes) * s.log_sum()
 
@@ -80,7 +78,7 @@ class UniformSums(NamedTuple):
 
   def divisor(self, num_classes: int) -> jax.Array | int:
     """What the weights of the classes are divided by in u: their number, or 1."""
-    return max(1, num_classes) if self.classes is None else jnp.maximum(self.classes, 1)
+    return num_classes if self.classes is None else jnp.maximum(self.classes, 1)
 
 
 def uniform_sums(

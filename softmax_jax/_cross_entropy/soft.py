@@ -357,7 +357,7 @@ def softmax_cross_entropy(
     Losses ``[*B]``, or one number if reduced, in float32 (float64 where an argument has it). A
     class whose logit is -inf, or so far below the largest that their difference overflows, adds
     +inf, or 0 where its weighted label is exactly 0, in which case its derivatives are 0 too. Rows
-    that contain NaN or +inf, or logits of -inf alone, give NaN.
+    that contain NaN or +inf, or logits of -inf alone, give NaN. Without classes the loss is 0.
 
   Raises:
     TypeError: if the logits are not of a floating dtype, the labels not of a real dtype, ``where``
@@ -407,12 +407,12 @@ def softmax_cross_entropy(
   if axis_name is not None:
     arguments.check_axis_name(name, axis_name, "logits", logits)
 
-  static = _Static(
-    axes,
-    num_classes=math.prod(shape[a] for a in axes) * devices.count(axis_name),
-    smoothed=chosen.label_smoothing is not None,
-    axis_name=axis_name,
-  )
-  per_row = _soft_cross_entropy(*varying_alike(logits, labels, mask, weights), static)
+  num_classes = math.prod(shape[a] for a in axes) * devices.count(axis_name)
+  if num_classes == 0:  # then no row counts
+    rows = tuple(1 if a in axes else size for a, size in enumerate(shape))
+    per_row = PerRow(*[jnp.zeros(rows, dtype)] * 4)
+  else:
+    static = _Static(axes, num_classes, chosen.label_smoothing is not None, axis_name)
+    per_row = _soft_cross_entropy(*varying_alike(logits, labels, mask, weights), static)
   loss, aux = options.combine(chosen, tree_map(lambda x: jnp.squeeze(x, axes), per_row))
   return (loss, aux) if return_aux else loss
