@@ -412,6 +412,10 @@ def test_runs_with_no_peer_installed(capsys, monkeypatch):
     (["--shapes", "4x5x6"], "the softmax suite needs one ROWSxCLASSES"),
     (["--shapes", "1x9999999999999999"], "expected ROWSxCLASSES"),
     (["--suite", "linear", "--shapes", "4x5"], "the linear suite needs one TOKENSxFEATURESx"),
+    *(
+      (["--suite", "accuracy", *option.split()], "the accuracy suite has its own")
+      for option in ("--shapes 4x8", "--rounds 50", "--seconds 1", "--scale 1")
+    ),
     (["--suite", "speed"], "invalid choice: 'speed'"),
     (["--peers", "numpy"], "invalid choice: 'numpy'"),
     (["--rounds", "0"], "expected a whole number from 1"),

@@ -90,6 +90,9 @@ import jax.numpy as jnp
 class Stop(BaseException):
   pass
 
+class Silent(Exception):
+  def __str__(self): raise ValueError("no words")
+
 def string(x): return "words"
 def inside(x): return {"a": x, "b": [x, object()]}
 def words(x): return {"a", "b"}
@@ -99,6 +102,8 @@ def named(x, f, name): return x * f
 
 def raises(x):
   raise ValueError("first\\nsecond")
+
+def silent(x): raise Silent
 """
 
 
@@ -141,9 +146,10 @@ def test_a_module_that_cannot_be_imported(capsys, module, source, message):
     ("string", "TypeError: expected arrays, got str from {0}:string"),
     ("inside", "TypeError: expected arrays, got object from {0}:inside"),
     ("words", "TypeError: expected arrays, got set from {0}:words"),
-    ("stops", "Stop: here ({0}.py, line 10)"),
-    ("recursive", "RecursionError: maximum recursion depth exceeded ({0}.py, line 11)"),
-    ("raises", "ValueError: first ({0}.py, line 15)"),
+    ("stops", "Stop: here ({0}.py, line 13)"),
+    ("recursive", "RecursionError: maximum recursion depth exceeded ({0}.py, line 14)"),
+    ("raises", "ValueError: first ({0}.py, line 18)"),
+    ("silent", "Silent ({0}.py, line 20)"),
   ],
 )
 def test_a_function_that_cannot_be_verified(capsys, module, function, message):

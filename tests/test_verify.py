@@ -400,13 +400,25 @@ def test_no_reverse_mode_is_skipped_with_its_reason():
   assert {row.reason for row in report.rows if row.check == "vjp"} == {"f has no reverse mode"}
 
 
-def test_error_in_a_rule_is_a_failure_and_does_not_end_the_others():
+class Silent(Exception):
+  def __str__(self):
+    raise ValueError("no words")
+
+
+@pytest.mark.parametrize(
+  "error, reason",
+  [
+    (ValueError("shapes are wrong\nand more"), "ValueError: shapes are wrong"),
+    (Silent(), "Silent"),
+  ],
+)
+def test_error_in_a_rule_is_a_failure_and_does_not_end_the_others(error, reason):
   def bwd(x, u):
-    raise ValueError("shapes are wrong\nand more")
+    raise error
 
   report = check_derivatives(with_rule(jnp.sin, bwd), X, checks=["value", "vjp", "scan"])
   assert statuses(report) == {"value": "passed", "vjp": "failed", "scan": "failed"}
-  assert report.failed[0].reason == "ValueError: shapes are wrong"
+  assert report.failed[0].reason == reason
 
 
 def test_function_that_refuses_float64():

@@ -124,7 +124,12 @@ def test_axis_and_float64(capsys):
     ("{module}:wrong --checks vpj", "argument --checks: expected one of value"),
     ("{module}:wrong --kwarg x", "argument --kwarg: expected NAME=VALUE, got 'x'"),
     ("{module}:wrong --reference nowhere:f", "argument --reference: cannot import nowhere"),
-    ("{module}:wrong --reference jax.numpy:sum", "expected the reference to return"),
+    (
+      "{module}:wrong --reference jax.numpy:sum",
+      "expected the reference to return floating arrays of shapes [(4, 8)], as f does, got [()].",
+    ),
+    ("{module}:wrong --kwarg b=1 --kwarg b=2", "argument --kwarg: b is given twice"),
+    ("{module}:wrong --axis 0 --kwarg axis=1", "argument --kwarg: axis is given twice"),
     ("{module}:wrong --shape 999 --plot p.png", "no Jacobian to draw: ValueError: it has 998,001"),
     ("{module}:focal", "cannot verify {module}:focal on (float32[4, 8]): TypeError: focal()"),
     ("--axis 1", "argument --axis: needs MODULE:FUNCTION"),

@@ -54,6 +54,8 @@ from softmax_jax.benchmark import accuracy, programs, report, suites, timing
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _SUITES = (*suites.NAMES, "accuracy")
+# What the timed suites take where the command line does not say.
+_TIMED = {"shapes": None, "rounds": 50, "seconds": 5.0, "scale": 1.0}
 
 
 # --- the command line ----------------------------------------------------------------------------
@@ -120,23 +122,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(
     "--rounds",
     type=whole_number(1, 100_000),
-    default=50,
     metavar="N",
-    help="rounds of a line at most (default: 50)",
+    help=f"rounds of a line at most (default: {_TIMED['rounds']})",
   )
   add(
     "--seconds",
     type=_not_negative,
-    default=5.0,
     metavar="X",
-    help="for the rounds of a line, beyond the first three (default: 5)",
+    help=f"for the rounds of a line, beyond the first three (default: {_TIMED['seconds']:g})",
   )
   add(
     "--scale",
     type=_not_negative,
-    default=1.0,
     metavar="X",
-    help="standard deviation of the logits; at 10, one class dominates many rows (default: 1)",
+    help="standard deviation of the logits; at 10, one class dominates many rows (default: "
+    f"{_TIMED['scale']:g})",
   )
   add("--seed", type=whole_number(0, 2**32 - 1), default=0, metavar="N", help="(default: 0)")
   shown = parser.add_mutually_exclusive_group()
@@ -157,6 +157,11 @@ def run(args: argparse.Namespace) -> int:
   # Every extra now: better to hear of a missing one before the work than after it.
   for extra in ("rich", *(["matplotlib"] if args.plot else [])):
     importlib.import_module(extra)
+  for name, default in _TIMED.items():
+    if getattr(args, name) is None:
+      setattr(args, name, default)
+    elif set(args.suite) == {"accuracy"}:
+      raise argparse.ArgumentError(None, f"argument --{name}: the accuracy suite has its own")
   # JAX would take most of a GPU's memory for itself, where another library wants some.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   devices()

@@ -248,6 +248,11 @@ def _function(args: argparse.Namespace) -> Report:
     for name in ("shape", "dtype"):
       if getattr(args, name) is not None:
         raise argparse.ArgumentError(None, f"argument --{name}: not allowed with --args")
+  kwargs: dict[str, Any] = {} if args.axis is None else {"axis": args.axis}
+  for name, value in args.kwarg:
+    if name in kwargs:
+      raise argparse.ArgumentError(None, f"argument --kwarg: {name} is given twice")
+    kwargs[name] = value
   chosen = chosen_checks(args.checks, args.skip)
   if not chosen:
     raise argparse.ArgumentError(None, "argument --skip: leaves no check of --checks to run")
@@ -257,9 +262,6 @@ def _function(args: argparse.Namespace) -> Report:
     reference = _imported("--reference", args.reference)
   given = args.args or [((4, 8) if args.shape is None else args.shape, args.dtype)]
   specs: list[_Spec] = [(shape, dtype or "float32") for shape, dtype in given]
-  kwargs = dict(args.kwarg)
-  if args.axis is not None:
-    kwargs["axis"] = args.axis
   command_line.devices()  # After the imports: a module may configure JAX.
   wide = any(dtype.endswith("64") for _, dtype in specs)
   with jax.enable_x64(wide or jax.config.jax_enable_x64):  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
@@ -327,10 +329,11 @@ _NOT_THE_USERS = tuple(module.__path__[0] + os.sep for module in (softmax_jax, j
 
 def _said(error: BaseException) -> str:
   """The first line of an error, and the place in the user's files that it comes from."""
+  line = first_line(error, 300)
   for frame in reversed(traceback.extract_tb(error.__traceback__)):
     if not frame.filename.startswith(("<", *_NOT_THE_USERS)):
-      return f"{first_line(error)} ({os.path.basename(frame.filename)}, line {frame.lineno})"
-  return first_line(error)
+      return f"{line} ({os.path.basename(frame.filename)}, line {frame.lineno})"
+  return line
 
 
 def _random_arguments(args: argparse.Namespace, specs: list[_Spec]) -> list[jax.Array]:

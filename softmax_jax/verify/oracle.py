@@ -225,8 +225,8 @@ class Oracle:
     if expected != got or len(others) != self.problem.num_outs - len(expected):
       whose = "the reference" if self.given else "f in float64"
       raise ValueError(
-        f"check_derivatives expected {whose} to return floating arrays of the shapes "
-        f"{expected} that f returns, got {got}."
+        f"check_derivatives expected {whose} to return floating arrays of shapes {expected}, as f "
+        f"does, got {got}."
       )
 
 
@@ -300,8 +300,16 @@ def _extrapolated(
   return np.where(finite, best, np.nan), np.where(finite, error, 0), chosen
 
 
-def first_line(error: BaseException) -> str:
-  """The first line of an error's message, at most 100 characters of it."""
-  text = (str(error).strip().splitlines() or [""])[0]
+def message(error: BaseException) -> str:
+  """What an error says; nothing if that fails, as it may in a class of the user's."""
+  try:
+    return str(error).strip()
+  except Exception:
+    return ""
+
+
+def first_line(error: BaseException, length: int = 100) -> str:
+  """The first line of an error's message, at most so many characters of it."""
+  text = (message(error).splitlines() or [""])[0]
   text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-  return text if len(text) <= 100 else text[:97] + "..."
+  return text if len(text) <= length else text[: length - 3] + "..."

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from softmax_jax.verify import bounds
-from softmax_jax.verify.oracle import Oracle, first_line
+from softmax_jax.verify.oracle import Oracle, first_line, message
 from softmax_jax.verify.problem import Arrays, Problem, compiled, finfo
 from softmax_jax.verify.report import Row, Skip
 
@@ -264,7 +264,7 @@ class Verifier:
 
 def not_offered(error: BaseException) -> str:
   """Why JAX cannot transform a function that way, or "" if ``error`` says something else."""
-  text = str(error)
+  text = message(error)
   if isinstance(error, TypeError) and ("forward-mode" in text or "in forward mode" in text):
     return "f has no forward mode (see softmax_jax.enable_forward_mode)"
   if isinstance(error, ValueError) and "Reverse-mode differentiation does not work" in text:
