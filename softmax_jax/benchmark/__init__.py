@@ -15,7 +15,8 @@ order, and a ratio is the median over the rounds of the ratio within a round. On
 waited for; an accelerator is given calls for 5 ms and is waited for once. Its bandwidth counts
 inputs and outputs once, beside that of a program that copies the logits. The temp bytes are what
 XLA allocates beside arguments and outputs. Errors are counted in ulp of single values, of gradients
-in u, half the distance from 1 to the next number, of rows in norm.
+in u, half the distance from 1 to the next number, of rows in norm; all of the dtype of the logits,
+also where a loss of sixteen-bit logits is a float32 number.
 
 On a CPU, normalizers of more than 16 classes take a second pass over the logits, to keep their
 digits, where one class holds more than half of the probability of some row. Standard normal logits
