@@ -312,6 +312,21 @@ def test_a_chunk_without_a_token_that_counts_adds_nothing(dtype):
   np.testing.assert_array_equal(weight_bar, expected_weight_bar)
 
 
+def test_the_gradients_by_many_classes_keep_the_digits_of_float16():
+  """The cotangents of nearly uniform logits would be subnormal, if the rule did not scale them."""
+  x, weight = random(0, (4, 8)), random(1, (8, 2**17), scale=0.1)
+  labels = np.array([0, 3, 70_000, 2**17 - 1])
+  half = [jnp.asarray(a, jnp.float16) for a in (x, weight)]
+  # The factor is that of the user, without which what is returned would be subnormal.
+  f = lambda f: jax.jit(jax.grad(lambda x, weight: 2**14 * f(x, weight, labels), argnums=(0, 1)))
+  expected = f(dense)(*(a.astype(np.float32) for a in half))
+  at_labels = np.zeros(2**17, bool)
+  at_labels[labels] = True
+  for gradient, exact in zip(f(linear)(*half), expected, strict=True):
+    others = ~at_labels if gradient.shape[1] == 2**17 else slice(None)
+    assert relative_error(gradient[:, others], exact[:, others]) < 6e-4
+
+
 @pytest.mark.parametrize("num_classes", [200, V])
 @pytest.mark.parametrize("options", [(), ("bias", "z_loss"), ("label_smoothing",), tuple(SMOOTH)])
 def test_columns_of_padding_take_no_part(options, num_classes):
