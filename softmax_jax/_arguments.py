@@ -522,12 +522,19 @@ def as_chunk_size(function: str, value: Any) -> int:
   return size
 
 
-def check_symbolic_tokens(function: str, num_tokens: Any, chunk_size: int | None) -> None:
-  """Raises unless ``num_tokens``, where `jax.export` leaves it open, makes whole chunks."""
+def check_symbolic_sizes(
+  function: str, num_tokens: Any, num_classes: Any, chunk_size: int | None
+) -> None:
+  """Raises unless sizes that `jax.export` leaves open make whole chunks of a known size."""
   if is_symbolic_dim(num_tokens) and (chunk_size is None or num_tokens % chunk_size != 0):
     raise ValueError(
       f"{function} expected a chunk_size that divides the symbolic number of tokens, {num_tokens}, "
       f"got {chunk_size}. Pass chunk_size=512 for jax.export.symbolic_shape('512*n'), say."
+    )
+  if is_symbolic_dim(num_classes) and chunk_size is None:
+    raise ValueError(
+      f"{function} expected a chunk_size for the symbolic number of classes, {num_classes}, got "
+      "None. Pass chunk_size=512, say: the memory is that of the logits of as many tokens."
     )
 
 

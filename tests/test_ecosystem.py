@@ -15,6 +15,7 @@ import optax
 import pytest
 from jax import export, lax
 from jax.ad_checkpoint import checkpoint_name
+from oracle import relative_error
 
 import softmax_jax
 from softmax_jax import derivatives, enable_forward_mode
@@ -321,6 +322,64 @@ def test_export_with_a_symbolic_number_of_classes():
     assert_near(exported.call(wide), f(wide))
 
 
+def test_export_of_the_options_of_the_losses_with_symbolic_sizes():
+  pytest.importorskip("flatbuffers", reason="flatbuffers is not installed")
+  rows, classes = export.symbolic_shape("rows, classes")  # without constraints
+
+  def loss(z, t, counts):
+    smoothed = {"label_smoothing": 0.1, "reduction": "mean"}
+    return (
+      cross_entropy(z, t, where=counts, **smoothed)
+      + cross_entropy(z, t[0], axis=None, **smoothed)
+      + softmax_jax.softmax_cross_entropy(z, z, **smoothed)
+    )
+
+  shapes = [((rows, classes), np.float32), ((rows,), np.int32), ((rows,), bool)]
+  f = jax.jit(jax.value_and_grad(loss))
+  exported = export.export(f)(*(jax.ShapeDtypeStruct(*s) for s in shapes))
+  labels, counts = LABELS.astype(np.int32), LABELS != 1
+  for sizes in ((6, 5), (1, 1)):
+    args = LOGITS[: sizes[0], : sizes[1]], labels[: sizes[0]], counts[: sizes[0]]
+    assert_near(exported.call(*args), f(*args))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("tokens, reduction", [("6", "mean"), ("2*n", "none")])
+def test_export_of_the_linear_loss_with_a_symbolic_number_of_classes(tokens, reduction):
+  pytest.importorskip("flatbuffers", reason="flatbuffers is not installed")
+  tokens, classes = export.symbolic_shape(f"{tokens}, classes", constraints=["classes >= 3"])
+
+  @jax.jit
+  def both(x, weight, bias, labels):
+    def loss(x, weight, bias):
+      all_columns, first_columns = (
+        LINEAR_LOSS(
+          x,
+          weight,
+          labels,
+          bias=bias,
+          class_weights=bias**2,
+          label_smoothing=0.1,
+          softcap=9.0,
+          reduction=reduction,
+          num_classes=num_classes,
+        )
+        for num_classes in (None, 3)
+      )
+      return jnp.sum(all_columns**2 + jnp.sin(first_columns))
+
+    return jax.value_and_grad(loss, (0, 1, 2))(x, weight, bias)
+
+  shapes = ((tokens, 4), np.float32), ((4, classes), np.float32), ((classes,), np.float32)
+  shapes = *shapes, ((tokens,), np.int32)
+  exported = export.export(both)(*(jax.ShapeDtypeStruct(*s) for s in shapes))
+  for repeats in (1, 30):
+    wide = np.tile(WEIGHT, repeats), np.tile(BIAS, repeats)
+    args = X, *wide, (LABELS % 3).astype(np.int32)
+    for a, e in zip(*map(jax.tree.leaves, (exported.call(*args), both(*args))), strict=True):
+      assert relative_error(a, e) < 2e-6
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_export_of_the_linear_loss_with_a_symbolic_number_of_tokens(reduction):
@@ -350,6 +409,18 @@ def test_a_symbolic_number_of_tokens_makes_whole_chunks(chunk_size):
     "linear_softmax_cross_entropy expected a chunk_size that divides the symbolic number of "
     f"tokens, batch, got {chunk_size}. Pass chunk_size=512 for "
     "jax.export.symbolic_shape('512*n'), say."
+  )
+
+
+def test_a_symbolic_number_of_classes_needs_a_chunk_size():
+  (classes,) = export.symbolic_shape("classes")
+  f = jax.jit(lambda weight: softmax_jax.linear_softmax_cross_entropy(X, weight, LABELS))
+  with pytest.raises(ValueError) as raised:
+    export.export(f)(jax.ShapeDtypeStruct((4, classes), np.float32))
+  assert str(raised.value) == (
+    "linear_softmax_cross_entropy expected a chunk_size for the symbolic number of classes, "
+    "classes, got None. Pass chunk_size=512, say: the memory is that of the logits of as many "
+    "tokens."
   )
 
 

@@ -442,7 +442,7 @@ def softmax_cross_entropy_with_integer_labels(
   if axis_name is not None:
     arguments.check_one_class_axis(name, axes)
     same = {"labels": labels}
-    if mask is not None and mask.shape[axes[0]] < logits.shape[axes[0]]:
+    if mask is not None and mask.shape[axes[0]] != logits.shape[axes[0]]:
       same["where"] = mask
     arguments.check_axis_name(name, axis_name, "logits", logits, **same)
   if len(axes) != 1:
@@ -456,7 +456,7 @@ def softmax_cross_entropy_with_integer_labels(
   num_classes = size * devices.count(axis_name)
   index = class_index(name, labels, ignore_index, num_classes)
   index = jnp.expand_dims(jnp.broadcast_to(index, rows), class_axis)
-  if mask is not None and mask.shape[class_axis] < size:  # one value per row: the index says it all
+  if mask is not None and mask.shape[class_axis] != size:  # one value per row: index says it all
     index, mask = jnp.where(mask, index, IGNORED), None
 
   if num_classes == 0:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.export import is_symbolic_dim
 
 from softmax_jax._typed import checkpoint, fori_loop, tree_map
 
@@ -43,8 +44,10 @@ def default_chunk_size(
   return most
 
 
-def block_size(num_tokens: int, num_features: int, num_classes: int, item_bytes: int) -> int:
+def block_size(num_tokens: int, num_features: int, num_classes: Any, item_bytes: int) -> Any:
   """The number of classes in a block, for a chunk of ``num_tokens`` tokens."""
+  if is_symbolic_dim(num_classes):  # all, as it is not known how many parts they make
+    return num_classes
   # y_bar of the chunk, and for each class its weights and their gradient.
   bytes_per_class = item_bytes * max(1, num_tokens + 2 * num_features)
   count = min(MOST_BLOCKS, -(-num_classes * bytes_per_class // BLOCK_BYTES))

@@ -87,7 +87,9 @@ def linear_softmax_cross_entropy(
       (twice those with a softcap), and 12 MiB or an eighth of those of the weight, whatever T;
       where the gradients are of sixteen bits, also those of their sums in float32. A
       Hessian-vector product takes about six times the logits of a chunk. `jax.export` with a
-      symbolic number of tokens needs one that divides it: 512 for ``symbolic_shape("512*n")``.
+      symbolic number of tokens needs one that divides it: 512 for ``symbolic_shape("512*n")``. With
+      a symbolic number of classes it needs one too, and the bytes of the logits of a chunk and of
+      the weight once more.
     num_classes: how many columns of the weight are classes, a static int; None stands for all. The
       columns after them are padding: they take no part, and their gradients are 0. They have to
       hold finite numbers.
@@ -109,7 +111,8 @@ def linear_softmax_cross_entropy(
       of an integer dtype, a coefficient not a real scalar, or ``vocab_axis``, ``chunk_size`` or
       ``num_classes`` not static ints.
     ValueError: if the shapes do not fit, ``reduction`` is unknown, ``chunk_size`` is not positive
-      or does not divide a symbolic number of tokens, a coefficient is known while tracing and out
+      or does not divide a symbolic number of tokens or is missing where the number of classes is
+      symbolic, a coefficient is known while tracing and out
       of its range, or ``axis_name`` is no axis of a surrounding `jax.shard_map` with
       ``check_vma=True`` over which the weight, but not x and the labels, are spread.
 
@@ -155,7 +158,7 @@ def linear_softmax_cross_entropy(
   arguments.check_labels_of_tokens(name, labels.shape, x.shape)
   if chunk_size is not None:
     chunk_size = arguments.as_chunk_size(name, chunk_size)
-  arguments.check_symbolic_tokens(name, math.prod(rows), chunk_size)
+  arguments.check_symbolic_sizes(name, math.prod(rows), size, chunk_size)
   if axis_name is not None:
     arguments.check_axis_name(name, axis_name, "weight", weight, labels=labels, x=x)
   num_columns = size * devices.count(axis_name)
@@ -180,7 +183,7 @@ def linear_softmax_cross_entropy(
     Projection(vocab_axis, dtype),
     chunk_size,
     num_classes,
-    padded=num_classes < num_columns,
+    padded=num_classes != num_columns,
     ignores=ignore_index is not None,
     axis_name=axis_name,
   )
