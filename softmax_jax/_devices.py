@@ -6,18 +6,22 @@ of a step in one array: a row costs as many bytes on the wire whatever its lengt
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar, TypeVarTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from softmax_jax._typed import pmax, psum, unflatten_like
 
 AxisName = str | tuple[str, ...]
 
+Array = TypeVar("Array", bound=jax.Array)
 Parts = TypeVar("Parts")
+Args = TypeVarTuple("Args")
 
 
 def add_up(parts: Parts, axis_name: AxisName | None) -> Parts:
@@ -58,3 +62,55 @@ def explicit_sharding(x: jax.Array) -> NamedSharding | None:
   """How ``x`` is spread where its type says so, as `jax.sharding.AxisType.Explicit` makes it."""
   sharding = jax.typeof(x).sharding
   return sharding if any(part is not None for part in sharding.spec) else None
+
+
+def index_along(x: jax.Array, axis: int, dtype: DTypeLike = jnp.int32) -> jax.Array:
+  """The index along ``axis`` of each entry of ``x``."""
+  return lax.broadcasted_iota(dtype, x.shape, axis, out_sharding=explicit_sharding(x))
+
+
+def put(x: jax.Array, mesh: NamedSharding, *parts: Any) -> jax.Array:
+  """``x`` with its axes spread over the ``parts`` of the mesh of another array."""
+  own = jax.typeof(x).sharding
+  # Without `jax.set_mesh` an array may be on no mesh: it goes with any, and JAX puts it on none.
+  if own.mesh.empty or parts == tuple(own.spec):
+    return x
+  return jax.sharding.reshard(x, NamedSharding(mesh.mesh, PartitionSpec(*parts)))
+
+
+def mesh_axes(*parts: AxisName | None) -> tuple[str, ...]:
+  """The mesh axes in the parts of a `PartitionSpec`."""
+  names = (p if isinstance(p, tuple) else (p,) for p in parts if p is not None)
+  return tuple(name for group in names for name in group)
+
+
+def filled(spec: Sequence[Any], *others: Sequence[Any]) -> tuple[Any, ...]:
+  """``spec`` with what ``others`` have where it is None, but no mesh axis twice."""
+  parts = list(spec)
+  for other in others:
+    for i, part in enumerate(other):
+      if parts[i] is None and not {*mesh_axes(part)} & {*mesh_axes(*parts)}:
+        parts[i] = part
+  return tuple(parts)
+
+
+def spread_alike(lead: Array, *others: *Args) -> tuple[Array, *Args]:
+  """Arrays of the rank of ``lead``, to which they broadcast, spread over explicit axes like it.
+
+  An axis that ``lead`` has whole on each device is spread as the first of the others that spreads
+  it. None stays None. Outside of a rule this is differentiated by JAX: cotangents come back spread
+  as the arguments were.
+  """
+  arrays: Any = (lead, *others)
+  shardings = [explicit_sharding(x) for x in arrays if x is not None]
+  mesh = next((s for s in shardings if s is not None), None)
+  if mesh is None:
+    return arrays
+
+  def spec(x: jax.Array, parts: Sequence[Any]) -> tuple[Any, ...]:
+    same = (n == size for n, size in zip(x.shape, lead.shape, strict=True))
+    return tuple(part if s else None for s, part in zip(same, parts, strict=True))
+
+  common = filled(*(spec(x, jax.typeof(x).sharding.spec) for x in arrays if x is not None))
+  placed: Any = tuple(None if x is None else put(x, mesh, *spec(x, common)) for x in arrays)
+  return placed

@@ -561,7 +561,8 @@ def logsumexp(
     sign = jnp.where(jnp.isnan(out), out, jnp.where(out == -jnp.inf, 0, 1).astype(out.dtype))
     sign = lax.stop_gradient(sign)
   else:
-    out, sign = _scaled_logsumexp(*varying_alike(a, b, mask), rows)
+    args = varying_alike(*devices.spread_alike(a, b, mask))
+    out, sign = _scaled_logsumexp(*args, rows)
   if not keepdims:
     out, sign = jnp.squeeze(out, rows.axes), jnp.squeeze(sign, rows.axes)
   if return_sign:
@@ -580,4 +581,4 @@ def _as_input(
   mask = None if where is None else arguments.as_mask(function, where, name, x.shape)
   if axis_name is not None:
     arguments.check_axis_name(function, axis_name, name, x)
-  return *varying_alike(x, mask), Rows(axes, axis_name)
+  return *varying_alike(*devices.spread_alike(x, mask)), Rows(axes, axis_name)

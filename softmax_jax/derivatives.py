@@ -34,6 +34,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from softmax_jax import _arguments as arguments
+from softmax_jax import _devices as devices
 
 __all__ = [
   "cross_entropy_gradient",
@@ -109,6 +110,7 @@ def softmax_jvp(x: ArrayLike, x_dot: ArrayLike) -> jax.Array:
   """
   x = _as_rows("softmax_jvp", "x", x)
   x_dot = _as_vector("softmax_jvp", "x_dot", x_dot, "x", x)
+  x, x_dot = devices.spread_alike(x, x_dot)
   return _times_jacobian(_softmax(x, x_dot), x_dot).astype(x.dtype)
 
 
@@ -141,6 +143,7 @@ def softmax_vjp(x: ArrayLike, y_bar: ArrayLike) -> jax.Array:
   """
   x = _as_rows("softmax_vjp", "x", x)
   y_bar = _as_vector("softmax_vjp", "y_bar", y_bar, "x", x)
+  x, y_bar = devices.spread_alike(x, y_bar)
   return _times_jacobian(_softmax(x, y_bar), y_bar).astype(x.dtype)
 
 
@@ -188,6 +191,7 @@ def softmax_hvp(x: ArrayLike, y_bar: ArrayLike, x_dot: ArrayLike) -> jax.Array:
   x = _as_rows("softmax_hvp", "x", x)
   y_bar = _as_vector("softmax_hvp", "y_bar", y_bar, "x", x)
   x_dot = _as_vector("softmax_hvp", "x_dot", x_dot, "x", x)
+  x, y_bar, x_dot = devices.spread_alike(x, y_bar, x_dot)
   row = _softmax(x, y_bar, x_dot)
   return _times_jacobian(row, _center(row, y_bar) * _center(row, x_dot)).astype(x.dtype)
 
@@ -226,7 +230,7 @@ def log_softmax_jacobian(x: ArrayLike) -> jax.Array:
   """
   x = _as_rows("log_softmax_jacobian", "x", x)
   row = _softmax(x)
-  return _matrix(row.complement, -row.a[..., None, :]).astype(x.dtype)
+  return _matrix(row.complement, -_across(row.a)).astype(x.dtype)
 
 
 def logsumexp_hessian(x: ArrayLike) -> jax.Array:
@@ -308,7 +312,7 @@ def cross_entropy_gradient(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
   """
   name = "cross_entropy_gradient"
   x = _as_rows(name, "logits", logits, arguments.as_logits)
-  t = _as_label_rows(name, labels, x)
+  x, t = devices.spread_alike(x, _as_label_rows(name, labels, x))
   a, complement, largest = _softmax(x, t)
   # At the largest probability a_k sum(t) - t_k = a_k (sum of the other t) - (1 - a_k) t_k, where
   # nothing is lost if a_k or t_k rounds to 1. All other a_j are at most 1/2 and need no such care.
@@ -381,6 +385,7 @@ def cross_entropy_hvp(logits: ArrayLike, x_dot: ArrayLike) -> jax.Array:
   """
   x = _as_rows("cross_entropy_hvp", "logits", logits, arguments.as_logits)
   x_dot = _as_vector("cross_entropy_hvp", "x_dot", x_dot, "logits", x)
+  x, x_dot = devices.spread_alike(x, x_dot)
   return _times_jacobian(_softmax(x, x_dot), x_dot).astype(x.dtype)
 
 
@@ -404,7 +409,7 @@ def _softmax(x: jax.Array, *vectors: jax.Array) -> _Softmax:
   x = x.astype(arguments.compute_dtype(x.dtype, *(v.dtype for v in vectors)))
   if x.shape[-1] == 0:
     return _Softmax(x, x, jnp.zeros(x.shape, bool))
-  column = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+  column = devices.index_along(x, x.ndim - 1)
   largest = column == jnp.argmax(x, axis=-1, keepdims=True).astype(column.dtype)
   top = _at(largest, x)
   difference, lost = _subtract(x, top)
@@ -420,7 +425,7 @@ def _softmax(x: jax.Array, *vectors: jax.Array) -> _Softmax:
 
 def _jacobian(row: _Softmax) -> jax.Array:
   """Seed step 3, a_i (1 - a_i), on the diagonal and step 4, -a_i a_j, off it."""
-  return _matrix(row.a * row.complement, -row.a[..., :, None] * row.a[..., None, :])
+  return _matrix(row.a * row.complement, -row.a[..., :, None] * _across(row.a))
 
 
 def _times_jacobian(row: _Softmax, v: jax.Array) -> jax.Array:
@@ -442,7 +447,17 @@ def _center(row: _Softmax, v: jax.Array) -> jax.Array:
 
 def _matrix(diagonal: jax.Array, off_diagonal: jax.Array) -> jax.Array:
   """[*B, K, K] with the given diagonal [*B, K] and the rest from what broadcasts to that shape."""
-  return jnp.where(jnp.eye(diagonal.shape[-1], dtype=bool), diagonal[..., None], off_diagonal)
+  eye = jnp.eye(diagonal.shape[-1], dtype=bool)
+  if sharding := devices.explicit_sharding(diagonal):
+    eye = devices.put(eye, sharding, sharding.spec[-1], None)
+  return jnp.where(eye, diagonal[..., None], off_diagonal)
+
+
+def _across(a: jax.Array) -> jax.Array:
+  """``a`` along the columns of a matrix, whole on each device: the rows of that are spread."""
+  if sharding := devices.explicit_sharding(a):
+    a = devices.put(a, sharding, *sharding.spec[:-1], None)
+  return a[..., None, :]
 
 
 def _at(one_hot: jax.Array, v: jax.Array) -> jax.Array:
@@ -503,6 +518,6 @@ def _as_label_rows(function: str, labels: Any, x: jax.Array) -> jax.Array:
       f"{function} expected integer labels of shape {x.shape[:-1]}, one class index per row of "
       f"logits of shape {x.shape}, got shape {t.shape}. Probabilities need a floating dtype."
     )
-  t = t[..., None]
-  one_hot = (lax.broadcasted_iota(t.dtype, x.shape, x.ndim - 1) == t).astype(x.dtype)
+  x, t = devices.spread_alike(x, t[..., None])
+  one_hot = (devices.index_along(x, x.ndim - 1, t.dtype) == t).astype(x.dtype)
   return jnp.where((t >= 0) & (t < x.shape[-1]), one_hot, jnp.nan)

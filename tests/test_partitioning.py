@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from oracle import random, relative_error
 
 from softmax_jax import (
+  derivatives,
   linear_softmax_cross_entropy,
   log_softmax,
   logsumexp,
@@ -146,6 +147,112 @@ def test_no_logits_are_gathered_and_the_numbers_are_those_of_one_device(name, ax
     for _, shapes in program:
       # A gradient of what all tokens share is added up over the devices that hold tokens.
       assert not any({V, V // 4} & {*shape} and {T, T // 2} & {*shape} for shape in shapes)
+
+
+REPLICATED, OTHER_WAY = P(), {1: P("v"), 2: P("v", "d")}
+
+
+def mixes(names, other_ways=True):
+  """Ways to place the arguments of which one is unlike the others, which are spread or are not."""
+  fitting = [SPECS.get(name, P("d", "v")) for name in names]
+  for i, name in enumerate(names):
+    replaced = lambda specs, spec, i=i: [*specs[:i], spec, *specs[i + 1 :]]
+    yield replaced(fitting, REPLICATED)
+    yield replaced([REPLICATED] * len(names), fitting[i])
+    if other_ways and name not in ("x", "weight"):  # which are refused
+      spec = P("d") if name in ("class_weights", "bias") else OTHER_WAY[VALUES[name].ndim]
+      yield replaced(fitting, spec)
+
+
+def mixed(mesh, names, specs):
+  put = lambda name, spec: jax.device_put(VALUES[name], NamedSharding(mesh, spec))
+  return tuple(map(put, names, specs))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_gradients_are_spread_as_arguments_that_are_not_spread_alike(name):
+  f, by, others = FUNCTIONS[name]
+  names = by + others
+  mesh = mesh_of(AxisType.Explicit)
+  with jax.set_mesh(mesh):
+    for specs in mixes(names, "y_bar" not in names):  # by which it multiplies itself
+      args = mixed(mesh, names, specs)
+      grads = jax.eval_shape(jax.grad(f, tuple(range(len(by)))), *args)
+      assert [*map(jax.typeof, grads)] == [*map(jax.typeof, args[: len(by)])], specs
+
+
+def test_numbers_of_arguments_that_are_not_spread_alike():
+  mesh = mesh_of(AxisType.Explicit)
+  of_logits = "logits", "probabilities", "class_weights", "mask", "labels"
+  of_linear = "x", "weight", "bias", "class_weights", "labels"
+
+  def total(logits, probabilities, linear_args):
+    (z, _, w, m, t), p = logits, probabilities
+    return (
+      integer_with_options(z, w, m, t)
+      + soft_with_options(z, p, w, m)
+      + logsumexp(z, -1, b=p).sum()
+      + jnp.sum(softmax(z, where=m) * p)
+      + linear_with_options(*linear_args)
+    )
+
+  def both(*args):
+    of_logits, of_linear = args[:5], args[5:]
+    by = lambda z, p, w, x, weight, bias: total(
+      (z, p, w, *of_logits[3:]), p, (x, weight, bias, w, of_linear[-1])
+    )
+    moving = *of_logits[:3], *of_linear[:3]
+    return jax.value_and_grad(by, tuple(range(6)))(*moving)
+
+  f = jax.jit(both)
+  expected = f(*(jnp.asarray(VALUES[name]) for name in (*of_logits, *of_linear)))
+  specs = P("d"), P(None, "v"), P(), P("d", "v"), P()
+  with jax.set_mesh(mesh):
+    args = mixed(mesh, of_logits, specs)
+    args += mixed(mesh, of_linear, [P(), P(), P("v"), P("v"), P("d")])
+    actual = f(*args)
+  for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+    assert relative_error(a, e) < 2e-6
+
+
+def closed_forms(z, y_bar, p, labels):
+  return (
+    derivatives.softmax_jacobian(z),
+    derivatives.log_softmax_jacobian(z),
+    derivatives.logsumexp_hessian(z),
+    derivatives.cross_entropy_hessian(z),
+    derivatives.softmax_jvp(z, y_bar),
+    derivatives.softmax_vjp(z, y_bar),
+    derivatives.softmax_hvp(z, y_bar, p),
+    derivatives.cross_entropy_hvp(z, y_bar),
+    derivatives.cross_entropy_gradient(z, p),
+    derivatives.cross_entropy_gradient(z, labels),
+  )
+
+
+CLOSED_FORMS = ["logits", "y_bar", "probabilities", "labels"]
+
+
+def test_closed_forms_of_classes_that_are_spread():
+  mesh = mesh_of(AxisType.Explicit)
+  f = jax.jit(closed_forms)
+  expected = f(*(jnp.asarray(VALUES[name]) for name in CLOSED_FORMS))
+  with jax.set_mesh(mesh):
+    actual = f(*mixed(mesh, CLOSED_FORMS, [P("d", "v"), P("d"), P("v"), P()]))
+  for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+    assert relative_error(a, e) < 2e-6
+    # Of a matrix the rows are.
+    assert jax.typeof(a).sharding.spec == (P("d", "v", None) if i < 4 else P("d", "v"))
+
+
+def test_closed_forms_of_arguments_that_are_not_spread_alike():
+  mesh = mesh_of(AxisType.Explicit)
+  total = lambda *args: sum(jnp.sum(y**2) for y in closed_forms(*args))
+  with jax.set_mesh(mesh):
+    for specs in mixes(CLOSED_FORMS):
+      args = mixed(mesh, CLOSED_FORMS, specs)
+      grads = jax.eval_shape(jax.grad(total, (0, 1, 2)), *args)
+      assert [*map(jax.typeof, grads)] == [*map(jax.typeof, args[:3])], specs
 
 
 def test_rows_may_be_spread_alone():

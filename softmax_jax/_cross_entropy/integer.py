@@ -93,7 +93,7 @@ class _Label(NamedTuple):
   def take(self, x: jax.Array, axis: int, elsewhere: float = 0) -> jax.Array:
     """The entries of ``x`` at the labels, ``axis`` kept."""
     if devices.explicit_sharding(x):  # where JAX does not index
-      found = jnp.where(_classes(x, axis) == self.position, x, jnp.zeros_like(x))
+      found = jnp.where(devices.index_along(x, axis) == self.position, x, jnp.zeros_like(x))
       x_t = jnp.sum(found, axis=axis, keepdims=True)
     elif self.here is None:
       return jnp.take_along_axis(x, self.position, axis=axis)
@@ -121,11 +121,6 @@ def weight_of_label(
   """The weight of the label of each row, from an array with one per class along ``axis``."""
   label = _Label.of(index, weights.shape[axis], axis_name)
   return devices.add_up(label.take_weight(weights, axis, like), axis_name)
-
-
-def _classes(x: jax.Array, axis: int) -> jax.Array:
-  """The index of the class of each entry of ``x``."""
-  return lax.broadcasted_iota(jnp.int32, x.shape, axis, out_sharding=devices.explicit_sharding(x))
 
 
 def _by_row(index: jax.Array, valid: jax.Array) -> jax.Array:
@@ -200,7 +195,9 @@ def bwd(
   nll_bar = _bar_by_row(index, bars.nll)
   g = bars.lse
   label = _Label.of(index, z.shape[axis], static.axis_name)
-  is_label = _classes(z, axis) == index - devices.first_entry(z.shape[axis], static.axis_name)
+  is_label = devices.index_along(z, axis) == index - devices.first_entry(
+    z.shape[axis], static.axis_name
+  )
   weights_bar = None
   if weights is not None:
     weight_bar = jnp.where(index == IGNORED, 0, bars.weight)
@@ -456,15 +453,16 @@ def softmax_cross_entropy_with_integer_labels(
   num_classes = size * devices.count(axis_name)
   index = class_index(name, labels, ignore_index, num_classes)
   index = jnp.expand_dims(jnp.broadcast_to(index, rows), class_axis)
+  logits = broadcast(logits, (*rows[:class_axis], size, *rows[class_axis:]))
+  if weights is not None:
+    weights = jnp.expand_dims(weights, [a for a in range(logits.ndim) if a != class_axis])
+  logits, index, mask, weights = devices.spread_alike(logits, index, mask, weights)
   if mask is not None and mask.shape[class_axis] != size:  # one value per row: index says it all
     index, mask = jnp.where(mask, index, IGNORED), None
 
   if num_classes == 0:
     per_row = PerRow(*[jnp.zeros(index.shape, dtype)] * 4)
   else:
-    logits = broadcast(logits, (*rows[:class_axis], size, *rows[class_axis:]))
-    if weights is not None:
-      weights = jnp.expand_dims(weights, [a for a in range(logits.ndim) if a != class_axis])
     static = Static(
       axis=class_axis,
       num_classes=num_classes,

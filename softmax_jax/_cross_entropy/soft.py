@@ -413,6 +413,7 @@ def softmax_cross_entropy(
     per_row = PerRow(*[jnp.zeros(rows, dtype)] * 4)
   else:
     static = _Static(axes, num_classes, chosen.label_smoothing is not None, axis_name)
-    per_row = _soft_cross_entropy(*varying_alike(logits, labels, mask, weights), static)
+    args = varying_alike(*devices.spread_alike(logits, labels, mask, weights))
+    per_row = _soft_cross_entropy(*args, static)
   loss, aux = options.combine(chosen, tree_map(lambda x: jnp.squeeze(x, axes), per_row))
   return (loss, aux) if return_aux else loss

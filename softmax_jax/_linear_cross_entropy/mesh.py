@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec
 
 from softmax_jax import _arguments as arguments
 from softmax_jax import _devices as devices
-from softmax_jax._devices import AxisName
 from softmax_jax._typed import psum
 
 
@@ -48,15 +47,22 @@ def on_mesh(
 
   ``f`` returns one number per token or, if ``summed``, a pair of sums over the tokens.
   """
-  x_spec, weight_spec = (_spec(a) for a in (arrays.x, arrays.weight))
-  if not any((*x_spec, *weight_spec)):
+  specs = Arrays(*(None if a is None else _spec(a) for a in arrays))
+  if not any(any(s) for s in specs if s is not None):
     return f(arrays, settings)
-  *rows, features = x_spec
-  vocab = weight_spec[settings.projection.vocab_axis]
-  over_rows, over_classes = _names(*rows), _names(vocab)
+  *rows, features = specs.x
+  vocab_axis = settings.projection.vocab_axis
+  weight_spec = list(specs.weight)
+  vocab = weight_spec[vocab_axis]
+  names = devices.mesh_axes
   arguments.check_placement(
-    function, features, weight_spec[1 - settings.projection.vocab_axis], over_rows, over_classes
+    function, features, weight_spec[1 - vocab_axis], names(*rows), names(vocab)
   )
+  # x and the weight say how tokens and classes are spread; where they do not, the others.
+  of_classes = [(*rows, *s) for s in (specs.bias, specs.class_weights) if s is not None]
+  *rows, vocab = devices.filled((*rows, vocab), (*specs.index, None), *of_classes)
+  weight_spec[vocab_axis] = vocab
+  over_rows, over_classes = names(*rows), names(vocab)
   spec = PartitionSpec
   specs = Arrays(
     x=spec(*rows, None),
@@ -100,9 +106,3 @@ def _on_devices(
 def _spec(x: jax.Array) -> tuple[Any, ...]:
   sharding = devices.explicit_sharding(x)
   return (None,) * x.ndim if sharding is None else tuple(sharding.spec)
-
-
-def _names(*parts: AxisName | None) -> tuple[str, ...]:
-  """The mesh axes in the parts of a `PartitionSpec`."""
-  names = (p if isinstance(p, tuple) else (p,) for p in parts if p is not None)
-  return tuple(name for group in names for name in group)
