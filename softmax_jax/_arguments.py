@@ -492,6 +492,20 @@ def check_placement(
     )
 
 
+def check_merged(function: str, axes: tuple[int, ...], spread: Sequence[Any]) -> None:
+  """Raises unless several class axes can be made one where their types say how they are spread.
+
+  ``spread`` are the mesh axes of each: None does not come before another.
+  """
+  whole = [part is None for part in spread]
+  if whole != sorted(whole):
+    raise ValueError(
+      f"{function} expected logits to be spread along the first of several class axes, "
+      f"axis={axes}, got these spread over the mesh axes {', '.join(map(repr, spread))}. Pass "
+      "jax.sharding.reshard(logits, ...)."
+    )
+
+
 def as_bias(function: str, value: Any, shape: tuple[int, ...]) -> jax.Array:
   """``value`` as an array with one number per class."""
   x = as_logits(function, "bias", value)

@@ -1,7 +1,8 @@
-"""Rows whose entries are spread over the devices of a mesh axis, inside `jax.shard_map`.
+"""Rows whose entries are spread over the devices of a mesh axis.
 
-Each device holds a slice of every row. What the devices tell each other are numbers per row, those
-of a step in one array: a row costs as many bytes on the wire whatever its length.
+Inside `jax.shard_map` each device holds a slice of every row. What the devices tell each other are
+numbers per row, those of a step in one array: a row costs as many bytes on the wire whatever its
+length. Outside, the types of arrays may say how they are spread (explicit sharding).
 """
 
 from __future__ import annotations

@@ -255,6 +255,28 @@ def test_closed_forms_of_arguments_that_are_not_spread_alike():
       assert [*map(jax.typeof, grads)] == [*map(jax.typeof, args[:3])], specs
 
 
+def test_several_class_axes_are_merged_or_refused():
+  loss = lambda z, w, m, t: softmax_cross_entropy_with_integer_labels(
+    z, t, axis=(1, 2), where=m, class_weights=w
+  ).sum()
+  z, m = (VALUES[name].reshape(T, 4, -1) for name in ("logits", "mask"))
+  w, t = VALUES["class_weights"].reshape(4, -1), VALUES["labels"]
+  mesh = mesh_of(AxisType.Explicit)
+  with jax.set_mesh(mesh):
+    put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+    others = put(w, P(None, "v")), put(m, P(None, "d", "v")), put(t, P())
+    args = put(z, P("d", "v")), *others
+    grads = jax.eval_shape(jax.grad(loss, (0, 1)), *args)
+    assert [*map(jax.typeof, grads)] == [*map(jax.typeof, args[:2])]
+    with pytest.raises(ValueError) as raised:
+      jax.eval_shape(loss, put(z, P("d", None, "v")), *others)
+  assert str(raised.value) == (
+    "softmax_cross_entropy_with_integer_labels expected logits to be spread along the first of "
+    "several class axes, axis=(1, 2), got these spread over the mesh axes None, 'v'. Pass "
+    "jax.sharding.reshard(logits, ...)."
+  )
+
+
 def test_rows_may_be_spread_alone():
   mesh = mesh_of(AxisType.Explicit)
   with jax.set_mesh(mesh):

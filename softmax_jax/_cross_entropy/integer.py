@@ -428,7 +428,10 @@ def softmax_cross_entropy_with_integer_labels(
   weights = None
   if class_weights is not None:
     class_shape = tuple(logits.shape[a] for a in axes)
-    weights = arguments.as_class_weights(name, class_weights, class_shape).astype(dtype).ravel()
+    weights = arguments.as_class_weights(name, class_weights, class_shape).astype(dtype)
+    if len(axes) != 1 and (sharding := devices.explicit_sharding(weights)):
+      weights = devices.put(weights, sharding, *[None] * weights.ndim)
+    weights = weights.ravel()
   rows = tuple(size for a, size in enumerate(logits.shape) if a not in axes)
   rows = arguments.rows_of_labels(name, labels.shape, rows, logits.shape)
   sizes = iter(rows)
@@ -443,8 +446,13 @@ def softmax_cross_entropy_with_integer_labels(
       same["where"] = mask
     arguments.check_axis_name(name, axis_name, "logits", logits, **same)
   if len(axes) != 1:
+    spec = jax.typeof(logits).sharding.spec
+    arguments.check_merged(name, axes, [spec[a] for a in axes if logits.shape[a] != 1])
     if mask is not None:
-      mask = _merge_axes(jnp.broadcast_to(mask, shape), axes)
+      mask = jnp.broadcast_to(mask, shape)
+      if sharding := devices.explicit_sharding(logits) or devices.explicit_sharding(mask):
+        mask = devices.put(mask, sharding, *spec)
+      mask = _merge_axes(mask, axes)
     logits = _merge_axes(logits, axes)
     axes = (logits.ndim - 1,)
 

@@ -50,24 +50,19 @@ def on_mesh(
   specs = Arrays(*(None if a is None else _spec(a) for a in arrays))
   if not any(any(s) for s in specs if s is not None):
     return f(arrays, settings)
+  names, vocab_axis = devices.mesh_axes, settings.projection.vocab_axis
   *rows, features = specs.x
-  vocab_axis = settings.projection.vocab_axis
-  weight_spec = list(specs.weight)
-  vocab = weight_spec[vocab_axis]
-  names = devices.mesh_axes
-  arguments.check_placement(
-    function, features, weight_spec[1 - vocab_axis], names(*rows), names(vocab)
-  )
+  vocab, features_of_weight = specs.weight[vocab_axis], specs.weight[1 - vocab_axis]
+  arguments.check_placement(function, features, features_of_weight, names(*rows), names(vocab))
   # x and the weight say how tokens and classes are spread; where they do not, the others.
   of_classes = [(*rows, *s) for s in (specs.bias, specs.class_weights) if s is not None]
   *rows, vocab = devices.filled((*rows, vocab), (*specs.index, None), *of_classes)
-  weight_spec[vocab_axis] = vocab
   over_rows, over_classes = names(*rows), names(vocab)
   spec = PartitionSpec
   specs = Arrays(
     x=spec(*rows, None),
     index=spec(*rows),
-    weight=spec(*weight_spec),
+    weight=spec(None, vocab) if vocab_axis == 1 else spec(vocab, None),
     bias=spec(vocab),
     class_weights=spec(vocab),
     softcap=spec(),
