@@ -73,8 +73,11 @@ def index_along(x: jax.Array, axis: int, dtype: DTypeLike = jnp.int32) -> jax.Ar
 def put(x: jax.Array, mesh: NamedSharding, *parts: Any) -> jax.Array:
   """``x`` with its axes spread over the ``parts`` of the mesh of another array."""
   own = jax.typeof(x).sharding
-  # Without `jax.set_mesh` an array may be on no mesh: it goes with any, and JAX puts it on none.
-  if own.mesh.empty or parts == tuple(own.spec):
+  if own.mesh.empty:
+    # Without `jax.set_mesh` such an array goes with any, and JAX cannot put it on a mesh.
+    if jax.sharding.get_abstract_mesh().empty:
+      return x
+  elif parts == tuple(own.spec):
     return x
   return jax.sharding.reshard(x, NamedSharding(mesh.mesh, PartitionSpec(*parts)))
 

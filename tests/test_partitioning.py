@@ -181,6 +181,21 @@ def test_gradients_are_spread_as_arguments_that_are_not_spread_alike(name):
       assert [*map(jax.typeof, grads)] == [*map(jax.typeof, args[: len(by)])], specs
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_arguments_on_no_mesh_go_with_those_that_are_spread(name):
+  """Which NumPy arrays are in the eyes of `jax.jit`, also under `jax.set_mesh`."""
+  f, by, others = FUNCTIONS[name]
+  names = by + others
+  mesh = mesh_of(AxisType.Explicit)
+  with jax.set_mesh(mesh):
+    spread = placed(mesh, names)
+    for i in range(-1, len(names)):
+      args = [a if j == i else VALUES[names[j]] for j, a in enumerate(spread)]
+      grads = jax.eval_shape(jax.grad(f, tuple(range(len(by)))), *args)
+      specs = [jax.typeof(a).sharding.spec for a in (*grads, *args[: len(by)])]
+      assert specs[: len(by)] == specs[len(by) :]
+
+
 def test_numbers_of_arguments_that_are_not_spread_alike():
   mesh = mesh_of(AxisType.Explicit)
   of_logits = "logits", "probabilities", "class_weights", "mask", "labels"

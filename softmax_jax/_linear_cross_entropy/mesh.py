@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from softmax_jax import _arguments as arguments
 from softmax_jax import _devices as devices
-from softmax_jax._typed import psum
+from softmax_jax._typed import psum, tree_map
 
 
 class Arrays(NamedTuple):
@@ -49,6 +49,9 @@ def on_mesh(
   """
   specs = Arrays(*(None if a is None else _spec(a) for a in arrays))
   if not any(any(s) for s in specs if s is not None):
+    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+      # The types of arrays that `jax.jit` is given may name no mesh, those of others do.
+      arrays = tree_map(_whole, arrays)
     return f(arrays, settings)
   names, vocab_axis = devices.mesh_axes, settings.projection.vocab_axis
   *rows, features = specs.x
@@ -101,3 +104,8 @@ def _on_devices(
 def _spec(x: jax.Array) -> tuple[Any, ...]:
   sharding = devices.explicit_sharding(x)
   return (None,) * x.ndim if sharding is None else tuple(sharding.spec)
+
+
+def _whole(x: jax.Array) -> jax.Array:
+  """``x``, the same on each device of the mesh."""
+  return jax.sharding.reshard(x, PartitionSpec())
