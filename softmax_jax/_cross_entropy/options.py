@@ -39,8 +39,9 @@ class CrossEntropyAux(NamedTuple):
     >>> from softmax_jax import softmax_cross_entropy_with_integer_labels as cross_entropy
     >>> logits, labels = jnp.array([[0.0, 0.0]]), jnp.array([0])
     >>> loss, aux = cross_entropy(logits, labels, z_loss=0.5, return_aux=True)
-    >>> print(loss, aux.nll, aux.lse, aux.z_loss, aux.weight)
-    [0.9333737] [0.6931472] [0.6931472] [0.2402265] 1.0
+    >>> with jnp.printoptions(precision=4):
+    ...   print(loss, aux.nll, aux.lse, aux.z_loss, aux.weight)
+    [0.9334] [0.6931] [0.6931] [0.2402] 1.0
 
   Source: the z-loss is that of t5x and of A. Chowdhery et al., "PaLM: Scaling language modeling
   with Pathways" (2022).

@@ -373,10 +373,10 @@ def softmax_cross_entropy(
     >>> from softmax_jax import softmax_cross_entropy
     >>> logits, labels = jnp.array([2.0, 0.0, 0.0]), jnp.array([0.5, 0.5, 0.0])
     >>> with jnp.printoptions(precision=4):
-    ...   print(softmax_cross_entropy(logits, labels))
+    ...   print(f"{softmax_cross_entropy(logits, labels):.4f}")
     ...   print(jax.grad(softmax_cross_entropy)(logits, labels))
     ...   print(jax.grad(softmax_cross_entropy, argnums=1)(logits, labels))
-    1.2395449
+    1.2395
     [ 0.287  -0.3935  0.1065]
     [0.2395 2.2395 2.2395]
 

@@ -67,7 +67,7 @@ class Report:
   Example:
     >>> import jax.numpy as jnp
     >>> from softmax_jax.verify import check_derivatives
-    >>> report = check_derivatives(jnp.sin, jnp.ones(3), checks=["vjp", "jvp"])
+    >>> report = check_derivatives(jnp.sin, jnp.ones(3, jnp.float32), checks=["vjp", "jvp"])
     >>> print(report.raise_if_failed().summary())
     2 passed, 0 failed, 0 skipped
   """
