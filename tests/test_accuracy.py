@@ -365,7 +365,7 @@ def test_losses_with_all_options(confident, alpha):
       lambda x: sj.softmax_cross_entropy_with_integer_labels(x, label, **options),
       lambda x: sj.softmax_cross_entropy(x, t, **options),
     )
-    return [(f(x), jax.vjp(f, x)[1](jnp.ones(len(x)))[0]) for f in losses]
+    return [(f(x), jax.vjp(f, x)[1](jnp.ones_like(x[:, 0]))[0]) for f in losses]
 
   for value, x_bar in both(x, label, t.astype(np.float32)):
     assert ulps(value, expected, np.float32) <= ELEMENTS

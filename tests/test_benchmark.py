@@ -365,10 +365,11 @@ def test_shows_what_is_wrong_or_unknown():
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
 def test_other_dtypes(dtype, capsys):
+  before = jax.config.jax_enable_x64
   argv = ("--suite", "losses", "--shapes", "8x6", "--rounds", "1", "--peers", "--dtype", dtype)
   code, out, err = run(capsys, *argv, "--json")
   assert (code, err) == (0, "")
-  assert not jax.config.jax_enable_x64
+  assert jax.config.jax_enable_x64 == before
   for line in strict_json(out)["suites"]["losses"]["lines"]:
     assert line["ratios"] == {}
     assert line["errors"][OURS] < 64

@@ -233,7 +233,7 @@ def test_linearized_linear_loss_is_transposed(reduction):
   dense = lambda x: cross_entropy(x @ WEIGHT, LABELS, reduction=reduction)
   y, push = jax.linearize(f, X)
   assert_near(push(X), jax.jvp(dense, (X,), (X,))[1])
-  y_bar = jnp.cos(jnp.arange(y.size).reshape(y.shape))
+  y_bar = jnp.cos(jnp.arange(y.size, dtype=y.dtype).reshape(y.shape))
   (transposed,) = jax.linear_transpose(push, X)(y_bar)
   a = jax.nn.softmax(X @ WEIGHT)
   rows = y_bar[:, None] if reduction == "none" else y_bar / len(X)
@@ -247,7 +247,7 @@ def test_transposed_vjp(name):
     "soft labels": lambda z: softmax_jax.softmax_cross_entropy(z, ONE_HOT, z_loss=0.1),
   }[name]
   vjp = lambda y_bar: jax.vjp(f, LOGITS)[1](y_bar)[0]
-  y_bar = jnp.ones(6)
+  y_bar = jnp.ones_like(jax.eval_shape(f, LOGITS))
   if name == "integer labels":
     # A limit: the rule asks whether the cotangent of a row with a bad label is 0.
     with pytest.raises(AssertionError):

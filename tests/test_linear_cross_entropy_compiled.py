@@ -308,7 +308,7 @@ def test_coefficients_may_be_traced_and_the_loss_may_be_scaled():
 NAME = "linear_softmax_cross_entropy"
 ERRORS = {
   "integer x": (
-    lambda: linear(X.astype(int), WEIGHT, LABELS),
+    lambda: linear(X.astype(np.int32), WEIGHT, LABELS),
     TypeError,
     f"{NAME} expected x of a floating dtype, got dtype int32. Pass x.astype(jnp.float32).",
   ),
@@ -352,7 +352,7 @@ ERRORS = {
     f"{NAME} expected one bias per class, of shape (20,), got shape (4,).",
   ),
   "integer bias": (
-    lambda: linear(X, WEIGHT, LABELS, bias=jnp.ones(20, int)),
+    lambda: linear(X, WEIGHT, LABELS, bias=np.ones(20, np.int32)),
     TypeError,
     f"{NAME} expected bias of a floating dtype, got dtype int32. Pass bias.astype(jnp.float32).",
   ),

@@ -296,7 +296,7 @@ on_one = jax.jit(value_and_vjp(on_one_device(every_function), 1))
 @pytest.mark.without("debug_nans")
 @pytest.mark.parametrize("edge", EDGES)
 def test_special_rows_are_those_of_one_device(edge):
-  one_hot = jax.nn.one_hot(LABELS, V)
+  one_hot = jax.nn.one_hot(LABELS, V, dtype=LOGITS.dtype)
   args = EDGES[edge](jnp.asarray(LOGITS)), LABELS, one_hot
   shapes = jax.eval_shape(on_one_device(every_function), *args)
   y_bar = tuple(random(20 + i, y.shape) for i, y in enumerate(shapes))

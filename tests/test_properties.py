@@ -95,7 +95,7 @@ DUAL = [
     lse,
     lambda z: cross_entropy(z, jnp.zeros(len(z), int), label_smoothing=0.1, z_loss=0.1),
     lambda z: softmax_jax.softmax_cross_entropy(
-      z, jax.nn.one_hot(jnp.zeros(len(z), int), z.shape[1])
+      z, jax.nn.one_hot(jnp.zeros(len(z), int), z.shape[1], dtype=z.dtype)
     ),
     lambda z: softmax_jax.linear_softmax_cross_entropy(
       z, z, jnp.zeros(len(z), int), vocab_axis=0, chunk_size=2

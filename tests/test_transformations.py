@@ -98,7 +98,7 @@ def zero(f, x):
 
 
 def scan(f):
-  scales = jnp.array([1.0, 2.0])
+  scales = np.float32([1, 2])
   return lambda x: jax.lax.scan(lambda y, s: (y + f(s * x), None), zero(f, x), scales)[0]
 
 
@@ -126,12 +126,12 @@ def with_loop(loop):
 
 
 def basis(x):
-  return jnp.eye(x.size)
+  return jnp.eye(x.size, dtype=x.dtype)
 
 
 def output_basis(f, x):
   like = jax.eval_shape(f, x)
-  return jnp.eye(like.size).reshape(like.size, *like.shape)
+  return jnp.eye(like.size, dtype=like.dtype).reshape(like.size, *like.shape)
 
 
 TRANSFORMATIONS = {
