@@ -137,16 +137,20 @@ def test_loss_whose_label_is_at_minus_infinity(name):
   check(f, (x,), INF, np.array([a[0], -1, a[1], a[2]]))
 
 
-def test_soft_label_of_zero_at_minus_infinity_adds_nothing():
-  logits, labels = row(2, -INF, 1, 0.5), row(0.5, 0, 0.25, 0.25)
+@pytest.mark.parametrize("repeats", [1, 5])  # few classes, and more
+def test_soft_label_of_zero_at_minus_infinity_adds_nothing(repeats):
+  logits = np.tile(row(2, -INF, 1, 0.5), repeats)
+  labels = np.tile(row(0.5, 0, 0.25, 0.25), repeats)
   kept = np.isfinite(logits)
   expected, *_ = oracle.linearize(SOFT, logits[kept], labels[kept])
-  gradient = np.zeros(4)
+  gradient = np.zeros(logits.size)
   gradient[kept] = oracle.jacobian(SOFT, logits[kept], labels[kept])
   check(softmax_cross_entropy, (logits, labels), expected, gradient)
   # Both arguments move, but this label does not: no 0 * inf.
-  dots = row(1, 2, 3, 4), row(0.5, 0, -1, 2)
-  _, loss_dot = jax.jit(lambda *args: jax.jvp(softmax_cross_entropy, args, dots))(logits, labels)
+  dots = [np.tile(dot, repeats) for dot in (row(1, 2, 3, 4), row(0.5, 0, -1, 2))]
+  _, loss_dot = jax.jit(lambda *args: jax.jvp(softmax_cross_entropy, args, tuple(dots)))(
+    logits, labels
+  )
   labels_bar = jax.jit(jax.grad(softmax_cross_entropy, argnums=1))(logits, labels)
   _, jvp, vjp = oracle.linearize(SOFT, logits[kept], labels[kept])
   assert_same(loss_dot, jvp(*(dot[kept] for dot in dots)))
