@@ -173,7 +173,7 @@ def test_confident_logits_that_are_fused_affine_functions(num_classes):
   rng = np.random.default_rng(num_classes)
   y = np.float32(rng.normal(size=(64, num_classes)))
   y[:, 0] += 9
-  b = np.float32(rng.normal(size=num_classes))
+  b = np.float32(rng.normal(size=(1, num_classes)))
   t = np.zeros(64, int)
   logits = lambda y: 2.3 * y + b
   z = np.asarray(jax.jit(logits)(y), np.float64)
