@@ -5,6 +5,7 @@ The notation is that of `softmax_jax._normalizer`.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Literal, NamedTuple, overload
 
@@ -236,6 +237,7 @@ class _Top(NamedTuple):
 # Where one class t holds most of the probability, that is right at t to the digits of y_bar_t, not
 # to those of what is left of it, which is
 #   x_bar_t = (1 - a_t) y_bar_t - a_t sum_{i != t} y_bar_i.
+@functools.partial(compiled, static_argnums=0)
 def _log_softmax_bwd(
   rows: Rows, residuals: _LogSoftmaxResiduals, y_bar: jax.Array
 ) -> tuple[jax.Array, None]:
@@ -255,6 +257,7 @@ def _log_softmax_bwd(
 
 # Likewise
 #   y_dot_i = x_dot_i - sum_j a_j x_dot_j,   y_dot_t = (1 - a_t) x_dot_t - sum_{j != t} a_j x_dot_j.
+@functools.partial(compiled, static_argnums=0)
 def _log_softmax_tangent(
   rows: Rows, residuals: _LogSoftmaxResiduals, args_dot: tuple[jax.Array, None]
 ) -> jax.Array:
