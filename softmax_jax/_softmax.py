@@ -205,6 +205,10 @@ def _log_softmax_fwd(
   return y, _LogSoftmaxResiduals(y, mask, s.rest)
 
 
+# An entry with more than this of the probability of its row is its `_Top`.
+_MOST = 0.75
+
+
 class _Top(NamedTuple):
   """The entry t of a row that has most of its probability, so that no other entry has.
 
@@ -223,13 +227,18 @@ class _Top(NamedTuple):
   @classmethod
   def of(cls, y: jax.Array, a: jax.Array, rest: jax.Array, terms: jax.Array, rows: Rows) -> _Top:
     """That of rows y = log a and of the sums of ``terms``."""
-    here = y > math.log(0.75)
+    here = y > math.log(_MOST)
     parts = terms, jnp.where(here, jnp.zeros_like(terms), terms)
     own = [jnp.sum(part, axis=rows.axes, keepdims=True) for part in parts]
     total, others = devices.add_up(own, rows.axis_name)
     # 1 - a_t = (S - 1) / S, but for the derivative, as it is e_t = 1 that moves.
     one_minus_a = lax.stop_gradient(rest / (1 + rest)) - (a - lax.stop_gradient(a))
     return cls(here, one_minus_a, total, others)
+
+
+def _some_have_top(rest: jax.Array) -> jax.Array:
+  """False only if no row has a `_Top`: with one, 1 + rest = 1 / a_t is less than 1 / `_MOST`."""
+  return jnp.any(rest < 0.5)
 
 
 # y_i = log a_i, and with seed step 5: dy_i/dx_j = (1 / a_i) a_i (delta_ij - a_j) = delta_ij - a_j,
@@ -251,7 +260,7 @@ def _log_softmax_bwd(
 
   y, mask, rest = residuals
   c = masked(y_bar, mask, 0).astype(rest.dtype)
-  x_bar = where_needed(jnp.any(rest < 0.5), with_top, everywhere, c, y, rest)
+  x_bar = where_needed(_some_have_top(rest), with_top, everywhere, c, y, rest)
   return x_bar.astype(y.dtype), None
 
 
@@ -271,7 +280,7 @@ def _log_softmax_tangent(
 
   y, mask, rest = residuals
   x_dot = masked(args_dot[0], mask, 0).astype(rest.dtype)
-  y_dot = where_needed(jnp.any(rest < 0.5), with_top, everywhere, x_dot, y, rest)
+  y_dot = where_needed(_some_have_top(rest), with_top, everywhere, x_dot, y, rest)
   return masked(y_dot, mask, 0).astype(y.dtype)
 
 

@@ -116,12 +116,14 @@ def mesh_of(axis_type):
   return jax.make_mesh((2, 4), ("d", "v"), axis_types=(axis_type,) * 2)
 
 
-def placed(mesh, names):
-  specs = (SPECS.get(name, P("d", "v")) for name in names)
-  return tuple(
-    jax.device_put(VALUES[name], NamedSharding(mesh, spec))
-    for name, spec in zip(names, specs, strict=True)
-  )
+def fitting(names):
+  return [SPECS.get(name, P("d", "v")) for name in names]
+
+
+def placed(mesh, names, specs=None):
+  """The arguments of these names, spread so or, by default, all alike."""
+  put = lambda name, spec: jax.device_put(VALUES[name], NamedSharding(mesh, spec))
+  return tuple(map(put, names, fitting(names) if specs is None else specs))
 
 
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)
@@ -154,46 +156,46 @@ REPLICATED, OTHER_WAY = P(), {1: P("v"), 2: P("v", "d")}
 
 def mixes(names, other_ways=True):
   """Ways to place the arguments of which one is unlike the others, which are spread or are not."""
-  fitting = [SPECS.get(name, P("d", "v")) for name in names]
+  alike = fitting(names)
   for i, name in enumerate(names):
     replaced = lambda specs, spec, i=i: [*specs[:i], spec, *specs[i + 1 :]]
-    yield replaced(fitting, REPLICATED)
-    yield replaced([REPLICATED] * len(names), fitting[i])
+    yield replaced(alike, REPLICATED)
+    yield replaced([REPLICATED] * len(names), alike[i])
     if other_ways and name not in ("x", "weight"):  # which are refused
       spec = P("d") if name in ("class_weights", "bias") else OTHER_WAY[VALUES[name].ndim]
-      yield replaced(fitting, spec)
+      yield replaced(alike, spec)
 
 
-def mixed(mesh, names, specs):
-  put = lambda name, spec: jax.device_put(VALUES[name], NamedSharding(mesh, spec))
-  return tuple(map(put, names, specs))
+def types_of_gradients(name, args):
+  """The types of the arguments that are differentiated by, and of the gradients."""
+  f, by, _ = FUNCTIONS[name]
+  grads = jax.eval_shape(jax.grad(f, tuple(range(len(by)))), *args)
+  return [[*map(jax.typeof, xs)] for xs in (args[: len(by)], grads)]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_gradients_are_spread_as_arguments_that_are_not_spread_alike(name):
-  f, by, others = FUNCTIONS[name]
+  _, by, others = FUNCTIONS[name]
   names = by + others
   mesh = mesh_of(AxisType.Explicit)
   with jax.set_mesh(mesh):
     for specs in mixes(names, "y_bar" not in names):  # by which it multiplies itself
-      args = mixed(mesh, names, specs)
-      grads = jax.eval_shape(jax.grad(f, tuple(range(len(by)))), *args)
-      assert [*map(jax.typeof, grads)] == [*map(jax.typeof, args[: len(by)])], specs
+      expected, actual = types_of_gradients(name, placed(mesh, names, specs))
+      assert actual == expected, specs
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_arguments_on_no_mesh_go_with_those_that_are_spread(name):
   """Which NumPy arrays are in the eyes of `jax.jit`, also under `jax.set_mesh`."""
-  f, by, others = FUNCTIONS[name]
+  _, by, others = FUNCTIONS[name]
   names = by + others
   mesh = mesh_of(AxisType.Explicit)
   with jax.set_mesh(mesh):
     spread = placed(mesh, names)
     for i in range(-1, len(names)):
       args = [a if j == i else VALUES[names[j]] for j, a in enumerate(spread)]
-      grads = jax.eval_shape(jax.grad(f, tuple(range(len(by)))), *args)
-      specs = [jax.typeof(a).sharding.spec for a in (*grads, *args[: len(by)])]
-      assert specs[: len(by)] == specs[len(by) :]
+      expected, actual = types_of_gradients(name, args)
+      assert [t.sharding.spec for t in actual] == [t.sharding.spec for t in expected]
 
 
 def test_numbers_of_arguments_that_are_not_spread_alike():
@@ -223,8 +225,8 @@ def test_numbers_of_arguments_that_are_not_spread_alike():
   expected = f(*(jnp.asarray(VALUES[name]) for name in (*of_logits, *of_linear)))
   specs = P("d"), P(None, "v"), P(), P("d", "v"), P()
   with jax.set_mesh(mesh):
-    args = mixed(mesh, of_logits, specs)
-    args += mixed(mesh, of_linear, [P(), P(), P("v"), P("v"), P("d")])
+    args = placed(mesh, of_logits, specs)
+    args += placed(mesh, of_linear, [P(), P(), P("v"), P("v"), P("d")])
     actual = f(*args)
   for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
     assert relative_error(a, e) < 2e-6
@@ -253,7 +255,7 @@ def test_closed_forms_of_classes_that_are_spread():
   f = jax.jit(closed_forms)
   expected = f(*(jnp.asarray(VALUES[name]) for name in CLOSED_FORMS))
   with jax.set_mesh(mesh):
-    actual = f(*mixed(mesh, CLOSED_FORMS, [P("d", "v"), P("d"), P("v"), P()]))
+    actual = f(*placed(mesh, CLOSED_FORMS, [P("d", "v"), P("d"), P("v"), P()]))
   for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
     assert relative_error(a, e) < 2e-6
     # Of a matrix the rows are.
@@ -265,7 +267,7 @@ def test_closed_forms_of_arguments_that_are_not_spread_alike():
   total = lambda *args: sum(jnp.sum(y**2) for y in closed_forms(*args))
   with jax.set_mesh(mesh):
     for specs in mixes(CLOSED_FORMS):
-      args = mixed(mesh, CLOSED_FORMS, specs)
+      args = placed(mesh, CLOSED_FORMS, specs)
       grads = jax.eval_shape(jax.grad(total, (0, 1, 2)), *args)
       assert [*map(jax.typeof, grads)] == [*map(jax.typeof, args[:3])], specs
 

@@ -105,7 +105,7 @@ Pair = tuple[jax.Array, jax.Array]
 
 
 # The derivative by x is the coefficient, whatever x is: said here, it spares the gradient of a loss
-# the computation of its value.
+# the computation of its value. Where that is 0 so is the tangent, also of an infinite x_dot.
 @times.defjvp
 def _times_jvp(primals: Pair, tangents: Pair) -> Pair:
   (coefficient, x), (coefficient_dot, x_dot) = primals, tangents

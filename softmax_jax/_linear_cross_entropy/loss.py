@@ -112,9 +112,9 @@ def linear_softmax_cross_entropy(
       ``num_classes`` not static ints.
     ValueError: if the shapes do not fit, ``reduction`` is unknown, ``chunk_size`` is not positive
       or does not divide a symbolic number of tokens or is missing where the number of classes is
-      symbolic, a coefficient is known while tracing and out
-      of its range, or ``axis_name`` is no axis of a surrounding `jax.shard_map` with
-      ``check_vma=True`` over which the weight, but not x and the labels, are spread.
+      symbolic, a coefficient is known while tracing and out of its range, or ``axis_name`` is no
+      axis of a surrounding `jax.shard_map` with ``check_vma=True`` over which the weight, but not x
+      and the labels, are spread.
 
   Example:
     >>> import jax, jax.numpy as jnp
