@@ -5,8 +5,6 @@ The notation is that of `softmax_jax._normalizer`.
 
 from __future__ import annotations
 
-import functools
-import math
 from typing import Any, Literal, NamedTuple, overload
 
 import jax
@@ -33,7 +31,6 @@ from softmax_jax._normalizer import (
   normalizer,
   unbroadcast,
   vanishing,
-  where_needed,
 )
 from softmax_jax._typed import custom_vjp, platform_dependent
 
@@ -183,7 +180,6 @@ def softmax(
 class _LogSoftmaxResiduals(NamedTuple):
   y: jax.Array
   mask: jax.Array | None
-  rest: jax.Array  # that of the `Normalizer`
 
 
 def _log_softmax_primal(x: jax.Array, mask: jax.Array | None, rows: Rows) -> jax.Array:
@@ -202,85 +198,33 @@ def _log_softmax_fwd(
   s, log_sum = lax.optimization_barrier((s, log_sum))
   # Both terms are at most 0, so that nothing cancels.
   y = masked((s.below(z) - log_sum).astype(x.dtype), mask, -jnp.inf)
-  return y, _LogSoftmaxResiduals(y, mask, s.rest)
-
-
-# An entry with more than this of the probability of its row is its `_Top`.
-_MOST = 0.75
-
-
-class _Top(NamedTuple):
-  """The entry t of a row that has most of its probability, so that no other entry has.
-
-  Attributes:
-    here: for each entry, whether it is t.
-    one_minus_a: 1 - a_t.
-    total: a sum along the row.
-    others: that sum without t.
-  """
-
-  here: jax.Array
-  one_minus_a: jax.Array
-  total: jax.Array
-  others: jax.Array
-
-  @classmethod
-  def of(cls, y: jax.Array, a: jax.Array, rest: jax.Array, terms: jax.Array, rows: Rows) -> _Top:
-    """That of rows y = log a and of the sums of ``terms``."""
-    here = y > math.log(_MOST)
-    parts = terms, jnp.where(here, jnp.zeros_like(terms), terms)
-    own = [jnp.sum(part, axis=rows.axes, keepdims=True) for part in parts]
-    total, others = devices.add_up(own, rows.axis_name)
-    # 1 - a_t = (S - 1) / S, but for the derivative, as it is e_t = 1 that moves.
-    one_minus_a = lax.stop_gradient(rest / (1 + rest)) - (a - lax.stop_gradient(a))
-    return cls(here, one_minus_a, total, others)
-
-
-def _some_have_top(rest: jax.Array) -> jax.Array:
-  """False only if no row has a `_Top`: with one, 1 + rest = 1 / a_t is less than 1 / `_MOST`."""
-  return jnp.any(rest < 0.5)
+  return y, _LogSoftmaxResiduals(y, mask)
 
 
 # y_i = log a_i, and with seed step 5: dy_i/dx_j = (1 / a_i) a_i (delta_ij - a_j) = delta_ij - a_j,
 # so   x_bar_j = y_bar_j - a_j sum_i y_bar_i,   a_j = exp(y_j).
-# Where one class t holds most of the probability, that is right at t to the digits of y_bar_t, not
-# to those of what is left of it, which is
-#   x_bar_t = (1 - a_t) y_bar_t - a_t sum_{i != t} y_bar_i.
-@functools.partial(compiled, static_argnums=0)
+# Where one class t holds nearly all of the probability, that difference leaves rounding errors
+# at t. But the matrix P = I - a 1^T is a projection, P P = P: to apply it again takes them away.
 def _log_softmax_bwd(
   rows: Rows, residuals: _LogSoftmaxResiduals, y_bar: jax.Array
 ) -> tuple[jax.Array, None]:
-  def everywhere(c: jax.Array, y: jax.Array, rest: jax.Array) -> jax.Array:
-    return c - jnp.exp(y.astype(c.dtype)) * row_sum(c, *rows)
-
-  def with_top(c: jax.Array, y: jax.Array, rest: jax.Array) -> jax.Array:
-    a = jnp.exp(y.astype(c.dtype))
-    top = _Top.of(y, a, rest, c, rows)
-    return jnp.where(top.here, top.one_minus_a * c - a * top.others, c - a * top.total)
-
-  y, mask, rest = residuals
-  c = masked(y_bar, mask, 0).astype(rest.dtype)
-  x_bar = where_needed(_some_have_top(rest), with_top, everywhere, c, y, rest)
+  y, mask = residuals
+  dtype = arguments.compute_dtype(y.dtype)
+  a, x_bar = jnp.exp(y.astype(dtype)), masked(y_bar, mask, 0).astype(dtype)
+  for _ in range(2):
+    x_bar = x_bar - a * row_sum(x_bar, *rows)
   return x_bar.astype(y.dtype), None
 
 
-# Likewise
-#   y_dot_i = x_dot_i - sum_j a_j x_dot_j,   y_dot_t = (1 - a_t) x_dot_t - sum_{j != t} a_j x_dot_j.
-@functools.partial(compiled, static_argnums=0)
+# Likewise y_dot_i = x_dot_i - sum_j a_j x_dot_j, the product with the projection I - 1 a^T.
 def _log_softmax_tangent(
   rows: Rows, residuals: _LogSoftmaxResiduals, args_dot: tuple[jax.Array, None]
 ) -> jax.Array:
-  def everywhere(x_dot: jax.Array, y: jax.Array, rest: jax.Array) -> jax.Array:
-    return x_dot - row_sum(jnp.exp(y.astype(x_dot.dtype)) * x_dot, *rows)
-
-  def with_top(x_dot: jax.Array, y: jax.Array, rest: jax.Array) -> jax.Array:
-    a = jnp.exp(y.astype(x_dot.dtype))
-    top = _Top.of(y, a, rest, a * x_dot, rows)
-    return jnp.where(top.here, top.one_minus_a * x_dot - top.others, x_dot - top.total)
-
-  y, mask, rest = residuals
-  x_dot = masked(args_dot[0], mask, 0).astype(rest.dtype)
-  y_dot = where_needed(_some_have_top(rest), with_top, everywhere, x_dot, y, rest)
+  y, mask = residuals
+  dtype = arguments.compute_dtype(y.dtype)
+  a, y_dot = jnp.exp(y.astype(dtype)), masked(args_dot[0], mask, 0).astype(dtype)
+  for _ in range(2):
+    y_dot = y_dot - row_sum(a * y_dot, *rows)
   return masked(y_dot, mask, 0).astype(y.dtype)
 
 
@@ -305,8 +249,8 @@ def log_softmax(
 
   A drop-in replacement for `jax.nn.log_softmax`, differentiable in both modes. Unlike there, an
   entry whose probability is close to one keeps all its digits, and so does its derivative. The
-  output and one number per row are saved for the backward pass; as what is saved is rounded,
-  derivatives are right to :math:`|\log a_j|` roundings of each term.
+  output is all that is saved for the backward pass; as it is rounded, derivatives are right to
+  :math:`|\log a_j|` roundings of each term.
 
   Args:
     x: array of any shape and a floating dtype, differentiable; integers are converted as
@@ -317,7 +261,7 @@ def log_softmax(
     axis_name: inside `jax.shard_map`, the name (or names) of the mesh axis over whose devices the
       rows are spread: each holds a slice of every row along ``axis``, and gets that slice of the
       result. It takes one reduction of one or two numbers per row for the largest entries, one for
-      the sums, and one in the backward pass.
+      the sums, and two in the backward pass.
 
   Returns:
     Array of the shape and (floating) dtype of ``x``. An entry of -inf gives -inf. A row that

@@ -222,7 +222,9 @@ def within_bounds(x, label, c, more=0):
   for name in ("log_softmax_bar", "log_softmax_dot"):
     assert norms(got[name], y[name], dtype, y[f"{name}_scale"]) <= from_rounded
   assert norms(got["log_gradient"], y["gradient"], dtype) <= from_rounded
-  assert ulps(at(got["log_gradient"], label), at(y["gradient"], label), dtype) <= AT_LABEL + more
+  assert ulps(at(got["log_gradient"], label), at(y["gradient"], label), dtype) <= from_rounded
+  log_dot = -at(got["log_softmax_dot"], label)[:, 0]
+  assert norms(log_dot, y["nll_dot"], dtype, y["nll_dot_scale"]) <= from_rounded
   assert norms(got["lse_bar"], y["softmax"], dtype) <= GRADIENT + more
   assert norms(got["lse_dot"], y["lse_dot"], dtype, y["lse_dot_scale"]) <= GRADIENT + more
   for kind in ("", "soft_"):

@@ -73,7 +73,7 @@ CASES = {
     2,
     5,
   ),
-  "log_softmax": (lambda n, x: log_softmax(x, axis_name=n), [LOGITS], [SPREAD], SPREAD, 1, 2, 3),
+  "log_softmax": (lambda n, x: log_softmax(x, axis_name=n), [LOGITS], [SPREAD], SPREAD, 1, 2, 4),
   "logsumexp": (lambda n, a: logsumexp(a, -1, axis_name=n), [LOGITS], [SPREAD], SAME, 1, 2, 2),
   "masked logsumexp": (
     lambda n, a, mask: logsumexp(a, -1, where=mask, axis_name=n, keepdims=True),
