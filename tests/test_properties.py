@@ -437,13 +437,13 @@ def with_options(z, labels, shares, alpha, z_loss, weights):
 def by_hand(z, labels, shares, alpha, z_loss, weights):
   """The same of three public functions that have no options."""
   cost = -softmax_jax.log_softmax(z)
-  uniform = alpha * jnp.mean(weights * cost, axis=-1)
+  uniform = alpha * jnp.mean(weights[None] * cost, axis=-1)
   extra = z_loss * softmax_jax.logsumexp(z, axis=-1) ** 2
   counts = labels != 1
   hard = (1 - alpha) * weights[labels] * cross_entropy(z, labels) + uniform + extra
   hard = jnp.where(counts, hard, 0)
   total = jnp.sum(jnp.where(counts, weights[labels], 0))
-  soft = (1 - alpha) * jnp.sum(weights * shares * cost, axis=-1) + uniform + extra
+  soft = (1 - alpha) * jnp.sum(weights[None] * shares * cost, axis=-1) + uniform + extra
   mean = jnp.where(total == 0, 0, hard.sum() / jnp.where(total == 0, 1, total))
   return hard, mean, soft, soft.mean()
 
@@ -493,7 +493,7 @@ def linear(x, weight, labels, bias, alpha, z_loss, class_weights):
 
 def dense(x, weight, labels, bias, alpha, z_loss, class_weights):
   options = {"label_smoothing": alpha, "z_loss": z_loss, "ignore_index": -1}
-  y = (x @ weight + bias)[:, :-1]
+  y = (x @ weight + bias[None])[:, :-1]
   weights = class_weights[:-1]
   capped = 3.0 * jnp.tanh(y / 3.0)
   return (

@@ -159,7 +159,7 @@ def test_diverging_training_fails(capsys, tmp_path):
 
 
 def test_wrong_jacobian_fails(capsys, monkeypatch, training):
-  without_outer_product = lambda x: jax.nn.softmax(x)[..., None] * jnp.eye(10)
+  without_outer_product = lambda x: jax.nn.softmax(x)[..., None] * jnp.eye(10)[None]
   monkeypatch.setattr(task.derivatives, "softmax_jacobian", without_outer_product)
   monkeypatch.setattr(task, "_train", lambda *_: training)
   code, out, err = run(capsys, "train")
