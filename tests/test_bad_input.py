@@ -612,7 +612,13 @@ def _names(argument, message):
   return argument.rstrip("s").replace("_", " ") in message.replace("_", " ")
 
 
-@pytest.mark.parametrize("function,argument", ARGUMENTS, ids=str)
+def _with_marks(function, argument):
+  """Of `num_classes`, as the labels that it is too small for give NaN."""
+  marks = pytest.mark.without("debug_nans") if argument == "num_classes" else ()
+  return pytest.param(function, argument, marks=marks)
+
+
+@pytest.mark.parametrize("function,argument", [_with_marks(*a) for a in ARGUMENTS], ids=str)
 def test_an_error_that_names_the_function_or_the_documented_result(function, argument):
   f, good, kinds = FUNCTIONS[function]
   good = {name: x for name, x in good.items() if name != argument}

@@ -240,6 +240,7 @@ def test_linearized_linear_loss_is_transposed(reduction):
   assert_near(transposed, (a - ONE_HOT) * rows @ WEIGHT.T)
 
 
+@pytest.mark.without("debug_nans")  # which may meet the NaN of a bad label before the limit is met
 @pytest.mark.parametrize("name", ["integer labels", "soft labels"])
 def test_transposed_vjp(name):
   f = {
@@ -261,6 +262,7 @@ def test_transposed_vjp(name):
   assert_near(tangent, vjp(jnp.cos(y_bar)))
 
 
+@pytest.mark.without("debug_nans")  # under which JAX donates nothing
 @pytest.mark.parametrize("name", ["integer labels", "soft labels"])
 def test_donated_logits(name):
   f = {

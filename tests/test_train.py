@@ -145,6 +145,7 @@ def test_too_little_training_fails(capsys):
   assert report["steps_per_second"] is None  # A single step shows how fast the compiler is.
 
 
+@pytest.mark.without("debug_nans")  # which would stop the training
 def test_diverging_training_fails(capsys, tmp_path):
   picture = tmp_path / "picture.svg"
   options = ("--steps", "50", "--learning-rate", "1000", "--plot", str(picture))
