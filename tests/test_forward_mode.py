@@ -350,6 +350,16 @@ def test_backward_pass_stops_where_the_rule_has_no_cotangent(rules, enable):
     assert_close(jax.jit(program)(*args), jax.jit(expected[0])(*args), 1e-6)
 
 
+@pytest.mark.parametrize("enable", [enable_forward_mode, with_tangent])
+def test_backward_pass_stops_where_no_rule_after_it_has_a_cotangent(enable):
+  f = make_spiral(enable)
+  without_gradient = define(lambda y: 2 * y, lambda y: (2 * y, None), lambda *_: (None,), enable)
+  program = jax.grad(lambda x: jnp.sum(without_gradient(f(x)) + x**2))
+  expected = jax.grad(lambda x: jnp.sum(x**2))
+  assert_close(program(X), expected(X))
+  assert cost(program, X) == cost(expected, X)
+
+
 @pytest.mark.parametrize("enable", [enable_forward_mode, with_scaled_tangent])
 @pytest.mark.parametrize("rules", SCALED_RULES)
 def test_arguments_and_outputs_without_derivative(rules, enable):
