@@ -322,7 +322,7 @@ CASES = {
 }
 
 
-@pytest.mark.without("enable_x64")
+@pytest.mark.without("enable_x64", "disable_jit")
 @pytest.mark.parametrize("name", CASES)
 def test_the_whole_message(name):
   call, error, message = CASES[name]

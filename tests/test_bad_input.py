@@ -647,6 +647,7 @@ def test_an_error_that_names_the_function_or_the_documented_result(function, arg
   assert not faults, "\n".join(faults)
 
 
+@pytest.mark.without("disable_jit")  # under which nothing is traced
 @pytest.mark.parametrize("function,argument", [a for a in ARGUMENTS if a[1] in STATIC], ids=str)
 def test_a_traced_value_in_place_of_a_static_one(function, argument):
   f, good, _ = FUNCTIONS[function]

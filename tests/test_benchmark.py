@@ -198,6 +198,7 @@ def test_errors_are_counted_in_ulps_and_in_u():
   assert (error, relative) == pytest.approx((1.0, 2.0**-24))
 
 
+@pytest.mark.without("disable_jit")
 @pytest.mark.parametrize("peer", [OURS, "jax.nn", "optax", "torch"])
 def test_every_contender_computes_what_the_oracle_does(peer):
   if programs.version(peer) is None:
@@ -219,6 +220,7 @@ def test_every_contender_computes_what_the_oracle_does(peer):
   assert found == {OURS: 12, "jax.nn": 6, "optax": 6, "torch": 12}[peer]
 
 
+@pytest.mark.without("disable_jit")
 def test_a_wrong_program_is_seen():
   float32 = np.dtype(np.float32)
   line = suites.Line("losses", INTEGER, GRADIENT, (8, 5))
@@ -230,6 +232,7 @@ def test_a_wrong_program_is_seen():
   assert worst["wrong"] == pytest.approx(0.001 * 2**24, rel=0.01)
 
 
+@pytest.mark.without("disable_jit")
 def test_the_accuracy_suite_tells_digits_from_none():
   rows = accuracy.measure(
     ["jax.nn", "optax"], jnp.dtype("float32"), seed=3, only=[("float32", 20), ("bfloat16", 10)]

@@ -196,6 +196,7 @@ def test_second_derivatives_with_everything(name):
       assert relative_error(actual[row][column], expected[row][column]) < 1e-11, (row, column)
 
 
+@pytest.mark.without("disable_jit")
 @every_loss
 def test_every_argument_may_be_traced(name):
   """One compilation serves all values, also coefficients at the ends of their range."""
@@ -214,6 +215,7 @@ def test_every_argument_may_be_traced(name):
   assert traced._cache_size() == 1
 
 
+@pytest.mark.without("disable_jit")
 @every_loss
 def test_smoothing_outside_its_range_is_extrapolated_where_traced(name):
   smooth, fixed = arguments(name, ["label_smoothing"], dtype=np.float32)

@@ -262,7 +262,7 @@ def test_transposed_vjp(name):
   assert_near(tangent, vjp(jnp.cos(y_bar)))
 
 
-@pytest.mark.without("debug_nans")  # under which JAX donates nothing
+@pytest.mark.without("debug_nans", "disable_jit")  # under which JAX donates nothing
 @pytest.mark.parametrize("name", ["integer labels", "soft labels"])
 def test_donated_logits(name):
   f = {

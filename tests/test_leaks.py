@@ -22,6 +22,8 @@ from jax.sharding import AxisType
 import softmax_jax
 from softmax_jax import derivatives, enable_forward_mode
 
+pytestmark = pytest.mark.without("disable_jit")  # as they count what is compiled
+
 RNG = np.random.default_rng(0)
 Z = jnp.asarray(RNG.normal(size=(3, 4)), jnp.float32)
 V = jnp.asarray(RNG.normal(size=(3, 4)), jnp.float32)

@@ -17,6 +17,9 @@ from softmax_jax import softmax_cross_entropy_with_integer_labels as cross_entro
 from softmax_jax._linear_cross_entropy import chunks
 
 
+pytestmark = pytest.mark.without("disable_jit")
+
+
 def shapes(num_tokens, num_features, num_classes, vocab_axis=-1):
   """Types of x, weight, labels and bias."""
   weight = (num_features, num_classes)
