@@ -16,7 +16,6 @@ from softmax_jax import linear_softmax_cross_entropy as linear
 from softmax_jax import softmax_cross_entropy_with_integer_labels as cross_entropy
 from softmax_jax._linear_cross_entropy import chunks
 
-
 pytestmark = pytest.mark.without("disable_jit")
 
 
