@@ -202,6 +202,12 @@ def test_every_check_passes_on_softmax_with_everything_given():
   assert {row.check.partition(":")[0] for row in report.rows} == set(CHECKS)
 
 
+def test_what_is_compiled_is_checked_where_jit_is_disabled():
+  with jax.disable_jit():
+    report = check_derivatives(jnp.sin, X, checks=["vjp", "jit", "traces"])
+  assert statuses(report) == dict.fromkeys(("vjp", "jit", "traces"), "passed")
+
+
 def test_closed_form_is_compared():
   x, checks = X[0], ["jacobian"]
   right = check_derivatives(softmax, x, jacobian=derivatives.softmax_jacobian, checks=checks)

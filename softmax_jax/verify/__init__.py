@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from softmax_jax.verify.checks import CHECKS
-from softmax_jax.verify.oracle import Oracle
+from softmax_jax.verify.oracle import Oracle, compiled_with_all_digits
 from softmax_jax.verify.problem import Problem
 from softmax_jax.verify.report import DerivativeError, Report, Row
 from softmax_jax.verify.verifier import Verifier
@@ -184,7 +184,7 @@ def verifier(
   )
   if name is None:
     name = _name(f)
-  with jax.default_matmul_precision("highest"):
+  with compiled_with_all_digits():
     problem = Problem(f, args, kwargs or {}, seed)
     return Verifier(
       problem,
@@ -264,7 +264,6 @@ def _check_options(
 
 def run_checks(v: Verifier, chosen: Sequence[str]) -> Report:
   """The report of these checks."""
-  # Accelerators would otherwise form products of float32 in fewer bits than that.
-  with jax.default_matmul_precision("highest"):
+  with compiled_with_all_digits():
     rows = [row for name in chosen for row in v.run(name, CHECKS[name])]
   return Report(tuple(rows))

@@ -51,9 +51,16 @@ _KNOWN = 1e-3
 
 
 @contextlib.contextmanager
+def compiled_with_all_digits() -> Generator[None]:
+  """Products of float32 that accelerators do not shorten, and programs though jit be disabled."""
+  with jax.default_matmul_precision("highest"), jax.disable_jit(False):
+    yield
+
+
+@contextlib.contextmanager
 def exact() -> Generator[None]:
-  """Float64, and products that accelerators do not shorten."""
-  with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+  """The same in float64."""
+  with compiled_with_all_digits(), jax.enable_x64(True):
     yield
 
 
