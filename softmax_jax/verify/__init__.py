@@ -15,8 +15,6 @@ from numbers import Integral, Real
 from types import NoneType
 from typing import Any
 
-import jax
-
 from softmax_jax.verify.checks import CHECKS
 from softmax_jax.verify.oracle import Oracle, compiled_with_all_digits
 from softmax_jax.verify.problem import Problem
