@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
+import jax
+
 import softmax_jax
 from softmax_jax import benchmark, train
 from softmax_jax._command_line import out_of_memory
@@ -72,7 +74,9 @@ def _run(argv: Sequence[str] | None) -> int:
   parser, parsers = _parsers()
   args = parser.parse_args(argv)
   try:
-    return _COMMANDS[args.command].run(args)
+    # What the commands measure, train and check are compiled programs.
+    with jax.disable_jit(False):
+      return _COMMANDS[args.command].run(args)
   except argparse.ArgumentError as error:
     parsers[args.command].error(str(error))
   except ModuleNotFoundError as error:

@@ -379,6 +379,12 @@ def test_other_dtypes(dtype, capsys):
     assert line["bytes_moved"] > 48 * jnp.dtype(dtype).itemsize
 
 
+def test_programs_are_compiled_where_jit_is_disabled(capsys):
+  with jax.disable_jit():
+    code, _, err = run(capsys, "--suite", "softmax", "--shapes", "8x6", "--rounds", "1", "--peers")
+  assert (code, err) == (0, "")
+
+
 def test_a_peer_that_cannot_is_named(capsys, monkeypatch):
   build = programs.build
 

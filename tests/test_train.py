@@ -219,7 +219,7 @@ def test_curves_cover_all_steps(training):
   assert training.test_curve[-1, 1] == training.summary["test_loss"]
 
 
-@pytest.mark.without("debug_nans")
+@pytest.mark.without("debug_nans", "disable_jit")
 def test_step_is_traced_once_and_donates(digits, monkeypatch):
   shapes, first_weights = [], []
   loss, initial_weights = task.softmax_cross_entropy_with_integer_labels, task._initial_weights

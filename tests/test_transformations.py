@@ -417,6 +417,7 @@ def test_shard_map_of_arguments_of_which_only_one_varies(name, mode):
 # A training loop.
 
 
+@pytest.mark.without("disable_jit")
 def test_train_step_is_traced_once_and_learns():
   features = random(8, (32, 5))
   labels = np.argmax(features @ random(9, (5, 3)), axis=1)

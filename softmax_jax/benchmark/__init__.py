@@ -166,8 +166,7 @@ def run(args: argparse.Namespace) -> int:
   # JAX would take most of a GPU's memory for itself, where another library wants some.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   devices()
-  # What is measured is compiled, whatever is set.
-  with jax.enable_x64(args.dtype == "float64"), jax.disable_jit(False):
+  with jax.enable_x64(args.dtype == "float64"):
     result = _measure(args, _peers(args.peers))
 
   if args.plot:
