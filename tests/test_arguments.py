@@ -332,6 +332,11 @@ def test_the_whole_message(name):
   assert type(raised.value) is error
 
 
+def test_the_smallest_softcap_is_taken():
+  smallest = float(np.finfo(np.float32).tiny)
+  jax.eval_shape(lambda: sj.linear_softmax_cross_entropy(X, X.T, LABELS, softcap=smallest))
+
+
 def test_what_is_wrong_under_jit_raises_at_trace_time():
   with pytest.raises(ValueError, match=re.escape("got axis=2.")):
     jax.jit(lambda x: sj.softmax(x, axis=2))(X)
