@@ -130,8 +130,6 @@ def _linear_map_jvp(
 def _linear_map_transpose(
   y_bars: Values, *args: Any, num_residuals: int, transpose: Linear, **_: Any
 ) -> Values:
-  if all(type(y_bar) is ad.Zero for y_bar in y_bars):
-    return [None] * len(args)
   residuals = args[:num_residuals]
   x_bars = transpose(residuals, [None if type(y) is ad.Zero else y for y in y_bars])
   return [None] * num_residuals + list(x_bars)

@@ -5,6 +5,7 @@ The notation is that of `softmax_jax._normalizer`.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, NamedTuple, overload
 
 import jax
@@ -94,6 +95,7 @@ def _normalized(z: jax.Array, top: jax.Array, rows: Rows) -> jax.Array:
 # The mean, sum_i a_i c_i, leaves a rounding error at t, once more leaves that of the error, and the
 # same formula is then right to the last digits. For that an a_t next to 1 must be 1, which the
 # rounding of the division may have missed.
+@functools.partial(compiled, static_argnums=0)
 def _softmax_bwd(
   rows: Rows, residuals: _SoftmaxResiduals, y_bar: jax.Array
 ) -> tuple[jax.Array, None]:
@@ -203,8 +205,10 @@ def _log_softmax_fwd(
 
 # y_i = log a_i, and with seed step 5: dy_i/dx_j = (1 / a_i) a_i (delta_ij - a_j) = delta_ij - a_j,
 # so   x_bar_j = y_bar_j - a_j sum_i y_bar_i,   a_j = exp(y_j).
-# Where one class t holds nearly all of the probability, that difference leaves rounding errors
-# at t. But the matrix P = I - a 1^T is a projection, P P = P: to apply it again takes them away.
+# Where one class t holds nearly all of the probability, that difference leaves rounding errors at
+# t. But P = I - a 1^T is a projection, P P = P, as a sums to one, and P e_t = e_t - a is nearly 0
+# at t: to apply it again takes them away, and what the a of a rounded y do not sum to one by.
+@functools.partial(compiled, static_argnums=0)
 def _log_softmax_bwd(
   rows: Rows, residuals: _LogSoftmaxResiduals, y_bar: jax.Array
 ) -> tuple[jax.Array, None]:
@@ -213,10 +217,11 @@ def _log_softmax_bwd(
   a, x_bar = jnp.exp(y.astype(dtype)), masked(y_bar, mask, 0).astype(dtype)
   for _ in range(2):
     x_bar = x_bar - a * row_sum(x_bar, *rows)
-  return x_bar.astype(y.dtype), None
+  return masked(x_bar, mask, 0).astype(y.dtype), None
 
 
 # Likewise y_dot_i = x_dot_i - sum_j a_j x_dot_j, the product with the projection I - 1 a^T.
+@functools.partial(compiled, static_argnums=0)
 def _log_softmax_tangent(
   rows: Rows, residuals: _LogSoftmaxResiduals, args_dot: tuple[jax.Array, None]
 ) -> jax.Array:
@@ -248,9 +253,9 @@ def log_softmax(
     \frac{\partial \log a_i}{\partial x_j} = \delta_{ij} - a_j
 
   A drop-in replacement for `jax.nn.log_softmax`, differentiable in both modes. Unlike there, an
-  entry whose probability is close to one keeps all its digits, and so does its derivative. The
+  entry whose probability is close to one keeps all its digits, and its derivative is not lost. The
   output is all that is saved for the backward pass; as it is rounded, derivatives are right to
-  :math:`|\log a_j|` roundings of each term.
+  :math:`|\log a_j|` roundings of its dtype in each term.
 
   Args:
     x: array of any shape and a floating dtype, differentiable; integers are converted as

@@ -211,6 +211,15 @@ def test_masked_entries_have_no_say(name, hidden):
     np.testing.assert_array_equal(actual[..., ~where], 0)
 
 
+@pytest.mark.without("debug_nans")
+@every_function
+@pytest.mark.parametrize("x", [row(NAN, 2, 1, 0), row(INF, 2, 1, 0), row(-INF, -INF, 1, -INF)])
+def test_masked_entries_have_no_gradient_in_any_row(name, x):
+  where = np.array([True, True, False, True])
+  _, by_reverse_mode, _ = both_modes(FUNCTIONS[name], x, where)
+  np.testing.assert_array_equal(by_reverse_mode[..., ~where], 0)
+
+
 @every_function
 @pytest.mark.parametrize(
   "x", [row(1, 2, 3, 4), row(NAN, INF, -INF, 0), row(-INF, -INF, -INF, -INF)]

@@ -352,12 +352,14 @@ def test_backward_pass_stops_where_the_rule_has_no_cotangent(rules, enable):
 
 @pytest.mark.parametrize("enable", [enable_forward_mode, with_tangent])
 def test_backward_pass_stops_where_no_rule_after_it_has_a_cotangent(enable):
-  f = make_spiral(enable)
+  def never(*_):
+    raise AssertionError("the rule has no cotangent to pull back")
+
+  f = define(spiral, spiral_fwd, never, enable)
   without_gradient = define(lambda y: 2 * y, lambda y: (2 * y, None), lambda *_: (None,), enable)
-  program = jax.grad(lambda x: jnp.sum(without_gradient(f(x)) + x**2))
-  expected = jax.grad(lambda x: jnp.sum(x**2))
-  assert_close(program(X), expected(X))
-  assert cost(program, X) == cost(expected, X)
+  gradient = jax.grad(lambda x: jnp.sum(without_gradient(f(x)) + x**2))
+  assert_close(gradient(X), 2 * X)
+  assert_close(jax.jit(gradient)(X), 2 * X)
 
 
 @pytest.mark.parametrize("enable", [enable_forward_mode, with_scaled_tangent])
@@ -1057,6 +1059,7 @@ def test_errors_of_the_users_own_rules_are_not_disguised():
       transform()
 
 
+@pytest.mark.skipif(jax.config.jax_check_tracer_leaks, reason="the rules do leak")
 @pytest.mark.without("disable_jit")
 @pytest.mark.without("enable_x64")
 def test_rules_that_close_over_a_traced_value():
@@ -1121,6 +1124,7 @@ def test_switches_of_jax(context, enable):
   assert_close(ours, programs(product), 2e-6)
 
 
+@pytest.mark.skipif(jax.config.jax_check_tracer_leaks, reason="JAX keeps no programs then")
 def test_eager_calls_neither_compile_again_nor_keep_arrays():
   spiral, orbit = make_spiral(), make_orbit()
   steps = [

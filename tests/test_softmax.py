@@ -274,6 +274,19 @@ def test_equal_logits_of_any_size(name, shift):
   assert relative_error(FUNCTIONS[name](np.float32([shift, shift])), expected) < 1e-7
 
 
+@pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev])
+@pytest.mark.parametrize("inner", [jax.jacfwd, jax.jacrev])
+def test_second_derivatives_of_log_softmax_of_a_sure_class(outer, inner):
+  x, c = np.float32([0, -27.6, -28, -30]), np.float32([1, 2, 3, 4])
+  hessian = outer(inner(lambda x: log_softmax(x) @ c))(x)
+  others = np.exp(x[1:].astype(np.longdouble))
+  r = others.sum()  # 1e-12, which 1 - a does not tell from 0 in float32
+  a = np.concatenate([[1], others]) / (1 + r)
+  expected = np.diag(a) - np.outer(a, a)
+  expected[0, 0] = a[0] * r / (1 + r)
+  assert np.max(np.abs(np.asarray(hessian) / (-c.sum() * expected) - 1)) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp"])
 def test_sixteen_bits_sum_many_classes_in_float32(name, dtype):

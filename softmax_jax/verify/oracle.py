@@ -52,14 +52,14 @@ _KNOWN = 1e-3
 
 @contextlib.contextmanager
 def compiled_with_all_digits() -> Generator[None]:
-  """Products of float32 that accelerators do not shorten, and programs though jit be disabled."""
+  """Products of float32 with all digits on accelerators too; programs though jit is disabled."""
   with jax.default_matmul_precision("highest"), jax.disable_jit(False):
     yield
 
 
 @contextlib.contextmanager
 def exact() -> Generator[None]:
-  """The same in float64."""
+  """As `compiled_with_all_digits`, in float64."""
   with compiled_with_all_digits(), jax.enable_x64(True):
     yield
 
