@@ -1059,9 +1059,7 @@ def test_errors_of_the_users_own_rules_are_not_disguised():
       transform()
 
 
-@pytest.mark.skipif(jax.config.jax_check_tracer_leaks, reason="the rules do leak")
-@pytest.mark.without("disable_jit")
-@pytest.mark.without("enable_x64")
+@pytest.mark.without("enable_x64", "disable_jit", "check_tracer_leaks")  # the rules do leak
 def test_rules_that_close_over_a_traced_value():
   def scaled(scale, transform):
     f = define(
@@ -1124,7 +1122,7 @@ def test_switches_of_jax(context, enable):
   assert_close(ours, programs(product), 2e-6)
 
 
-@pytest.mark.skipif(jax.config.jax_check_tracer_leaks, reason="JAX keeps no programs then")
+@pytest.mark.without("check_tracer_leaks")  # under which JAX keeps no programs
 def test_eager_calls_neither_compile_again_nor_keep_arrays():
   spiral, orbit = make_spiral(), make_orbit()
   steps = [

@@ -22,10 +22,8 @@ from jax.sharding import AxisType
 import softmax_jax
 from softmax_jax import derivatives, enable_forward_mode
 
-pytestmark = [
-  pytest.mark.without("disable_jit"),  # as they count what is compiled
-  pytest.mark.skipif(jax.config.jax_check_tracer_leaks, reason="JAX keeps no programs then"),
-]
+# They count what is compiled, of which JAX keeps nothing under leak checks.
+pytestmark = pytest.mark.without("disable_jit", "check_tracer_leaks")
 
 RNG = np.random.default_rng(0)
 Z = jnp.asarray(RNG.normal(size=(3, 4)), jnp.float32)
