@@ -4,8 +4,9 @@ Notation, for the entries x_k of one row (those along the axes that are reduced)
 
     e_k = exp(x_k - shift),   S = sum_k e_k,   a_k = e_k / S   (the softmax, seed step 1)
 
-where ``shift`` is the largest x_k. Every formula built on it holds for any constant in its place,
-so its derivative is zero and is dropped.
+where ``shift`` is the largest x_k. Every formula built on it holds for any number in its place, so
+that its derivative may be chosen. It is that of the dominant entry of the row, or 0 where there is
+none (`differentiable`), which keeps the digits of second derivatives.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple, ParamSpec, TypeVar, TypeVarTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar, TypeVarTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,18 +53,26 @@ class Normalizer(NamedTuple):
 
   def log_sum(self) -> jax.Array:
     """``log S``; adding ``shift`` gives the logsumexp."""
-    return jnp.log1p(self.rest)
+    # The inner select keeps the infinite slope of the logarithm at S = 0 out of derivatives.
+    empty = self.rest == -1
+    return jnp.where(empty, -jnp.inf, jnp.log1p(jnp.where(empty, 0, self.rest)))
 
-  def below(self, x: jax.Array) -> jax.Array:
-    """``x - shift``, exactly 0 for the largest entry where it holds most of the sum.
+  def exp(self, z: jax.Array) -> jax.Array:
+    """``exp(z - shift)``, free of the rounding error of the difference."""
+    return _exp(z, self.shift, self.rest)
 
-    Where x is computed by a product, each of the loops that XLA fuses it into may round it in its
+  def below(self, z: jax.Array) -> jax.Array:
+    """``z - shift``, exactly 0 for the dominant entry.
+
+    Where z is computed by a product, each of the loops that XLA fuses it into may round it in its
     own way, and what the largest entry differs by from itself would be more than the share of all
-    others. In such a row no other entry is as near to the shift as -1/4.
+    others.
     """
-    d = x - self.shift
-    is_shift = _dominated(self.rest) & (d > -0.25)
-    return d - lax.stop_gradient(jnp.where(is_shift, d, jnp.zeros_like(d)))
+    return _below(z, self.shift, self.rest)
+
+  def difference(self, z: jax.Array) -> jax.Array:
+    """``z - shift`` without the select of `below`, which would slow down a sum on a CPU."""
+    return _difference(z, self.shift, self.rest)
 
 
 class OwnSum(NamedTuple):
@@ -104,7 +113,8 @@ def normalizer(
   axis_name: AxisName | None = None,
 ) -> Normalizer:
   """The normalizer of the entries of ``x`` along ``axes`` (and over the devices of a mesh axis)."""
-  return add_up(own_sum(x, mask, axes, dtype, axis_name), (), axis_name)[0]
+  s, _ = add_up(own_sum(x, mask, axes, dtype, axis_name), (), axis_name)
+  return differentiable(s, entries(x, mask, s.any, dtype), axes, axis_name)
 
 
 def add_up(
@@ -129,8 +139,10 @@ def own_sum(
   """The sum of ``exp(z - shift)`` over the entries z on this device, all but the largest.
 
   The largest e is 1. Added to the others it wipes out their digits where it holds nearly all of the
-  sum, so there the others are summed alone (`_if_small`).
+  sum, so there the others are summed alone (`_if_small`). A constant for every derivative:
+  `differentiable` says what that is.
   """
+  x = lax.stop_gradient(x)
   z, top, any_ = entries_and_largest(x, mask, axes, dtype, axis_name)
   shift = jnp.where(jnp.isfinite(top), top, jnp.zeros_like(top))
   own_top = top if axis_name is None else largest(z, axes)
@@ -184,17 +196,58 @@ def entries_and_largest(
   return entries(x, mask, any_, dtype), top, any_
 
 
+def differentiable(
+  s: Normalizer, z: jax.Array, axes: Axes, axis_name: AxisName | None
+) -> Normalizer:
+  """``s`` with its derivative by the entries z of which it is made."""
+  shift, rest = _differentiable(z, s.shift, s.rest, axes, axis_name)
+  return Normalizer(shift, rest, s.any)
+
+
+# With z_t the dominant entry of a row, shift_dot = z_dot_t, and the derivatives of
+#   e_k = exp(z_k - shift)     are   e_dot_k = e_k (z_dot_k - z_dot_t),  exactly 0 for k = t,
+#   rest = sum_{k != t} e_k          rest_dot = sum_{k != t} e_dot_k.
+# No term is larger than what is left of the row beside t, so that second derivatives of a row whose
+# t has nearly all of the probability keep their digits: with a constant shift t's own e_dot_t would
+# have to cancel. Without a dominant entry, shift_dot = 0 and rest_dot = S_dot = sum_k e_dot_k.
+#
+# Here too t and entries that hold anything are left out before the product, not after it: 0 * inf
+# would be NaN in the transpose. A row that does not count has rest = 0.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _differentiable(
+  z: jax.Array, shift: jax.Array, rest: jax.Array, axes: Axes, axis_name: AxisName | None
+) -> tuple[jax.Array, jax.Array]:
+  return shift, rest
+
+
+@_differentiable.defjvp
+def _differentiable_jvp(
+  axes: Axes, axis_name: AxisName | None, primals: Any, tangents: Any
+) -> tuple[Any, Any]:
+  z, z_dot = primals[0], tangents[0]
+  shift, rest = _differentiable(*primals, axes, axis_name)
+  dominant = _is_dominant(z, shift, rest)
+  z_dot_t = jnp.where(dominant, z_dot, jnp.zeros_like(z_dot))
+  shift_dot = devices.row_sum(z_dot_t, axes, axis_name)
+  e_dot = _exp_dot(z, shift, rest, z_dot, shift_dot)
+  return (shift, rest), (shift_dot, devices.row_sum(e_dot, axes, axis_name))
+
+
 def _dominated(rest: jax.Array) -> jax.Array:
   return jnp.abs(rest) < _DOMINATED
 
 
-def _if_small(e: jax.Array) -> jax.Array:
-  """``e`` where it is below `_DOMINATED`, 0 where it is more; without a select, for the speed.
+def _is_dominant(z: jax.Array, shift: jax.Array, rest: jax.Array) -> jax.Array:
+  """Whether an entry holds most of the sum of its row: no other is as near to the shift as -1/4.
 
-  The derivative is that of ``e`` everywhere: what is left out is the 1 in S - 1, a constant, but
-  its entry is part of S.
+  In rows that do not count also whether it is NaN or infinite.
   """
-  return e - lax.stop_gradient(e) * jnp.floor(e + (1 - _DOMINATED))
+  return _dominated(rest) & ~(z - shift <= -0.25)
+
+
+def _if_small(e: jax.Array) -> jax.Array:
+  """``e`` where it is below `_DOMINATED`, 0 where it is more; without a select, for the speed."""
+  return e - e * jnp.floor(e + (1 - _DOMINATED))
 
 
 def largest(z: jax.Array, axes: Axes) -> jax.Array:
@@ -225,8 +278,53 @@ def exp_of_difference(x: jax.Array, shift: jax.Array) -> jax.Array:
   d = y - shift
   back = d - y
   error = (y - (d - back)) - (shift + back)
-  e = jnp.exp(difference(x, shift))  # as in `own_sum`, so that XLA computes it once for both
+  e = jnp.exp(difference(x, shift))  # as in `own_sum`: XLA computes it once for both
   return e + e * error
+
+
+@jax.custom_jvp
+def _exp(z: jax.Array, shift: jax.Array, rest: jax.Array) -> jax.Array:
+  return exp_of_difference(z, shift)
+
+
+@_exp.defjvp
+def _exp_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+  return _exp(*primals), _exp_dot(*primals, *tangents[:2])
+
+
+def _exp_dot(
+  z: jax.Array, shift: jax.Array, rest: jax.Array, z_dot: jax.Array, shift_dot: jax.Array
+) -> jax.Array:
+  """The derivative of `_exp`; that of the dominant entry is 0."""
+  e = _exp(z, shift, rest)
+  e = jnp.where(_is_dominant(z, shift, rest), jnp.zeros_like(e), e)
+  return e * (z_dot - shift_dot)
+
+
+@jax.custom_jvp
+def _difference(z: jax.Array, shift: jax.Array, rest: jax.Array) -> jax.Array:
+  return difference(z, shift)
+
+
+@jax.custom_jvp
+def _below(z: jax.Array, shift: jax.Array, rest: jax.Array) -> jax.Array:
+  d = z - shift
+  return d - jnp.where(_is_dominant(z, shift, rest), d, jnp.zeros_like(d))
+
+
+@_difference.defjvp
+def _difference_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+  return _difference(*primals), _difference_dot(primals, tangents)
+
+
+@_below.defjvp
+def _below_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+  return _below(*primals), _difference_dot(primals, tangents)
+
+
+def _difference_dot(primals: Any, tangents: Any) -> jax.Array:
+  d_dot = tangents[0] - tangents[1]
+  return jnp.where(_is_dominant(*primals), jnp.zeros_like(d_dot), d_dot)
 
 
 def difference(x: jax.Array, shift: jax.Array) -> jax.Array:
@@ -259,17 +357,34 @@ def where_needed(
   A second pass over an array costs as much as the first where arithmetic is the limit, as on a CPU:
   there it is left out if no row needs it. Elsewhere it is fused with the first, and a branch would
   only part them. Inside `jax.shard_map` there is none either: JAX cannot vmap it there.
+
+  The derivative is always that of ``yes``: that of ``no`` may be NaN where its value is replaced.
   """
+  return _where_needed(yes, no, needed, *args)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _where_needed(
+  yes: Callable[..., jax.Array], no: Callable[..., jax.Array], needed: jax.Array, *args: Any
+) -> jax.Array:
   if any(varying_axes(x) for x in jax.tree.leaves(args)):
     return yes(*args)
 
-  def branch(needed: jax.Array, *args: *Args) -> jax.Array:
+  def branch(needed: jax.Array, *args: Any) -> jax.Array:
     return cond(needed, yes, no, *args)
 
-  def no_branch(needed: jax.Array, *args: *Args) -> jax.Array:
+  def no_branch(needed: jax.Array, *args: Any) -> jax.Array:
     return yes(*args)
 
   return platform_dependent(needed, *args, cpu=branch, default=no_branch)
+
+
+@_where_needed.defjvp
+def _where_needed_jvp(
+  yes: Callable[..., jax.Array], no: Callable[..., jax.Array], primals: Any, tangents: Any
+) -> tuple[jax.Array, jax.Array]:
+  out = _where_needed(yes, no, *primals)
+  return out, jax.jvp(yes, primals[1:], tangents[1:])[1]
 
 
 def masked(x: jax.Array, mask: jax.Array | None, fill: float) -> jax.Array:

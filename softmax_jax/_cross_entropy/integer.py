@@ -21,7 +21,9 @@ from softmax_jax._cross_entropy.rows import (
   batched_like,
   cost_of,
   inverse_sum,
+  linear_times,
   minus_log_softmax,
+  times,
   uniform_label,
   uniform_sums,
 )
@@ -33,8 +35,8 @@ from softmax_jax._normalizer import (
   add_up,
   broadcast,
   compiled,
+  differentiable,
   entries,
-  exp_of_difference,
   masked,
   own_sum,
   unbroadcast,
@@ -128,12 +130,20 @@ def _by_row(index: jax.Array, valid: jax.Array) -> jax.Array:
   return jnp.where(index >= 0, valid, jnp.where(index == INVALID, jnp.nan, 0))
 
 
-def _bar_by_row(index: jax.Array, bar: jax.Array) -> jax.Array:
-  """The cotangent that `_by_row` passes on.
+def bar_by_row(index: jax.Array, bar: jax.Array) -> jax.Array:
+  """The cotangent that `_by_row` passes on, NaN where the label is invalid.
 
-  Where the label is invalid, 0 stays 0, for those who discard such a row with a select.
+  There 0 stays 0, for those who discard such a row with a select. That is not decided by a compare,
+  as a backward rule has to be linear in the cotangent: any other number overflows in a product with
+  large factors, and is NaN after one with 0. Transposed, the product is the same.
   """
-  return jnp.where(index >= 0, bar, jnp.where((index == INVALID) & (bar != 0), jnp.nan, 0))
+  bar = jnp.where(index == IGNORED, jnp.zeros_like(bar), bar)
+  is_invalid = index == INVALID
+  large = jnp.where(is_invalid, jnp.finfo(bar.dtype).max, jnp.ones_like(bar))
+  zero = jnp.where(is_invalid, jnp.zeros_like(bar), jnp.ones_like(bar))
+  for factor in (large, large, large, zero, large, large, large):
+    bar = bar * factor
+  return bar
 
 
 def _primal(
@@ -157,7 +167,8 @@ def fwd(
   dtype = arguments.compute_dtype(logits.dtype)
   own = own_sum(logits, mask, (axis,), dtype, axis_name)
   label = _Label.of(index, logits.shape[axis], axis_name)
-  z_t = label.take(entries(logits, mask, own.any, dtype), axis)
+  z = entries(logits, mask, own.any, dtype)
+  z_t = label.take(z, axis)
   w_t = None
   if weights is not None:
     w_t = label.take_weight(weights, axis, logits)
@@ -165,9 +176,12 @@ def fwd(
   if static.smoothed:
     uniform = uniform_sums(weights, logits, mask, own.shift, own.any, (axis,))
   s, (z_t, w_t, uniform) = add_up(own, (z_t, w_t, uniform), axis_name)
-
   if s.any is not None:  # a row without any class does not count
     index = jnp.where(s.any, index, IGNORED)
+  if static.ignores:  # a row that does not count may hold anything
+    s = s._replace(rest=masked(s.rest, index != IGNORED, 0))
+  s = differentiable(s, z, (axis,), axis_name)
+
   nll = _by_row(index, s.log_sum() - s.below(z_t))
   lse = jnp.where(index == IGNORED, 0, s.shift + s.log_sum())
   weight = jnp.where(index == IGNORED, 0, jnp.ones_like(nll) if w_t is None else w_t)
@@ -192,8 +206,8 @@ def bwd(
   logits, index, mask, weights, s, uniform = residuals
   z = entries(logits, mask, s.any, s.shift.dtype)
   inverse = inverse_sum(s)
-  nll_bar = _bar_by_row(index, bars.nll)
-  g = bars.lse
+  nll_bar = bar_by_row(index, bars.nll)
+  g = jnp.where(index == IGNORED, jnp.zeros_like(bars.lse), bars.lse)
   label = _Label.of(index, z.shape[axis], static.axis_name)
   is_label = devices.index_along(z, axis) == index - devices.first_entry(
     z.shape[axis], static.axis_name
@@ -206,22 +220,22 @@ def bwd(
     (weights_bar,) = transposed(weight_bar)
   of_u = None
   if uniform is not None:
-    uniform_bar = _bar_by_row(index, bars.uniform)
+    uniform_bar = bar_by_row(index, bars.uniform)
     divisor = uniform.divisor(static.num_classes)
     u = uniform_label(weights, mask, divisor, z)
     g = g + uniform_bar * uniform.label_sum(static.num_classes)
     of_u = u * uniform_bar
     if weights is not None and weights_bar is not None:
-      weighted_cost = options.times(uniform_bar, cost_of(u, minus_log_softmax(z, s)))
+      weighted_cost = linear_times(uniform_bar, cost_of(u, minus_log_softmax(z, s)))
       if static.ignores:
         weighted_cost = masked(weighted_cost, index != IGNORED, 0)
       weights_bar += unbroadcast(masked(weighted_cost, mask, 0) / divisor, weights.shape)
   z_t = label.take(z, axis, elsewhere=-jnp.inf)
-  e_t = exp_of_difference(z_t, s.shift)
+  e_t = s.exp(z_t)
   # 1 for the largest entry, however XLA rounds it; with the derivative of e_t nevertheless.
   e_t += lax.stop_gradient(jnp.where(s.below(z_t) == 0, 1 - e_t, jnp.zeros_like(e_t)))
   at_label = (e_t * g - ((1 - e_t) + s.rest) * nll_bar) * inverse
-  z_bar = jnp.where(is_label, at_label, exp_of_difference(z, s.shift) * ((g + nll_bar) * inverse))
+  z_bar = jnp.where(is_label, at_label, s.exp(z) * ((g + nll_bar) * inverse))
   if of_u is not None:
     z_bar = z_bar - of_u
   # What does not count may hold anything, and has derivative 0 nevertheless.
@@ -245,7 +259,7 @@ def tangent(static: Static, residuals: Residuals, args_dot: tuple[Any, ...]) -> 
   if logits_dot is not None:
     z_dot = masked(logits_dot.astype(dtype), mask, 0)
     z_dot_t = devices.add_up(label.take(z_dot, axis), axis_name)
-    a = exp_of_difference(z, s.shift) * inverse_sum(s)
+    a = s.exp(z) * inverse_sum(s)
     nll_dot = row_sum(a * (z_dot - z_dot_t), (axis,), axis_name)
     lse_dot = nll_dot + z_dot_t
   if weights_dot is not None:
@@ -483,7 +497,7 @@ def softmax_cross_entropy_with_integer_labels(
     logits, mask, weights = varying_alike(logits, mask, weights)
     per_row = _integer_cross_entropy(logits, index, mask, weights, static)
     if weights is not None:
-      per_row = per_row._replace(nll=options.times(per_row.weight, per_row.nll))
+      per_row = per_row._replace(nll=times(per_row.weight, per_row.nll))
 
   per_row = tree_map(lambda x: jnp.squeeze(x, class_axis), per_row)
   loss, aux = options.combine(chosen, per_row)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from softmax_jax import _arguments as arguments
-from softmax_jax._cross_entropy.rows import PerRow
+from softmax_jax._cross_entropy.rows import PerRow, times
 
 Reduction = Literal["none", "sum", "mean"]
 
@@ -93,28 +93,6 @@ def combine(options: Options, rows: PerRow) -> tuple[jax.Array, CrossEntropyAux]
   }
   loss, z_loss = (reduce[options.reduction](x) for x in (loss, z_loss))
   return loss, CrossEntropyAux(rows.nll, rows.lse, z_loss, total_weight)
-
-
-@jax.custom_jvp
-def times(coefficient: jax.Array, x: jax.Array) -> jax.Array:
-  """``coefficient * x`` with 0 * inf = 0: what has no weight adds nothing."""
-  return coefficient * _finite_at_zero(coefficient, x)
-
-
-Pair = tuple[jax.Array, jax.Array]
-
-
-# The derivative by x is the coefficient, whatever x is: said here, it spares the gradient of a loss
-# the computation of its value. Where that is 0 so is the tangent, also of an infinite x_dot.
-@times.defjvp
-def _times_jvp(primals: Pair, tangents: Pair) -> Pair:
-  (coefficient, x), (coefficient_dot, x_dot) = primals, tangents
-  dot = jnp.where(coefficient == 0, jnp.zeros_like(x_dot), coefficient * x_dot)
-  return times(coefficient, x), dot + coefficient_dot * _finite_at_zero(coefficient, x)
-
-
-def _finite_at_zero(coefficient: jax.Array, x: jax.Array) -> jax.Array:
-  return jnp.where((coefficient == 0) & jnp.isinf(x), jnp.zeros_like(x), x)
 
 
 def mean(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -22,6 +22,8 @@ from softmax_jax._cross_entropy.rows import (
   batched_like,
   cost_of,
   inverse_sum,
+  linear_times,
+  log_sum_from_constant,
   minus_log_softmax,
   uniform_label,
   uniform_sums,
@@ -34,8 +36,9 @@ from softmax_jax._normalizer import (
   add_up,
   broadcast,
   compiled,
+  difference,
+  differentiable,
   entries,
-  exp_of_difference,
   few,
   masked,
   own_sum,
@@ -128,17 +131,22 @@ def _fwd(
   axes, axis_name = static.axes, static.axis_name
   dtype = arguments.compute_dtype(logits.dtype, labels.dtype)
   own = own_sum(logits, mask, axes, dtype, axis_name)
-  likelihood = functools.partial(_likelihood, logits, labels, mask, weights)
   nll = total = uniform = uniform_loss = None
+  z = entries(logits, mask, own.any, dtype)
   if axis_name is not None:  # what there is without log S, which this device does not know yet
-    nll = likelihood(Normalizer(own.shift, jnp.zeros_like(own.rest), own.any), axes)
     p = jnp.broadcast_to(_weighted_label(labels, mask, weights, dtype), logits.shape)
+    cost = -difference(z, own.shift)
+    nll = jnp.sum(p * cost_of(p, cost), axis=axes, keepdims=True)
     total = jnp.sum(p, axis=axes, keepdims=True)
   if static.smoothed:
     uniform = uniform_sums(weights, logits, mask, own.shift, own.any, axes)
   s, (nll, total, uniform) = add_up(own, (nll, total, uniform), axis_name)
+  s = differentiable(s, z, axes, axis_name)
 
-  nll = likelihood(s, axes) if nll is None or total is None else nll + total * s.log_sum()
+  if nll is None or total is None:
+    nll = _likelihood(logits, labels, mask, weights, s, axes)
+  else:
+    nll = nll + total * log_sum_from_constant(s)
   if uniform is not None:
     uniform_loss = uniform.loss(s, static.num_classes)
     uniform = uniform._replace(cost=None)
@@ -163,7 +171,7 @@ def _bwd(
   z = entries(logits, mask, s.any, dtype)
   p = jnp.broadcast_to(_weighted_label(labels, mask, weights, dtype), z.shape)
   cost = minus_log_softmax(z, s)
-  e, inverse = exp_of_difference(z, s.shift), inverse_sum(s)
+  e, inverse = s.exp(z), inverse_sum(s)
   g = bars.lse
   u, divisor = None, 1
   if uniform is not None:
@@ -179,13 +187,13 @@ def _bwd(
   if u is not None:
     z_bar = z_bar - u * bars.uniform
 
-  p_bar = masked(cost_of(p, cost) * bars.nll, mask, 0)
+  p_bar = masked(linear_times(bars.nll, cost_of(p, cost)), mask, 0)
   labels_bar = p_bar if weights is None else p_bar * weights
   weights_bar = None
   if weights is not None:
     weights_bar = p_bar * masked(labels.astype(dtype), mask, 0)
     if u is not None:
-      weighted_cost = options.times(bars.uniform, cost_of(u, cost))
+      weighted_cost = linear_times(bars.uniform, cost_of(u, cost))
       weights_bar = weights_bar + masked(weighted_cost, mask, 0) / divisor
     weights_bar = unbroadcast(weights_bar, weights.shape)
   return (
@@ -225,7 +233,7 @@ def _tangent(
 
   if logits_dot is not None:
     z_dot = masked(logits_dot.astype(dtype), mask, 0)
-    a = exp_of_difference(z, s.shift) * inverse_sum(s)
+    a = s.exp(z) * inverse_sum(s)
     (lse_dot,) = sums(a * z_dot)
     v = z_dot - lse_dot
     for _ in range(2):

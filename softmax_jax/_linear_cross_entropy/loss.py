@@ -14,7 +14,7 @@ from softmax_jax import _devices as devices
 from softmax_jax._cross_entropy import options
 from softmax_jax._cross_entropy.integer import IGNORED, class_index, weight_of_label
 from softmax_jax._cross_entropy.options import Reduction
-from softmax_jax._cross_entropy.rows import PerRow
+from softmax_jax._cross_entropy.rows import PerRow, times
 from softmax_jax._devices import AxisName
 from softmax_jax._forward_mode import varying_alike
 from softmax_jax._linear_cross_entropy import rules
@@ -253,7 +253,7 @@ def _losses(arrays: Arrays, settings: _Settings) -> jax.Array:
   inputs, index = _alike(inputs, index, static.axis_name)
   per_row = rules.losses(inputs, index, static)._replace(weight=counted)
   if arrays.class_weights is not None:
-    per_row = per_row._replace(nll=options.times(weight, per_row.nll))
+    per_row = per_row._replace(nll=times(weight, per_row.nll))
   chosen = options.Options(arrays.label_smoothing, arrays.z_loss, "none")
   return options.combine(chosen, per_row)[0].reshape(arrays.index.shape)
 

@@ -20,8 +20,15 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from softmax_jax import _devices as devices
-from softmax_jax._cross_entropy import integer, options
-from softmax_jax._cross_entropy.rows import PerRow, UniformSums, cost_of, minus_log_softmax
+from softmax_jax._cross_entropy import integer
+from softmax_jax._cross_entropy.rows import (
+  PerRow,
+  UniformSums,
+  cost_of,
+  linear_times,
+  minus_log_softmax,
+  times,
+)
 from softmax_jax._devices import AxisName
 from softmax_jax._forward_mode import enable_forward_mode
 from softmax_jax._linear_cross_entropy.chunks import block_size, over_blocks, over_chunks
@@ -93,10 +100,10 @@ def _features(x: jax.Array, index: jax.Array, static: Static) -> jax.Array:
 
 def _poison(index: jax.Array, bars: PerRow) -> jax.Array:
   """NaN in rows whose label is invalid, unless their loss is discarded; 0 elsewhere."""
-  used = bars.nll != 0
+  poison = integer.bar_by_row(index, bars.nll)
   if bars.uniform is not None:
-    used |= bars.uniform != 0
-  return jnp.where((index == integer.INVALID) & used, jnp.nan, jnp.zeros_like(bars.nll))
+    poison += integer.bar_by_row(index, bars.uniform)
+  return jnp.where(index == integer.INVALID, poison, jnp.zeros_like(poison))
 
 
 def _chunk_logits(
@@ -205,7 +212,7 @@ def _chunk_gradients(
       y_bar = z_bar * cap_slope(y_block, inputs.softcap)
     if u is not None and wanted.spread:
       cost = cost_of(cut(u), minus_log_softmax(z_block, s))
-      u_bar = jnp.sum(options.times(bars.uniform, cost), axis=0, keepdims=True)
+      u_bar = jnp.sum(linear_times(bars.uniform, cost), axis=0, keepdims=True)
       sums = sums._replace(spread=add(sums.spread, u_bar / static.num_classes, 1))
     if inputs.softcap is not None and wanted.softcap:
       c_bar = jnp.sum(z_bar * cap_slope_by_softcap(y_block, inputs.softcap))
@@ -356,11 +363,11 @@ losses = enable_forward_mode(_rows_rule, tangent=_rows_tangent)
 
 
 def _weighted_sum(weights: PerRow, per_row: PerRow) -> jax.Array:
-  total = jnp.sum(options.times(weights.nll, per_row.nll))
+  total = jnp.sum(times(weights.nll, per_row.nll))
   if weights.uniform is not None:
-    total += jnp.sum(options.times(weights.uniform, per_row.uniform))
+    total += jnp.sum(times(weights.uniform, per_row.uniform))
   if weights.lse is not None:
-    total += jnp.sum(options.times(weights.lse, per_row.lse**2))
+    total += jnp.sum(times(weights.lse, per_row.lse**2))
   return total
 
 
