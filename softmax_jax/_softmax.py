@@ -352,38 +352,50 @@ def _scaled_logsumexp_primal(
 def _scaled_logsumexp_fwd(
   a: jax.Array, b: jax.Array, mask: jax.Array | None, rows: Rows
 ) -> tuple[_Signed, _ScaledResiduals]:
-  z, w = _entries_that_count(a, b, mask)
-  z, top, _ = entries_and_largest(z, None, rows.axes, z.dtype, rows.axis_name)
+  z, w = _scaled_entries(a, b, mask)
+  counted = lax.stop_gradient(jnp.where(w != 0, z, -jnp.inf))
+  _, top, _ = entries_and_largest(counted, None, rows.axes, z.dtype, rows.axis_name)
   shift = jnp.where(jnp.isfinite(top), top, jnp.zeros_like(top))
-  total = row_sum(w * jnp.exp(z - shift), *rows)
+  total = row_sum(w * _bounded_exp(z - shift), *rows)
   out = _Signed((shift + jnp.log(jnp.abs(total))).astype(a.dtype), jnp.sign(total).astype(a.dtype))
   # A sum over nothing has no derivative, which is what dividing by infinity makes of it below.
   total = jnp.where(top == -jnp.inf, jnp.inf, total)
   return out, _ScaledResiduals(a, b, mask, shift, total)
 
 
-def _entries_that_count(
+def _scaled_entries(
   a: jax.Array, b: jax.Array, mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-  """The entries and their coefficients; -inf and 0 where masked or where the coefficient is 0."""
+  """The entries and their coefficients; -inf and 0 where masked, or where 0 meets no number."""
   dtype = arguments.compute_dtype(a.dtype)
   w = masked(jnp.broadcast_to(b, a.shape).astype(dtype), mask, 0)
-  return jnp.where(w != 0, a.astype(dtype), -jnp.inf), w
+  z = masked(a.astype(dtype), mask, -jnp.inf)
+  return jnp.where((w == 0) & ~jnp.isfinite(z), -jnp.inf, z), w
+
+
+def _bounded_exp(d: jax.Array) -> jax.Array:
+  """``exp(d)``, finite: an entry above the shift, whose coefficient is 0, could overflow."""
+  return jnp.exp(jnp.minimum(d, _largest_exponent(d)))
+
+
+def _largest_exponent(d: jax.Array) -> float:
+  return float(np.log(np.finfo(d.dtype).max)) - 1
 
 
 # log = shift + log|T| with T = sum_k b_k e_k, and the sign of T is piecewise constant, so
 #   a_bar_j = log_bar b_j e_j / T,   b_bar_j = log_bar e_j / T.
-# The second is also right where b_j = 0, unless a_j is infinite or NaN there: that is left out.
+# An entry with b_j = 0 takes part in both, and in their derivatives, unless a_j is infinite or NaN.
 def _scaled_logsumexp_bwd(
   rows: Rows, residuals: _ScaledResiduals, bars: _Signed
 ) -> tuple[jax.Array, jax.Array, None]:
   a, b, mask, shift, total = residuals
-  z, w = _entries_that_count(a, b, mask)
+  z, w = _scaled_entries(a, b, mask)
   scale = bars.log.astype(z.dtype) / total
-  a_bar = w * jnp.exp(z - shift) * scale
-  all_z = masked(a.astype(z.dtype), mask, -jnp.inf)
-  all_z = jnp.where((w == 0) & ~jnp.isfinite(all_z), -jnp.inf, all_z)
-  b_bar = jnp.exp(all_z - shift) * scale
+  d = z - shift
+  b_bar = _bounded_exp(d) * scale
+  a_bar = w * b_bar
+  overflow = jnp.where(d > _largest_exponent(d), np.finfo(d.dtype).max, jnp.ones_like(d))
+  b_bar = b_bar * overflow
   return (
     masked(a_bar, mask, 0).astype(a.dtype),
     unbroadcast(masked(b_bar, mask, 0), b.shape).astype(b.dtype),
