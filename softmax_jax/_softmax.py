@@ -93,7 +93,8 @@ def _normalized(z: jax.Array, top: jax.Array, rows: Rows) -> jax.Array:
 # their difference leaves: rounding errors. But J 1 = 0 allows to subtract any number from c before.
 # The mean, sum_i a_i c_i, leaves a rounding error at t, once more leaves that of the error, and the
 # same formula is then right to the last digits. For that an a_t next to 1 must be 1, which the
-# rounding of the division may have missed.
+# rounding of the division may have missed. (Further derivatives by that a_t are dropped: they would
+# multiply c_t less the mean, which is nearly 0.)
 @functools.partial(compiled, static_argnums=0)
 def _softmax_bwd(
   rows: Rows, residuals: _SoftmaxResiduals, y_bar: jax.Array
@@ -357,10 +358,14 @@ def _scaled_logsumexp_fwd(
   _, top, _ = entries_and_largest(counted, None, rows.axes, z.dtype, rows.axis_name)
   shift = jnp.where(jnp.isfinite(top), top, jnp.zeros_like(top))
   total = row_sum(w * _bounded_exp(z - shift), *rows)
-  out = _Signed((shift + jnp.log(jnp.abs(total))).astype(a.dtype), jnp.sign(total).astype(a.dtype))
-  # A sum over nothing has no derivative, which is what dividing by infinity makes of it below.
-  total = jnp.where(top == -jnp.inf, jnp.inf, total)
-  return out, _ScaledResiduals(a, b, mask, shift, total)
+  sign = jnp.sign(total)
+  # A sum over nothing has no derivative, which is what dividing by infinity makes of it.
+  nothing = top == -jnp.inf
+  total = jnp.where(nothing, jnp.inf, total)
+  log = jnp.where(nothing, -jnp.inf, shift + jnp.log(jnp.abs(total)))
+  return _Signed(log.astype(a.dtype), sign.astype(a.dtype)), _ScaledResiduals(
+    a, b, mask, shift, total
+  )
 
 
 def _scaled_entries(

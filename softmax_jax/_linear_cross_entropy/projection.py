@@ -86,8 +86,20 @@ def capped(y: jax.Array, softcap: jax.Array) -> jax.Array:
 
 def cap_slope(y: jax.Array, softcap: jax.Array) -> jax.Array:
   """dz/dy."""
-  e = jnp.exp(-2 * jnp.abs(y / softcap))
+  return _tanh_slope(y / softcap)
+
+
+@jax.custom_jvp
+def _tanh_slope(v: jax.Array) -> jax.Array:
+  e = jnp.exp(-2 * jnp.abs(v))
   return 4 * e / (1 + e) ** 2
+
+
+# Stated, as the kink of |v| at 0 would make the next derivative there 0.
+@_tanh_slope.defjvp
+def _tanh_slope_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+  slope = _tanh_slope(*primals)
+  return slope, -2 * jnp.tanh(primals[0]) * slope * tangents[0]
 
 
 def cap_slope_by_softcap(y: jax.Array, softcap: jax.Array) -> jax.Array:
