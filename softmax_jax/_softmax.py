@@ -363,9 +363,8 @@ def _scaled_logsumexp_fwd(
   nothing = top == -jnp.inf
   total = jnp.where(nothing, jnp.inf, total)
   log = jnp.where(nothing, -jnp.inf, shift + jnp.log(jnp.abs(total)))
-  return _Signed(log.astype(a.dtype), sign.astype(a.dtype)), _ScaledResiduals(
-    a, b, mask, shift, total
-  )
+  out = _Signed(log.astype(a.dtype), sign.astype(a.dtype))
+  return out, _ScaledResiduals(a, b, mask, shift, total)
 
 
 def _scaled_entries(
