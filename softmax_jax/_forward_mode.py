@@ -187,6 +187,25 @@ batching.fancy_primitive_batchers[linear_map_p] = _linear_map_batch
 mlir.register_lowering(linear_map_p, mlir.lower_fun(_linear_map_lowered, multiple_results=True))
 
 
+def linear_map(
+  name: str, apply: Linear, transpose: Linear, residuals: Values, x: Any, like: Any
+) -> Any:
+  """``apply(residuals, [x])[0]``, of the type of ``like``: linear for JAX though it may compare x.
+
+  Its transpose is ``transpose(residuals, [y_bar])[0]``.
+  """
+  (y,) = linear_map_p.bind(
+    *residuals,
+    x,
+    name=name,
+    num_residuals=len(residuals),
+    apply=apply,
+    transpose=transpose,
+    out_types=(jax.typeof(like).to_tangent_aval(),),
+  )
+  return y
+
+
 def enable_forward_mode(
   f: Callable[P, R], tangent: Callable[..., Any] | None = None
 ) -> CustomVJP[P, R]:

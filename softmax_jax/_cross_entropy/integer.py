@@ -28,7 +28,7 @@ from softmax_jax._cross_entropy.rows import (
   uniform_sums,
 )
 from softmax_jax._devices import AxisName, row_sum
-from softmax_jax._forward_mode import enable_forward_mode, varying_alike
+from softmax_jax._forward_mode import enable_forward_mode, linear_map, varying_alike
 from softmax_jax._normalizer import (
   Axes,
   Normalizer,
@@ -133,17 +133,15 @@ def _by_row(index: jax.Array, valid: jax.Array) -> jax.Array:
 def bar_by_row(index: jax.Array, bar: jax.Array) -> jax.Array:
   """The cotangent that `_by_row` passes on, NaN where the label is invalid.
 
-  There 0 stays 0, for those who discard such a row with a select. That is not decided by a compare,
-  as a backward rule has to be linear in the cotangent: any other number overflows in a product with
-  large factors, and is NaN after one with 0. Transposed, the product is the same.
+  There 0 stays 0, for those who discard such a row with a select.
   """
-  bar = jnp.where(index == IGNORED, jnp.zeros_like(bar), bar)
-  is_invalid = index == INVALID
-  large = jnp.where(is_invalid, jnp.finfo(bar.dtype).max, jnp.ones_like(bar))
-  zero = jnp.where(is_invalid, jnp.zeros_like(bar), jnp.ones_like(bar))
-  for factor in (large, large, large, zero, large, large, large):
-    bar = bar * factor
-  return bar
+
+  def by_row(residuals: Any, bars: Any) -> tuple[jax.Array]:
+    (index,), (bar,) = residuals, bars
+    poison = jnp.where((index == INVALID) & (bar != 0), jnp.nan, jnp.zeros_like(bar))
+    return (jnp.where(index >= 0, bar, poison),)
+
+  return linear_map("bar_by_row", by_row, by_row, [index], bar, like=bar)
 
 
 def _primal(

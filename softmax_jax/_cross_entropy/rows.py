@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from softmax_jax._normalizer import Axes, Normalizer, difference, entries, masked
+from softmax_jax._forward_mode import linear_map, varying_alike
+from softmax_jax._normalizer import Axes, Normalizer, difference, entries, masked, unbroadcast
 
 
 class PerRow(NamedTuple):
@@ -50,10 +51,17 @@ def _times_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def linear_times(bar: jax.Array, x: jax.Array) -> jax.Array:
-  """``bar * x`` with 0 * inf = 0, by operations that are linear in the cotangent ``bar``."""
-  most = jnp.finfo(x.dtype).max
-  factor = jnp.where(jnp.isinf(x), most, jnp.ones_like(x))
-  return bar * jnp.clip(x, -most, most) * factor * factor
+  """``bar * x`` with 0 * inf = 0, linear in the cotangent ``bar``, which broadcasts to ``x``."""
+  bar, x = varying_alike(bar, x)
+
+  def product(residuals: Any, bars: Any) -> tuple[jax.Array]:
+    (x,), (bar,) = residuals, bars
+    return (jnp.where((bar == 0) & jnp.isinf(x), jnp.zeros_like(x), bar * x),)
+
+  def transpose(residuals: Any, bars: Any) -> tuple[jax.Array]:
+    return (unbroadcast(product(residuals, bars)[0], bar.shape),)
+
+  return linear_map("linear_times", product, transpose, [x], bar, like=x)
 
 
 def batched_like(weight: jax.Array, x: jax.Array) -> jax.Array:
