@@ -1,0 +1,282 @@
+"""Second derivatives of the public functions, and of plain formulas that they must match.
+
+A formula is computed in float64 and has no select: what takes no part is replaced by a number and
+multiplied by 0, so that JAX's derivatives of every order are those of mathematics.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from oracle import default_promotion, random, relative_error, wide
+
+import softmax_jax
+
+NESTINGS = (
+  "reverse over reverse",
+  "forward over reverse",
+  "reverse over forward",
+  "forward over forward",
+)
+
+
+class Rows(NamedTuple):
+  """What is not differentiated, all arrays.
+
+  Attributes:
+    cotangents: [R], of the losses of the rows.
+    labels: [R], integers, -1 in rows that do not count.
+    where: [R, K] or [R] or None.
+    share: [R, K], 1 where an entry takes part and 0 where not; for the formulas.
+    classes: [R], the number of classes among which smoothing divides; for the formulas.
+  """
+
+  cotangents: np.ndarray
+  labels: np.ndarray
+  where: np.ndarray | None
+  share: np.ndarray
+  classes: np.ndarray
+
+
+class SecondOrder(NamedTuple):
+  """``hvps`` has for each nesting the products of the Hessian with directions, [D, N].
+
+  Those are one at random for each argument, and then, but for the last nesting, the unit vectors.
+  """
+
+  value: jax.Array
+  gradient: jax.Array
+  hvps: dict
+
+
+def second_order(f, nestings=NESTINGS):
+  """The derivatives of a number ``f(args, rows)`` by the concatenation of all of ``args``."""
+
+  def derivatives(args, rows, directions):
+    point, unravel = ravel_pytree(args)
+    g = lambda v: f(unravel(v), rows)
+    along = lambda g, u: lambda v: jax.jvp(g, (v,), (u,))[1]
+    eye = jnp.eye(point.size, dtype=point.dtype)
+    hvp = {
+      "reverse over reverse": lambda u: jax.grad(lambda v: jnp.vdot(jax.grad(g)(v), u))(point),
+      "forward over reverse": lambda u: along(jax.grad(g), u)(point),
+      "reverse over forward": lambda u: jax.grad(along(g, u))(point),
+      "forward over forward": lambda u: jax.vmap(lambda w: along(along(g, u), w)(point))(eye),
+    }
+    value, gradient = jax.value_and_grad(g)(point)
+    few = directions[: len(args)]
+    hvps = {
+      name: jax.vmap(hvp[name])(few if name == "forward over forward" else directions)
+      for name in nestings
+    }
+    return SecondOrder(value, gradient, hvps)
+
+  return derivatives
+
+
+def flat(args, parts, fill=False):
+  """One array over the concatenation of ``args``, of the ``parts`` that there are."""
+  of = lambda name: np.broadcast_to(parts.get(name, fill), np.shape(args[name])).ravel()
+  return np.concatenate([of(name) for name in sorted(args)])
+
+
+def directions_for(args, unsure=None):
+  """One direction at random for each argument, and all unit vectors of their concatenation.
+
+  The former leave out what is ``unsure``.
+  """
+  sure = ~flat(args, unsure or {})
+  random_ones = [random(i, sure.size) * flat(args, {x: True}) * sure for i, x in enumerate(sorted(args))]
+  dtype = jax.tree.leaves(args)[0].dtype
+  return np.concatenate([random_ones, np.eye(sure.size)]).astype(dtype)
+
+
+# The functions: what the library computes and, below, the formulas.
+
+
+def options(args):
+  names = "class_weights", "label_smoothing", "z_loss"
+  return {name: args[name] for name in names if name in args}
+
+
+def integer_loss(args, rows):
+  f = softmax_jax.softmax_cross_entropy_with_integer_labels
+  return f(args["logits"], rows.labels, where=rows.where, ignore_index=-1, **options(args))
+
+
+def soft_loss(args, rows):
+  return softmax_jax.softmax_cross_entropy(
+    args["logits"], args["labels"], where=rows.where, **options(args)
+  )
+
+
+def linear_loss(args, rows, reduction):
+  return softmax_jax.linear_softmax_cross_entropy(
+    args["x"],
+    args["weight"],
+    rows.labels,
+    bias=args["bias"],
+    ignore_index=-1,
+    reduction=reduction,
+    chunk_size=2,
+    **options(args),
+  )
+
+
+def normalizer(args, rows):
+  lse = softmax_jax.logsumexp(args["a"], axis=-1, b=args.get("b"), where=rows.where)
+  return jnp.where(jnp.max(rows.share, axis=1) > 0, lse, 0)
+
+
+def signed_normalizer(args, rows):
+  return softmax_jax.logsumexp(args["a"], axis=-1, b=args["b"], return_sign=True)[0]
+
+
+def entries(f):
+  """Of softmax and log_softmax, whose result is not finite where masked."""
+  return lambda args, rows: jnp.sum(
+    jnp.where(rows.share > 0, f(args["x"], where=rows.where) * weights_of(rows), 0), axis=1
+  )
+
+
+def weights_of(rows):
+  """Of the entries in a sum, all different."""
+  return jnp.asarray(np.cos(1.0 + np.arange(rows.share.shape[1])), rows.share.dtype)[None]
+
+
+FUNCTIONS = {
+  "integer": integer_loss,
+  "soft": soft_loss,
+  "linear, none": functools.partial(linear_loss, reduction="none"),
+  "linear, sum": functools.partial(linear_loss, reduction="sum"),
+  "linear, mean": functools.partial(linear_loss, reduction="mean"),
+  "logsumexp": normalizer,
+  "logsumexp with sign": signed_normalizer,
+  "softmax": entries(lambda x, where: softmax_jax.softmax(x, where=where)),
+  "log_softmax": entries(lambda x, where: softmax_jax.log_softmax(x, where=where)),
+}
+
+
+def number(function, args, rows):
+  y = FUNCTIONS[function](args, rows)
+  return jnp.vdot(rows.cotangents, y) if y.ndim else y
+
+
+def cross_entropy(args, rows, *, soft=False, mean=False):
+  """Either loss of logits with all options but those that ``args`` lacks."""
+  z, m = args["logits"], rows.share
+  one_hot = (rows.labels[:, None] == np.arange(z.shape[1])[None]).astype(z.dtype)
+  t = args["labels"] if soft else one_hot
+  w = args.get("class_weights", jnp.ones(z.shape[1]))[None]
+  alpha, z_loss = args.get("label_smoothing", 0.0), args.get("z_loss", 0.0)
+  counts = jnp.max(m, axis=1)
+  lse = jnp.log(jnp.sum(m * jnp.exp(z), axis=1) + (1 - counts))
+  p = w * ((1 - alpha) * t + alpha / rows.classes[:, None])
+  losses = jnp.sum(m * p * (lse[:, None] - z), axis=1) + counts * z_loss * lse**2
+  total = jnp.vdot(rows.cotangents, losses)
+  return total / jnp.vdot(counts, jnp.sum(t * w, axis=1)) if mean else total
+
+
+def linear(args, rows, *, mean=False):
+  rest = {name: args[name] for name in args if name not in ("x", "weight", "bias")}
+  z = args["x"] @ args["weight"] + args["bias"][None]
+  return cross_entropy({"logits": z, **rest}, rows, mean=mean)
+
+
+def log_of_sum(args, rows):
+  counts = jnp.max(rows.share, axis=1)
+  s = jnp.sum(rows.share * args.get("b", 1.0) * jnp.exp(args["a"]), axis=1) + (1 - counts)
+  return jnp.vdot(rows.cotangents, jnp.log(s**2) / 2)
+
+
+def probabilities(args, rows, *, log=False):
+  m = rows.share
+  s = jnp.sum(m * jnp.exp(args["x"]), axis=1) + (1 - jnp.max(m, axis=1))
+  log_a = args["x"] - jnp.log(s)[:, None]
+  y = m * (log_a if log else jnp.exp(log_a)) * weights_of(rows)
+  return jnp.vdot(rows.cotangents, jnp.sum(y, axis=1))
+
+
+FORMULAS = {
+  "integer": cross_entropy,
+  "soft": functools.partial(cross_entropy, soft=True),
+  "linear, none": linear,
+  "linear, sum": linear,
+  "linear, mean": functools.partial(linear, mean=True),
+  "logsumexp": log_of_sum,
+  "logsumexp with sign": log_of_sum,
+  "softmax": probabilities,
+  "log_softmax": functools.partial(probabilities, log=True),
+}
+
+
+# The comparison.
+
+
+# Compiling is what takes time here, and not running.
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@functools.cache
+def program(function, vmapped=False):
+  """The derivatives of a function of the library, compiled; or of several cases at once."""
+  f = second_order(functools.partial(number, function))
+  return jax.jit(jax.vmap(f, (0, 0, None)) if vmapped else f, compiler_options=QUICKLY)
+
+
+@functools.cache
+def formula(function):
+  f = default_promotion()(FORMULAS[function])
+  f = default_promotion()(second_order(f, NESTINGS[1:2]))
+  return jax.jit(f, compiler_options=QUICKLY)
+
+
+def expected(function, args, rows, unsure=None):
+  """The derivatives of the formula, in float64: what is no number takes no part there."""
+  with jax.enable_x64(True):
+    finite = lambda x: np.nan_to_num(wide(x).astype(np.float64), nan=0, posinf=0, neginf=0)
+    args = {name: finite(x) for name, x in args.items()}
+    numbers = {name: finite(getattr(rows, name)) for name in ("cotangents", "share", "classes")}
+    rows = rows._replace(where=None, **numbers)
+    return jax.tree.map(np.asarray, formula(function)(args, rows, directions_for(args, unsure)))
+
+
+def faults(actual, expected, args, tolerance, unsure=None):
+  """What of the derivatives is wrong, block by block: each pair of arguments has a norm of its own.
+
+  Where the formula gives 0, but for the rounding errors of float64, the library has to give 0 but
+  for those of its dtype. What is ``unsure`` has no derivatives in mathematics, and the nestings
+  only have to agree.
+  """
+  sure = ~flat(args, unsure or {})
+  (reference,) = expected.hvps.values()
+  size = np.max(np.abs(expected.gradient)) + np.max(np.abs(reference))
+  slices = {name: np.flatnonzero(flat(args, {name: True}) & sure) for name in sorted(args)}
+  found = {}
+
+  def compare(what, ours, theirs):
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs)
+    if np.max(np.abs(theirs), initial=0) <= 1e-13 * size:
+      wrong = not np.max(np.abs(ours), initial=0) <= tolerance * size
+    else:
+      wrong = not relative_error(ours, theirs) <= tolerance
+    if wrong:
+      found[what] = f"{np.linalg.norm(ours):.3g} in norm, not {np.linalg.norm(theirs):.3g}"
+
+  compare("value", actual.value, expected.value)
+  for j, columns in slices.items():
+    compare(j, actual.gradient[columns], expected.gradient[columns])
+  for nesting, ours in actual.hvps.items():
+    for place, (i, entries) in enumerate(slices.items()):
+      of_i = [place] if len(ours) == len(args) else len(args) + entries
+      for j, columns in slices.items():
+        at = np.ix_(of_i, columns)
+        compare(f"{nesting}: {i}, {j}", ours[at], reference[at])
+  if unsure:
+    first, *others = [h[len(args) :] for h in actual.hvps.values() if len(h) > len(args)]
+    for nesting, other in zip(NESTINGS[1:], [*others, first.T], strict=True):
+      compare(f"agreement with {nesting}", other, np.float64(first))
+  return found
