@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from oracle import default_promotion, random, relative_error, wide
+from oracle import default_promotion, random, wide
 
 import softmax_jax
 
@@ -21,6 +21,11 @@ NESTINGS = (
   "reverse over forward",
   "forward over forward",
 )
+
+
+FEW, MORE = 5, 19  # classes: short rows have sums of their own
+LABELS = np.array([1, 0, 3], np.int32)
+LINEAR = "linear, none", "linear, sum", "linear, mean"
 
 
 class Rows(NamedTuple):
@@ -89,7 +94,9 @@ def directions_for(args, unsure=None):
   The former leave out what is ``unsure``.
   """
   sure = ~flat(args, unsure or {})
-  random_ones = [random(i, sure.size) * flat(args, {x: True}) * sure for i, x in enumerate(sorted(args))]
+  random_ones = [
+    random(i, sure.size) * flat(args, {x: True}) * sure for i, x in enumerate(sorted(args))
+  ]
   dtype = jax.tree.leaves(args)[0].dtype
   return np.concatenate([random_ones, np.eye(sure.size)]).astype(dtype)
 
@@ -257,12 +264,12 @@ def faults(actual, expected, args, tolerance, unsure=None):
   slices = {name: np.flatnonzero(flat(args, {name: True}) & sure) for name in sorted(args)}
   found = {}
 
-  def compare(what, ours, theirs):
+  def compare(what, ours, theirs, block=0.0):
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs)
-    if np.max(np.abs(theirs), initial=0) <= 1e-13 * size:
-      wrong = not np.max(np.abs(ours), initial=0) <= tolerance * size
-    else:
-      wrong = not relative_error(ours, theirs) <= tolerance
+    norm = max(np.linalg.norm(theirs), np.linalg.norm(block))
+    if norm <= 1e-13 * size:
+      norm = size
+    wrong = not np.linalg.norm(ours - theirs) <= tolerance * norm
     if wrong:
       found[what] = f"{np.linalg.norm(ours):.3g} in norm, not {np.linalg.norm(theirs):.3g}"
 
@@ -274,9 +281,59 @@ def faults(actual, expected, args, tolerance, unsure=None):
       of_i = [place] if len(ours) == len(args) else len(args) + entries
       for j, columns in slices.items():
         at = np.ix_(of_i, columns)
-        compare(f"{nesting}: {i}, {j}", ours[at], reference[at])
+        block = reference[np.ix_(len(args) + entries, columns)]
+        compare(f"{nesting}: {i}, {j}", ours[at], reference[at], block)
   if unsure:
     first, *others = [h[len(args) :] for h in actual.hvps.values() if len(h) > len(args)]
     for nesting, other in zip(NESTINGS[1:], [*others, first.T], strict=True):
       compare(f"agreement with {nesting}", other, np.float64(first))
   return found
+
+
+def case(function, classes, dtype, vmapped, *, alpha=0.3, z_loss=0.7, weights=None):
+  """Arguments and rows of a loss. Soft labels hold 0, 1 and what is between.
+
+  Where several cases are computed at once masks have one value per row.
+  """
+  if weights is None:
+    weights = 0.5 + np.abs(random(1, classes))
+  args = {"class_weights": weights, "label_smoothing": alpha, "z_loss": z_loss}
+  if function in LINEAR:
+    shapes = {"x": (3, 2), "weight": (2, classes), "bias": (classes,)}
+    args |= {name: random(i, shape) for i, (name, shape) in enumerate(shapes.items())}
+  else:
+    args["logits"] = random(5, (3, classes))
+  if function == "soft":
+    labels = np.abs(random(6, (3, classes)))
+    labels[0] = np.eye(classes)[LABELS[0]]
+    labels[1, :2] = 0, 1
+    args["labels"] = labels
+  args = {name: np.array(x, dtype) for name, x in args.items()}
+  cotangents = [1.0, 1.0, 1.0] if function in LINEAR[1:] else [1.0, -0.5, 2.0]
+  rows = Rows(
+    cotangents=np.array(cotangents, dtype),
+    labels=LABELS.copy(),
+    where=np.ones(3 if vmapped else (3, classes), bool),
+    share=np.ones((3, classes), dtype),
+    classes=np.full(3, classes, dtype),
+  )
+  return args, rows
+
+
+def assert_right(program, cases, unsure=None):
+  """Returns the derivatives of each case, which are those of the formula."""
+  function, _, dtype, vmapped = program
+  tolerance = 64 * float(jnp.finfo(dtype).eps)
+  run, directions = program(function, vmapped), directions_for(cases[0][0], unsure)
+  with jax.enable_x64(dtype == np.float64):
+    if vmapped:  # always as many, so that one program serves
+      stacked = jax.tree.map(lambda *xs: np.resize(np.stack(xs), (9, *np.shape(xs[0]))), *cases)
+      together = jax.tree.map(np.asarray, run(*stacked, directions))
+      ours = [jax.tree.map(lambda x, i=i: x[i], together) for i in range(len(cases))]
+    else:
+      ours = [jax.tree.map(np.asarray, run(*case, directions)) for case in cases]
+  for i, (actual, (args, rows)) in enumerate(zip(ours, cases, strict=True)):
+    expected = expected(function, args, rows, unsure)
+    found = faults(actual, expected, args, tolerance, unsure)
+    assert not found, f"case {i}: {found}"
+  return ours

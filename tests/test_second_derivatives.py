@@ -8,17 +8,13 @@ them; `pytest -m long` compiles those of all shapes and dtypes.
 import functools
 import itertools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import plain
 import pytest
 from oracle import random
-from plain import Rows
+from plain import FEW, LINEAR, MORE, assert_right, case
 
 INF, NAN = np.inf, np.nan
-FEW, MORE = 5, 19  # classes: short rows have sums of their own
-LABELS = np.array([1, 0, 3], np.int32)
 JUNK = (NAN, INF, -INF)
 
 # Function, classes, dtype, and whether several cases are computed at once by `jax.vmap`.
@@ -51,58 +47,8 @@ def programs(*functions):
   )
 
 
-LINEAR = "linear, none", "linear, sum", "linear, mean"
 every_loss = programs("integer", "soft", *LINEAR)
 dense_losses = programs("integer", "soft")
-
-
-def case(function, classes, dtype, vmapped, *, alpha=0.3, z_loss=0.7, weights=None):
-  """Arguments and rows of a loss. Soft labels hold 0, 1 and what is between.
-
-  Where several cases are computed at once masks have one value per row.
-  """
-  if weights is None:
-    weights = 0.5 + np.abs(random(1, classes))
-  args = {"class_weights": weights, "label_smoothing": alpha, "z_loss": z_loss}
-  if function in LINEAR:
-    shapes = {"x": (3, 2), "weight": (2, classes), "bias": (classes,)}
-    args |= {name: random(i, shape) for i, (name, shape) in enumerate(shapes.items())}
-  else:
-    args["logits"] = random(5, (3, classes))
-  if function == "soft":
-    labels = np.abs(random(6, (3, classes)))
-    labels[0] = np.eye(classes)[LABELS[0]]
-    labels[1, :2] = 0, 1
-    args["labels"] = labels
-  args = {name: np.array(x, dtype) for name, x in args.items()}
-  cotangents = [1.0, 1.0, 1.0] if function in LINEAR[1:] else [1.0, -0.5, 2.0]
-  rows = Rows(
-    cotangents=np.array(cotangents, dtype),
-    labels=LABELS.copy(),
-    where=np.ones(3 if vmapped else (3, classes), bool),
-    share=np.ones((3, classes), dtype),
-    classes=np.full(3, classes, dtype),
-  )
-  return args, rows
-
-
-def assert_right(program, cases, unsure=None):
-  """Returns the derivatives of each case, which are those of the formula."""
-  function, _, dtype, vmapped = program
-  tolerance = 64 * float(jnp.finfo(dtype).eps)
-  run, directions = plain.program(function, vmapped), plain.directions_for(cases[0][0], unsure)
-  with jax.enable_x64(dtype == np.float64):
-    if vmapped:  # always as many, so that one program serves
-      stacked = jax.tree.map(lambda *xs: np.resize(np.stack(xs), (9, *np.shape(xs[0]))), *cases)
-      together = jax.tree.map(np.asarray, run(*stacked, directions))
-      ours = [jax.tree.map(lambda x, i=i: x[i], together) for i in range(len(cases))]
-    else:
-      ours = [jax.tree.map(np.asarray, run(*case, directions)) for case in cases]
-  for i, (actual, (args, rows)) in enumerate(zip(ours, cases, strict=True)):
-    expected = plain.expected(function, args, rows, unsure)
-    found = plain.faults(actual, expected, args, tolerance, unsure)
-    assert not found, f"case {i}: {found}"
-  return ours
 
 
 def assert_no_part(derivatives, args, hidden):
@@ -141,8 +87,9 @@ def test_class_weights_of_zero_have_all_second_derivatives(function, classes, dt
   assert_right(program, [make(alpha=a, z_loss=c) for a, c in [(0, 0), (0.3, 0.7), (1, 1), (0, 1)]])
 
 
-# Infinite losses. What has weight 0 adds nothing, and neither do its derivatives. Those by the weight
-# itself are 0 by definition, as they are infinite, and their derivatives nobody can say.
+# Infinite losses. What has weight 0 adds nothing, and neither do its derivatives. Those by the
+# weight itself are 0 by definition, as they are infinite; what their derivatives are is not said,
+# but all nestings have to agree.
 
 
 @dense_losses

@@ -34,7 +34,8 @@ def soft(classes, spread):
 
 
 INTEGER = lambda z: softmax_jax.softmax_cross_entropy_with_integer_labels(z, LABELS)
-FUNCTIONS = {  # of logits, one number per row; with what the Hessian of the logsumexp is multiplied by
+# Of logits, one number per row; and how many times the Hessian of the logsumexp theirs is.
+FUNCTIONS = {
   "integer": (INTEGER, 1),
   "one-hot": (lambda z: softmax_jax.softmax_cross_entropy(z, soft(z.shape[1], False)), 1),
   "spread": (lambda z: softmax_jax.softmax_cross_entropy(z, soft(z.shape[1], True)), 1.25),
@@ -67,9 +68,9 @@ def products(f, z, u):
     "reverse over reverse": jax.grad(lambda z: jnp.vdot(gradient(z), u))(z),
     "forward over reverse": along(gradient, u)(z),
     "reverse over forward": jax.grad(along(total, u))(z),
-    "forward over forward": jax.vmap(
-      lambda j: along(along(f, u), unit(j))(z), out_axes=1
-    )(jnp.arange(z.shape[1])),
+    "forward over forward": jax.vmap(lambda j: along(along(f, u), unit(j))(z), out_axes=1)(
+      jnp.arange(z.shape[1])
+    ),
   }
 
 
