@@ -320,9 +320,9 @@ def case(function, classes, dtype, vmapped, *, alpha=0.3, z_loss=0.7, weights=No
   return args, rows
 
 
-def assert_right(program, cases, unsure=None):
+def assert_right(kind, cases, unsure=None):
   """Returns the derivatives of each case, which are those of the formula."""
-  function, _, dtype, vmapped = program
+  function, _, dtype, vmapped = kind
   tolerance = 64 * float(jnp.finfo(dtype).eps)
   run, directions = program(function, vmapped), directions_for(cases[0][0], unsure)
   with jax.enable_x64(dtype == np.float64):
@@ -333,7 +333,7 @@ def assert_right(program, cases, unsure=None):
     else:
       ours = [jax.tree.map(np.asarray, run(*case, directions)) for case in cases]
   for i, (actual, (args, rows)) in enumerate(zip(ours, cases, strict=True)):
-    expected = expected(function, args, rows, unsure)
-    found = faults(actual, expected, args, tolerance, unsure)
+    theirs = expected(function, args, rows, unsure)
+    found = faults(actual, theirs, args, tolerance, unsure)
     assert not found, f"case {i}: {found}"
   return ours
