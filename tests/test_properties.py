@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain
 import pytest
 from hypothesis import given, settings
 from hypothesis import seed as seeded
@@ -477,6 +478,32 @@ def test_options_are_what_they_are_composed_of(z, chosen, seed):
   for x, y in zip(ours[1], composed[1], strict=True):
     bound = 64 * U * size * len(z) * (1 + z.shape[1]) / divisor**2
     np.testing.assert_allclose(x, y, rtol=64 * U, atol=bound)
+
+
+OFTEN_ZERO = st.one_of(st.sampled_from([0.0, 0.0, 1.0]), SHARE)
+
+
+@property_of(
+  st.sampled_from(["integer", "soft"]),
+  SEEDS,
+  OFTEN_ZERO,
+  OFTEN_ZERO,
+  st.lists(st.booleans(), min_size=5, max_size=5),
+)
+def test_second_derivatives_are_those_of_a_plain_formula(function, seed, alpha, z_loss, zeros):
+  """By all arguments at once, in every nesting of two modes, whatever of them is 0 or masked."""
+  rng = np.random.default_rng(seed)
+  weights = np.where(zeros, 0, rng.uniform(size=5))
+  program = function, 5, np.float32, False
+  args, rows = plain.case(*program, alpha=alpha, z_loss=z_loss, weights=weights)
+  args["logits"][:] = rng.standard_normal((3, 5))
+  masked = rng.uniform(size=(3, 5)) < 0.2
+  masked[np.arange(3), rows.labels] = False
+  masked[rng.uniform(size=3) < 0.3] = True
+  args["logits"][masked] = rng.choice([0, 1, np.nan, np.inf, -np.inf])
+  rows.where[masked], rows.share[masked] = False, 0
+  rows.classes[:] = np.maximum(np.sum(~masked, axis=1), 1)
+  plain.assert_right(program, [(args, rows)])
 
 
 def linear(x, weight, labels, bias, alpha, z_loss, class_weights):
