@@ -144,6 +144,24 @@ def bar_by_row(index: jax.Array, bar: jax.Array) -> jax.Array:
   return linear_map("bar_by_row", by_row, by_row, [index], bar, like=bar)
 
 
+def counted(x: jax.Array, index: jax.Array, static: Static) -> jax.Array:
+  """``x``; in derivatives by it 0 in rows that do not count, which may hold anything."""
+  return _if_counts(x, index != IGNORED) if static.ignores else x
+
+
+# The results of those rows are replaced by 0 at the end, which is faster than to do so here. That
+# is too late for derivatives: in their products 0 would meet NaN.
+@jax.custom_jvp
+def _if_counts(x: jax.Array, counts: jax.Array) -> jax.Array:
+  return x
+
+
+@_if_counts.defjvp
+def _if_counts_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+  counts = primals[1]
+  return masked(primals[0], counts, 0), masked(tangents[0], counts, 0)
+
+
 def _primal(
   logits: jax.Array,
   index: jax.Array,
@@ -165,19 +183,20 @@ def fwd(
   dtype = arguments.compute_dtype(logits.dtype)
   own = own_sum(logits, mask, (axis,), dtype, axis_name)
   label = _Label.of(index, logits.shape[axis], axis_name)
-  z = entries(logits, mask, own.any, dtype)
+  z = counted(entries(logits, mask, own.any, dtype), index, static)
   z_t = label.take(z, axis)
   w_t = None
   if weights is not None:
     w_t = label.take_weight(weights, axis, logits)
   uniform = None
   if static.smoothed:
-    uniform = uniform_sums(weights, logits, mask, own.shift, own.any, (axis,))
+    counts = index != IGNORED if static.ignores else None
+    uniform = uniform_sums(weights, z, mask, counts, own.shift, (axis,))
   s, (z_t, w_t, uniform) = add_up(own, (z_t, w_t, uniform), axis_name)
   if s.any is not None:  # a row without any class does not count
     index = jnp.where(s.any, index, IGNORED)
-  if static.ignores:  # a row that does not count may hold anything
-    s = s._replace(rest=masked(s.rest, index != IGNORED, 0))
+  rest = masked(s.rest, index != IGNORED, 0) if static.ignores else s.rest
+  s = s._replace(shift=counted(s.shift, index, static), rest=rest)
   s = differentiable(s, z, (axis,), axis_name)
 
   nll = _by_row(index, s.log_sum() - s.below(z_t))
@@ -202,10 +221,10 @@ def bwd(
 ) -> tuple[jax.Array, None, None, jax.Array | None]:
   axis = static.axis
   logits, index, mask, weights, s, uniform = residuals
-  z = entries(logits, mask, s.any, s.shift.dtype)
+  z = counted(entries(logits, mask, s.any, s.shift.dtype), index, static)
   inverse = inverse_sum(s)
   nll_bar = bar_by_row(index, bars.nll)
-  g = jnp.where(index == IGNORED, jnp.zeros_like(bars.lse), bars.lse)
+  g = bars.lse
   label = _Label.of(index, z.shape[axis], static.axis_name)
   is_label = devices.index_along(z, axis) == index - devices.first_entry(
     z.shape[axis], static.axis_name
@@ -228,6 +247,8 @@ def bwd(
       if static.ignores:
         weighted_cost = masked(weighted_cost, index != IGNORED, 0)
       weights_bar += unbroadcast(masked(weighted_cost, mask, 0) / divisor, weights.shape)
+  # From here on z, which may be NaN in a row that does not count, meets only what is selected.
+  g = jnp.where(index == IGNORED, jnp.zeros_like(g), g)
   z_t = label.take(z, axis, elsewhere=-jnp.inf)
   e_t = s.exp(z_t)
   # 1 for the largest entry, however XLA rounds it; with the derivative of e_t nevertheless.
@@ -252,6 +273,9 @@ def tangent(static: Static, residuals: Residuals, args_dot: tuple[Any, ...]) -> 
   logits_dot, _, _, weights_dot = args_dot
   dtype = s.shift.dtype
   z = entries(logits, mask, s.any, dtype)
+  if static.ignores:
+    z, shift, rest = (masked(v, index != IGNORED, 0) for v in (z, s.shift, s.rest))
+    s = s._replace(shift=shift, rest=rest)
   label = _Label.of(index, z.shape[axis], axis_name)
   z_dot = nll_dot = lse_dot = uniform_dot = weight_dot = None
   if logits_dot is not None:

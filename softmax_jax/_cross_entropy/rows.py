@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from softmax_jax._forward_mode import linear_map, varying_alike
-from softmax_jax._normalizer import Axes, Normalizer, difference, entries, masked, unbroadcast
+from softmax_jax._normalizer import Axes, Normalizer, difference, masked, unbroadcast
 
 
 class PerRow(NamedTuple):
@@ -33,8 +33,11 @@ class PerRow(NamedTuple):
 
 
 @jax.custom_jvp
-def times(coefficient: jax.Array, x: jax.Array) -> jax.Array:
-  """``coefficient * x`` with 0 * inf = 0: what has no weight adds nothing."""
+def times(coefficient: jax.Array, x: jax.Array, counts: jax.Array | None = None) -> jax.Array:
+  """``coefficient * x`` with 0 * inf = 0: what has no weight adds nothing.
+
+  Derivatives are 0 where x does not count, though it may be NaN.
+  """
   # Arithmetic and not a select of x, which would slow down a sum on a CPU.
   bound = jnp.where(coefficient == 0, jnp.zeros_like(coefficient), jnp.inf)
   return coefficient * jnp.clip(x, -bound, bound)
@@ -44,10 +47,12 @@ def times(coefficient: jax.Array, x: jax.Array) -> jax.Array:
 # selects depends on x as well, so that a coefficient of 0 alone drops nothing.
 @times.defjvp
 def _times_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-  (coefficient, x), (coefficient_dot, x_dot) = primals, tangents
+  (coefficient, x, counts), (coefficient_dot, x_dot, _) = primals, tangents
   nothing = (coefficient == 0) & jnp.isinf(x)
+  if counts is not None:
+    nothing |= ~counts
   finite_x, finite_dot = (jnp.where(nothing, jnp.zeros_like(v), v) for v in (x, x_dot))
-  return times(coefficient, x), coefficient * finite_dot + coefficient_dot * finite_x
+  return times(*primals), coefficient * finite_dot + coefficient_dot * finite_x
 
 
 def linear_times(bar: jax.Array, x: jax.Array) -> jax.Array:
@@ -121,23 +126,25 @@ class UniformSums(NamedTuple):
 
 def uniform_sums(
   weights: jax.Array | None,
-  logits: jax.Array,
+  z: jax.Array,
   mask: jax.Array | None,
+  counts: jax.Array | None,
   shift: jax.Array,
-  any_: jax.Array | None,
   axes: Axes,
 ) -> UniformSums:
-  """The sums over the classes of one device; ``shift`` and ``any_`` are of the `Normalizer`."""
-  dtype = shift.dtype
+  """The sums over the classes of one device, of the entries z and a constant shift.
+
+  ``counts`` says which rows do, or is None where all do that have an entry.
+  """
   row_sum = functools.partial(jnp.sum, axis=axes, keepdims=True)
-  cost = -difference(entries(logits, mask, any_, dtype), shift)
+  cost = -difference(z, shift)
   if weights is None and mask is None:
     return UniformSums(row_sum(cost), None, None)
   w = masked(jnp.ones(()) if weights is None else weights, mask, 0)
   return UniformSums(
-    row_sum(times(w, cost)),
+    row_sum(times(w, cost, counts)),
     None if weights is None else row_sum(w),
-    None if mask is None else row_sum(jnp.broadcast_to(mask, cost.shape).astype(dtype)),
+    None if mask is None else row_sum(jnp.broadcast_to(mask, z.shape).astype(z.dtype)),
   )
 
 

@@ -139,7 +139,7 @@ def _fwd(
     nll = jnp.sum(p * cost_of(p, cost), axis=axes, keepdims=True)
     total = jnp.sum(p, axis=axes, keepdims=True)
   if static.smoothed:
-    uniform = uniform_sums(weights, logits, mask, own.shift, own.any, axes)
+    uniform = uniform_sums(weights, z, mask, None, own.shift, axes)
   s, (nll, total, uniform) = add_up(own, (nll, total, uniform), axis_name)
   s = differentiable(s, z, axes, axis_name)
 
