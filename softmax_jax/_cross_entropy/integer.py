@@ -354,7 +354,7 @@ def softmax_cross_entropy_with_integer_labels(
 
   Args:
     logits: array ``[*B, V]`` of a floating dtype, differentiable. Sixteen-bit logits are computed
-      in float32.
+      in float32, narrower ones are refused.
     labels: integers ``[*B]`` in ``[0, V)`` of any integer dtype; not differentiable. Their axes may
       broadcast against those of the logits. A label out of range gives a loss of NaN and, in
       its own row, a gradient of NaN by the logits (of 0, if a select discards that loss; by the

@@ -118,5 +118,19 @@ def _finite_at_zero(coefficient: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def mean(x: jax.Array, weight: jax.Array) -> jax.Array:
-  none = weight == 0
-  return jnp.where(none, 0, jnp.sum(x) / jnp.where(none, 1, weight))
+  """The sum of ``x`` over ``weight``; 0 where that is 0, or so small that it is taken for it."""
+  none = jnp.abs(weight) < np.finfo(weight.dtype).tiny
+  return jnp.where(none, 0, _quotient(jnp.sum(x), jnp.where(none, 1, weight)))
+
+
+@jax.custom_jvp
+def _quotient(x: jax.Array, y: jax.Array) -> jax.Array:
+  return x / y
+
+
+# As JAX has it, the derivative divides by y**2, which is 0 or infinite long before y is.
+@_quotient.defjvp
+def _quotient_jvp(primals: Pair, tangents: Pair) -> Pair:
+  (x, y), (x_dot, y_dot) = primals, tangents
+  ratio = _quotient(x, y)
+  return ratio, _quotient(x_dot - ratio * y_dot, y)
