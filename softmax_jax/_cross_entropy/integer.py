@@ -220,7 +220,7 @@ def bwd(
   e_t = exp_of_difference(z_t, s.shift)
   # 1 for the largest entry, however XLA rounds it; with the derivative of e_t nevertheless.
   e_t += lax.stop_gradient(jnp.where(s.below(z_t) == 0, 1 - e_t, jnp.zeros_like(e_t)))
-  at_label = (e_t * g - ((1 - e_t) + s.rest) * nll_bar) * inverse
+  at_label = (e_t * inverse) * g - (((1 - e_t) + s.rest) * inverse) * nll_bar
   z_bar = jnp.where(is_label, at_label, exp_of_difference(z, s.shift) * ((g + nll_bar) * inverse))
   if of_u is not None:
     z_bar = z_bar - of_u

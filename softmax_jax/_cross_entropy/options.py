@@ -128,9 +128,20 @@ def _quotient(x: jax.Array, y: jax.Array) -> jax.Array:
   return x / y
 
 
-# As JAX has it, the derivative divides by y**2, which is 0 or infinite long before y is.
+@jax.custom_jvp
+def _inverse(y: jax.Array) -> jax.Array:
+  return 1 / y
+
+
+# As JAX has them, the derivatives divide by y**2, which is 0 or infinite long before y is.
 @_quotient.defjvp
 def _quotient_jvp(primals: Pair, tangents: Pair) -> Pair:
   (x, y), (x_dot, y_dot) = primals, tangents
   ratio = _quotient(x, y)
-  return ratio, _quotient(x_dot - ratio * y_dot, y)
+  return ratio, (x_dot - ratio * y_dot) * _inverse(y)
+
+
+@_inverse.defjvp
+def _inverse_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> Pair:
+  inverse = _inverse(*primals)
+  return inverse, -inverse * (inverse * tangents[0])

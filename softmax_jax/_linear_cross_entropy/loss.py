@@ -21,7 +21,7 @@ from softmax_jax._linear_cross_entropy import rules
 from softmax_jax._linear_cross_entropy.chunks import default_chunk_size
 from softmax_jax._linear_cross_entropy.mesh import Arrays, on_mesh
 from softmax_jax._linear_cross_entropy.projection import Inputs, Projection
-from softmax_jax._typed import tree_map, unflatten_like
+from softmax_jax._typed import unflatten_like
 
 T = TypeVar("T")
 
@@ -275,9 +275,12 @@ def _sums(arrays: Arrays, settings: _Settings) -> tuple[jax.Array, jax.Array]:
   if arrays.class_weights is not None:
     # Gradients are summed before the sum of the weights divides them: they should be normal numbers
     # then, in a unit that is a power of two.
-    tiny = jnp.max(jnp.abs(weight)) < 2.0**-64
-    unit = jnp.where(tiny, unit * 2.0**-64, unit)
-    shares = tree_map(lambda share: share / unit, shares)
+    unit = jnp.where(jnp.max(jnp.abs(counted)) < 2.0**-64, unit * 2.0**-64, unit)
+    shares = shares._replace(nll=shares.nll / unit)
+    if shares.lse is not None:
+      shares = shares._replace(lse=shares.lse / unit)
+    if inputs.spread is not None:
+      inputs = inputs._replace(spread=inputs.spread / unit)
   inputs, (shares, index) = _alike(inputs, (shares, index), static.axis_name)
   return unit * rules.sum_of_losses(inputs, shares, index, static), jnp.sum(counted)
 
