@@ -35,7 +35,7 @@ from softmax_jax._linear_cross_entropy.projection import (
   capped_tangent,
 )
 from softmax_jax._normalizer import Normalizer, compiled
-from softmax_jax._typed import custom_vjp, tree_map, vjp
+from softmax_jax._typed import custom_jvp, custom_vjp, tree_map, vjp
 
 
 class Static(NamedTuple):
@@ -156,28 +156,33 @@ def _scale(dtype: jnp.dtype, bars: PerRow, u: jax.Array | None) -> jax.Array | f
   return lax.stop_gradient(2.0**13 / jnp.maximum(largest, 2.0**-112))
 
 
-# Nothing is known of how large tangents of y_bar are, so that they are not scaled, nor rounded.
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _rounded_product(
-  product: Callable[[jax.Array, jax.Array], jax.Array],
-  y_bar: jax.Array,
-  factor: jax.Array,
-  scale: jax.Array | float,
+Product = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def _rounded_product_primal(
+  product: Product, y_bar: jax.Array, factor: jax.Array, scale: jax.Array | float
 ) -> jax.Array:
   """``product(y_bar, factor)``, for which y_bar is rounded to the dtype of ``factor``."""
   return product((y_bar * scale).astype(factor.dtype), factor) / scale
 
 
-@_rounded_product.defjvp
+# Nothing is known of how large tangents of y_bar are, so that there is no scale for them. bfloat16,
+# with the range of float32, needs none; to float16 they are not rounded.
 def _rounded_product_jvp(
-  product: Callable[[jax.Array, jax.Array], jax.Array],
-  primals: tuple[jax.Array, jax.Array, Any],
+  product: Product,
+  primals: tuple[jax.Array, jax.Array, jax.Array | float],
   tangents: tuple[jax.Array, jax.Array, Any],
 ) -> tuple[jax.Array, jax.Array]:
   y_bar, factor, scale = primals
   y_bar_dot, factor_dot, _ = tangents
+  if factor.dtype == jnp.bfloat16:
+    y_bar_dot = y_bar_dot.astype(factor.dtype)
   dot = product(y_bar_dot, factor) + _rounded_product(product, y_bar, factor_dot, scale)
   return _rounded_product(product, y_bar, factor, scale), dot
+
+
+_rounded_product = custom_jvp(_rounded_product_primal, nondiff_argnums=(0,))
+_rounded_product.defjvp(_rounded_product_jvp)
 
 
 # The logits of a chunk are cut into blocks of classes, so that nothing else of their size is held.
