@@ -211,7 +211,7 @@ def linear_second(x, weight, bar, bar_dot, dots):
   """The derivative of the gradients by the cotangent and by the inputs, and back to both."""
 
   def gradients(x, weight, bar):
-    return linear_vjp(x, weight, jnp.zeros(V), (0.0, 0.0), bar)[:2]
+    return linear_vjp(x, weight, np.zeros(V, np.float32), (0.0, 0.0), bar)[:2]
 
   def along_dots(x, weight, bar):
     pairs = zip(gradients(x, weight, bar), dots, strict=True)
