@@ -97,14 +97,18 @@ def as_real(function: str, name: str, value: Any) -> jax.Array:
     return x.astype(jnp.float64 if jnp.iinfo(x.dtype).bits == 64 else jnp.float32)
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise TypeError(f"{function} expected {name} of a real dtype, got dtype {x.dtype}.")
-  return _of_bytes(function, name, x)
+  return _of_sixteen_bits(function, name, x)
 
 
-def _of_bytes(function: str, name: str, x: jax.Array) -> jax.Array:
-  """``x``, unless it is of a floating dtype of four or six bits, for which XLA lacks operations."""
-  if jnp.finfo(x.dtype).bits < 8:
+def _of_sixteen_bits(function: str, name: str, x: jax.Array) -> jax.Array:
+  """``x``, unless it is of a floating dtype of fewer than sixteen bits.
+
+  Those of eight bits hold few probabilities and gradients: most of these would be 0, and some have
+  no infinity for the logarithm of 0. For those of four and six bits XLA lacks operations.
+  """
+  if jnp.finfo(x.dtype).bits < 16:
     raise TypeError(
-      f"{function} expected {name} of a dtype of at least 8 bits, got dtype {x.dtype}. "
+      f"{function} expected {name} of a dtype of at least 16 bits, got dtype {x.dtype}. "
       f"Pass {name}.astype(jnp.bfloat16)."
     )
   return x
@@ -139,7 +143,7 @@ def as_logits(function: str, name: str, value: Any) -> jax.Array:
   if not jnp.issubdtype(x.dtype, jnp.floating):
     fix = f" Pass {name}.astype(jnp.float32)." if jnp.issubdtype(x.dtype, jnp.integer) else ""
     raise TypeError(f"{function} expected {name} of a floating dtype, got dtype {x.dtype}.{fix}")
-  return _of_bytes(function, name, x)
+  return _of_sixteen_bits(function, name, x)
 
 
 def as_class_indices(function: str, labels: Any) -> jax.Array:
@@ -233,7 +237,7 @@ def as_probabilities(function: str, labels: Any) -> jax.Array:
   x = as_array(function, "labels", labels)
   if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
     raise TypeError(f"{function} expected labels of a real dtype, got dtype {x.dtype}.")
-  return x if jnp.issubdtype(x.dtype, jnp.integer) else _of_bytes(function, "labels", x)
+  return x if jnp.issubdtype(x.dtype, jnp.integer) else _of_sixteen_bits(function, "labels", x)
 
 
 def as_mask(function: str, where: Any, name: str, shape: tuple[int, ...]) -> jax.Array:

@@ -141,7 +141,7 @@ def softmax(
 
   Args:
     x: array of any shape and a floating dtype, differentiable; integers are converted as
-      `jax.nn` converts them. Sixteen-bit input is computed in float32.
+      `jax.nn` converts them. Sixteen-bit input is computed in float32, narrower is refused.
     axis: the axis or axes along which the entries sum to one; None stands for all.
     where: optional boolean array that broadcasts to the shape of ``x``. Entries where it is False
       take no part: their result is 0 and so is their derivative, whatever they hold.
@@ -259,7 +259,7 @@ def log_softmax(
 
   Args:
     x: array of any shape and a floating dtype, differentiable; integers are converted as
-      `jax.nn` converts them. Sixteen-bit input is computed in float32.
+      `jax.nn` converts them. Sixteen-bit input is computed in float32, narrower is refused.
     axis: the axis or axes along which the probabilities sum to one; None stands for all.
     where: optional boolean array that broadcasts to the shape of ``x``. Entries where it is False
       take no part: their result is -inf and their derivative 0, whatever they hold.
@@ -486,7 +486,7 @@ def logsumexp(
 
   Args:
     a: array of any shape and a floating dtype, differentiable; integers are converted as
-      `jax.nn` converts them. Sixteen-bit input is computed in float32.
+      `jax.nn` converts them. Sixteen-bit input is computed in float32, narrower is refused.
     axis: the axis or axes to sum over; None (the default) stands for all.
     b: optional coefficients of the exponentials, differentiable; ``a`` and ``b`` broadcast against
       each other. An entry whose coefficient is 0 takes no part, whatever it holds.

@@ -38,6 +38,22 @@ def custom_vjp(f: Callable[P, R], nondiff_argnums: Sequence[int]) -> CustomVJP[P
   return jax.custom_vjp(f, nondiff_argnums=nondiff_argnums)
 
 
+class CustomJVP(Protocol[P, R_co]):
+  """A function with a forward rule, such as `jax.custom_jvp` returns."""
+
+  def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
+    """What the function computes."""
+    ...
+
+  def defjvp(self, jvp: Callable[..., Any]) -> Any:
+    """Gives the function its rule."""
+
+
+def custom_jvp(f: Callable[P, R], nondiff_argnums: Sequence[int]) -> CustomJVP[P, R]:
+  """`jax.custom_jvp`."""
+  return jax.custom_jvp(f, nondiff_argnums=nondiff_argnums)
+
+
 def psum(x: T, axis_name: str | tuple[str, ...]) -> T:
   """`jax.lax.psum`."""
   return lax.psum(x, axis_name)

@@ -15,7 +15,8 @@ written without `softmax_jax.softmax`, so that each can check the other.
 
 For every function:
 
-* Results have the dtype of the logits. What is sixteen bits wide is computed in float32.
+* Results have the dtype of the logits. What is sixteen bits wide is computed in float32, narrower
+  floats are refused.
 * An entry of -inf has probability 0 and all derivatives of a are exactly 0 there. A row with NaN or
   +inf, or of -inf alone, gives NaN in that row only. K = 0 and batches of size 0 give empty arrays.
 * The error, relative to the norm of the result, is a few units of rounding (u = 2**-24 in float32)

@@ -253,7 +253,7 @@ def bwd(
   e_t = s.exp(z_t)
   # 1 for the largest entry, however XLA rounds it; with the derivative of e_t nevertheless.
   e_t += lax.stop_gradient(jnp.where(s.below(z_t) == 0, 1 - e_t, jnp.zeros_like(e_t)))
-  at_label = (e_t * g - ((1 - e_t) + s.rest) * nll_bar) * inverse
+  at_label = (e_t * inverse) * g - (((1 - e_t) + s.rest) * inverse) * nll_bar
   z_bar = jnp.where(is_label, at_label, s.exp(z) * ((g + nll_bar) * inverse))
   if of_u is not None:
     z_bar = z_bar - of_u
@@ -390,7 +390,7 @@ def softmax_cross_entropy_with_integer_labels(
 
   Args:
     logits: array ``[*B, V]`` of a floating dtype, differentiable. Sixteen-bit logits are computed
-      in float32.
+      in float32, narrower ones are refused.
     labels: integers ``[*B]`` in ``[0, V)`` of any integer dtype; not differentiable. Their axes may
       broadcast against those of the logits. A label out of range gives a loss of NaN and, in
       its own row, a gradient of NaN by the logits (of 0, if a select discards that loss; by the

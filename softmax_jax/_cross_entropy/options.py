@@ -96,5 +96,33 @@ def combine(options: Options, rows: PerRow) -> tuple[jax.Array, CrossEntropyAux]
 
 
 def mean(x: jax.Array, weight: jax.Array) -> jax.Array:
-  none = weight == 0
-  return jnp.where(none, 0, jnp.sum(x) / jnp.where(none, 1, weight))
+  """The sum of ``x`` over ``weight``; 0 where that is 0, or so small that it is taken for it."""
+  none = jnp.abs(weight) < np.finfo(weight.dtype).tiny
+  return jnp.where(none, 0, _quotient(jnp.sum(x), jnp.where(none, 1, weight)))
+
+
+Pair = tuple[jax.Array, jax.Array]
+
+
+@jax.custom_jvp
+def _quotient(x: jax.Array, y: jax.Array) -> jax.Array:
+  return x / y
+
+
+@jax.custom_jvp
+def _inverse(y: jax.Array) -> jax.Array:
+  return 1 / y
+
+
+# As JAX has them, the derivatives divide by y**2, which is 0 or infinite long before y is.
+@_quotient.defjvp
+def _quotient_jvp(primals: Pair, tangents: Pair) -> Pair:
+  (x, y), (x_dot, y_dot) = primals, tangents
+  ratio = _quotient(x, y)
+  return ratio, (x_dot - ratio * y_dot) * _inverse(y)
+
+
+@_inverse.defjvp
+def _inverse_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> Pair:
+  inverse = _inverse(*primals)
+  return inverse, -inverse * (inverse * tangents[0])

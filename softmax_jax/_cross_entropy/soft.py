@@ -338,7 +338,7 @@ def softmax_cross_entropy(
 
   Args:
     logits: array ``[*B, V]`` of a floating dtype, differentiable. Sixteen-bit logits are computed
-      in float32.
+      in float32, narrower ones are refused.
     labels: array ``[*B, V]`` of a real dtype, differentiable if floating: the share t of each
       class, not necessarily summing to 1. Logits and labels broadcast against each other.
     axis: the axis or axes of the classes; None stands for all.

@@ -61,8 +61,8 @@ def linear_softmax_cross_entropy(
     \bar x = \bar y W^T, \quad \bar W = x^T \bar y
 
   Args:
-    x: features ``[*B, H]`` of a floating dtype, differentiable.
-    weight: ``[H, V]``, or ``[V, H]`` with ``vocab_axis=0``, of a floating dtype, differentiable. It
+    x: features ``[*B, H]`` of a floating dtype of at least 16 bits, differentiable.
+    weight: ``[H, V]``, or ``[V, H]`` with ``vocab_axis=0``, of such a dtype, differentiable. It
       is used as it is stored, without a transposed copy. Where the dtypes of x and weight differ,
       both are promoted to the common one first.
     labels: integers ``[*B]`` in ``[0, V)`` of any integer dtype; not differentiable. A label out of
@@ -234,7 +234,11 @@ def _rows(arrays: Arrays, settings: _Settings) -> _Rows:
     spread = jnp.where(classes < settings.num_classes, 1 if spread is None else spread, 0)
     spread = spread.astype(dtype)
   smoothed = arrays.label_smoothing is not None
-  inputs = Inputs(x, arrays.weight, arrays.bias, arrays.softcap, spread if smoothed else None)
+  softcap = arrays.softcap
+  if softcap is not None:
+    # Far above all logits any bound is the same; y / c is 0 for the largest ones.
+    softcap = jnp.minimum(softcap, 2.0**100)
+  inputs = Inputs(x, arrays.weight, arrays.bias, softcap, spread if smoothed else None)
   static = rules.Static(
     settings.projection,
     chunk_size,
@@ -267,8 +271,18 @@ def _sums(arrays: Arrays, settings: _Settings) -> tuple[jax.Array, jax.Array]:
     shares = shares._replace(nll=(1 - alpha) * weight, uniform=jnp.broadcast_to(alpha, index.shape))
   if arrays.z_loss is not None:
     shares = shares._replace(lse=jnp.broadcast_to(arrays.z_loss, index.shape))
+  unit = jnp.ones((), static.projection.dtype)
+  if arrays.class_weights is not None:
+    # Gradients are summed before the sum of the weights divides them: they should be normal numbers
+    # then, in a unit that is a power of two.
+    unit = jnp.where(jnp.max(jnp.abs(counted)) < 2.0**-64, unit * 2.0**-64, unit)
+    shares = shares._replace(nll=shares.nll / unit)
+    if shares.lse is not None:
+      shares = shares._replace(lse=shares.lse / unit)
+    if inputs.spread is not None:
+      inputs = inputs._replace(spread=inputs.spread / unit)
   inputs, (shares, index) = _alike(inputs, (shares, index), static.axis_name)
-  return rules.sum_of_losses(inputs, shares, index, static), jnp.sum(counted)
+  return unit * rules.sum_of_losses(inputs, shares, index, static), jnp.sum(counted)
 
 
 def _alike(inputs: Inputs, per_row: T, axis_name: AxisName | None) -> tuple[Inputs, T]:

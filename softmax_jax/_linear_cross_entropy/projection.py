@@ -53,7 +53,7 @@ class Projection(NamedTuple):
     """``y_bar W^T``, from ``[C, V]`` to ``[C, H]``."""
     return self._dot(y_bar, weight, 1, self.vocab_axis)
 
-  def outer_product(self, x: jax.Array, y_bar: jax.Array) -> jax.Array:
+  def outer_product(self, y_bar: jax.Array, x: jax.Array) -> jax.Array:
     """``x^T y_bar``, in the layout of the weight."""
     factors = (x, y_bar) if self.vocab_axis == 1 else (y_bar, x)
     return self._dot(*factors, 0, 0)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -41,7 +42,7 @@ from softmax_jax._linear_cross_entropy.projection import (
   capped_tangent,
 )
 from softmax_jax._normalizer import Normalizer, compiled
-from softmax_jax._typed import custom_vjp, tree_map, vjp
+from softmax_jax._typed import custom_jvp, custom_vjp, tree_map, vjp
 
 
 class Static(NamedTuple):
@@ -151,12 +152,44 @@ def _scale(dtype: jnp.dtype, bars: PerRow, u: jax.Array | None) -> jax.Array | f
   """
   if jnp.finfo(dtype).bits > 16:
     return 1.0
-  largest = jnp.abs(bars.lse) + jnp.abs(bars.nll)
+  largest = jnp.abs(bars.nll)
   if u is not None:
     largest += jnp.abs(bars.uniform) * jnp.max(jnp.abs(u))
-  largest = lax.stop_gradient(jnp.max(largest))
-  # |y_bar| is at most `largest`, which becomes an eighth of the largest float16.
-  return jnp.where(largest > 0, 2.0**13 / largest, 1.0)
+  largest = jnp.maximum(largest, jnp.abs(bars.lse))
+  # A row of inf or NaN keeps that for itself.
+  largest = jnp.max(jnp.where(jnp.isfinite(largest), largest, 0))
+  # |y_bar| is at most twice `largest`, which becomes an eighth of the largest float16. The bound
+  # keeps the scale finite where all is next to 0; that of the largest float32 is 2**-115.
+  return lax.stop_gradient(2.0**13 / jnp.maximum(largest, 2.0**-112))
+
+
+Product = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def _rounded_product_primal(
+  product: Product, y_bar: jax.Array, factor: jax.Array, scale: jax.Array | float
+) -> jax.Array:
+  """``product(y_bar, factor)``, for which y_bar is rounded to the dtype of ``factor``."""
+  return product((y_bar * scale).astype(factor.dtype), factor) / scale
+
+
+# Nothing is known of how large tangents of y_bar are, so that there is no scale for them. bfloat16,
+# with the range of float32, needs none; to float16 they are not rounded.
+def _rounded_product_jvp(
+  product: Product,
+  primals: tuple[jax.Array, jax.Array, jax.Array | float],
+  tangents: tuple[jax.Array, jax.Array, Any],
+) -> tuple[jax.Array, jax.Array]:
+  y_bar, factor, scale = primals
+  y_bar_dot, factor_dot, _ = tangents
+  if factor.dtype == jnp.bfloat16:
+    y_bar_dot = y_bar_dot.astype(factor.dtype)
+  dot = product(y_bar_dot, factor) + _rounded_product(product, y_bar, factor_dot, scale)
+  return _rounded_product(product, y_bar, factor, scale), dot
+
+
+_rounded_product = custom_jvp(_rounded_product_primal, nondiff_argnums=(0,))
+_rounded_product.defjvp(_rounded_product_jvp)
 
 
 # The logits of a chunk are cut into blocks of classes, so that nothing else of their size is held.
@@ -219,13 +252,13 @@ def _chunk_gradients(
       sums = sums._replace(softcap=sums.softcap + c_bar)
     if wanted.bias:
       sums = sums._replace(bias=add(sums.bias, jnp.sum(y_bar, axis=0), 0))
-    y_bar = (y_bar * scale).astype(inputs.x.dtype)
     if wanted.weight:
-      weight_bar = projection.outer_product(inputs.x, y_bar) / scale
+      weight_bar = _rounded_product(projection.outer_product, y_bar, inputs.x, scale)
       sums = sums._replace(weight=add(sums.weight, weight_bar, projection.vocab_axis))
     if wanted.x:
       weight = cut(inputs.weight, projection.vocab_axis)
-      sums = sums._replace(x=sums.x + projection.transposed_product(y_bar, weight) / scale)
+      x_bar = _rounded_product(projection.transposed_product, y_bar, weight, scale)
+      sums = sums._replace(x=sums.x + x_bar)
     return sums
 
   rows = sums.x
