@@ -104,10 +104,10 @@ class Oracle:
     else:
       self.inside = coarsest([np.float64, *rounded_to(jaxpr.jaxpr)])
       self._check_shapes(ys, others)
-    self._value = compiled(self._outputs)
-    self._values = compiled(self._values_of)
-    self._vjp = compiled(self._vjp_of)
-    self._jvp = compiled(self._jvp_of)
+    self._value = compiled(self._outputs, quickly=True)
+    self._values = compiled(self._values_of, quickly=True)
+    self._vjp = compiled(self._vjp_of, quickly=True)
+    self._jvp = compiled(self._jvp_of, quickly=True)
     self._has_jvp = self.given
 
   def at(self, problem: Problem) -> Oracle:

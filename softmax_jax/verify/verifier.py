@@ -93,9 +93,11 @@ class Verifier:
     ys, _ = self.oracle.value(self.problem.xs)
     self.problem.masks = [np.isfinite(y) for y in ys]
 
-  def program(self, name: str, f: Callable[..., Any]) -> Callable[..., Any]:
+  def program(
+    self, name: str, f: Callable[..., Any], *, quickly: bool = False
+  ) -> Callable[..., Any]:
     """``f`` compiled, once under this name."""
-    return self._programs.setdefault(name, compiled(f))
+    return self._programs.setdefault(name, compiled(f, quickly=quickly))
 
   # --- conditions ---------------------------------------------------------------------------------
 
