@@ -21,7 +21,8 @@ X = np.random.default_rng(0).standard_normal((2, 3)).astype(np.float32)
 
 
 BESIDE_NUMBERS = ("structure", "residuals", "traces")
-ORDERS = ("forward over reverse", "reverse over reverse")
+MODES = ("forward", "reverse")
+ORDERS = [f"{a} over {b}" for a in MODES for b in MODES]
 
 
 def statuses(report):
@@ -344,7 +345,7 @@ def test_jit_finds_a_rule_that_is_wrong_without_it():
   assert [row.check for row in report.failed] == ["jit"]
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", ["forward over reverse", "reverse over reverse"])
 def test_second_order_finds_a_rule_that_is_constant_in_its_cotangent(order):
   """It is right in the first order, and in the second as long as the cotangent is held fixed."""
   f = with_rule(jnp.sin, lambda x, u: jax.lax.stop_gradient(u) * jnp.cos(x))
@@ -352,6 +353,18 @@ def test_second_order_finds_a_rule_that_is_constant_in_its_cotangent(order):
   wrong = {row.check: row.of for row in report.failed}
   assert wrong.keys() <= {f"second_order: {order}" for order in ORDERS}
   assert wrong[f"second_order: {order}"].startswith("derivative by u, ")
+
+
+def test_second_order_finds_a_rule_that_is_constant_in_its_argument():
+  """Right in the first order, in forward and in reverse mode."""
+  f = jax.custom_jvp(jnp.sin)
+
+  @f.defjvp
+  def rule(xs, dots):
+    return jnp.sin(xs[0]), jax.lax.stop_gradient(jnp.cos(xs[0])) * dots[0]
+
+  report = check_derivatives(f, X, checks=["finite_differences", "jvp", "second_order"])
+  assert {row.check for row in report.failed} == {f"second_order: {order}" for order in ORDERS}
 
 
 def test_structure_finds_a_weakly_typed_cotangent():
@@ -384,6 +397,40 @@ def test_nan_at_edge_points():
   report = check_derivatives(f, X, checks=["edge_points"], edge_points=[(X,), (0 * X,)])
   assert [row.check for row in report.failed] == ["edge_points: 1"]
   assert "6 NaN" in report.failed[0].reason
+
+
+def test_second_derivatives_at_edge_points():
+  """Those of c x^2 by c and x, of which a rule makes 0 where c is 0."""
+  f = jax.custom_vjp(lambda c, x: c * x**2)
+  f.defvjp(
+    lambda c, x: (f(c, x), (c, x)),
+    lambda r, u: (jnp.sum(u * r[1] ** 2), u * 2 * jnp.where(r[0] == 0, 0, r[0]) * r[1]),
+  )
+  points = {"edge_points": [(np.float32(2), X), (np.float32(0), X)], "checks": ["edge_points"]}
+  f = enable_forward_mode(f)
+  report = check_derivatives(f, np.float32(1), X, **points)
+  assert {row.check for row in report.failed} == {
+    f"edge_points: 1: second_order: {order}" for order in ORDERS
+  }
+  check_derivatives(f, np.float32(1), X, skip=["second_order"], **points).raise_if_failed()
+
+
+@pytest.mark.without("debug_nans", "debug_infs")
+@pytest.mark.parametrize(
+  "f, x, reason",
+  [
+    (jax.nn.relu, 0, "gradient unconfirmed by finite differences"),
+    (jnp.exp, 100, "a value or a first derivative is infinite"),
+    (jnp.square, 1e17, "the result is smaller than its rounding errors"),
+  ],
+  ids=["kink", "overflow", "huge"],
+)
+def test_second_derivatives_that_nothing_tells_are_skipped_at_an_edge_point(f, x, reason):
+  report = check_derivatives(f, X, edge_points=[(np.full_like(X, x),)], checks=["edge_points"])
+  assert not report.failed
+  reasons = [row.reason for row in report.rows if "second_order" in row.check and row.reason]
+  assert any(r.startswith(reason) for r in reasons)
+  assert len(set(reasons)) == len(reasons)  # each is told once
 
 
 # --- what does not apply -------------------------------------------------------------------------
@@ -529,6 +576,20 @@ def test_finite_differences_leave_kinks_out():
   (dot,), _ = Oracle(Problem(jax.nn.relu, (x,), {}), None).differences([x], [np.ones_like(x)])
   np.testing.assert_array_equal(np.isnan(dot), [False, False, True, False, False])
   np.testing.assert_allclose(dot[[0, 1, 3, 4]], [0, 0, 1, 1], atol=1e-10)
+
+
+def test_finite_differences_leave_kinks_out_along_a_small_tangent():
+  """Beside others that are large."""
+  x, v = np.float32([0, 1, 2, 3]), np.float32([1e-4, 1, 1, 1])
+  for f in (jax.nn.relu, lambda x: jax.nn.relu(x) + jnp.sin(x)):
+    (dot,), _ = Oracle(Problem(f, (x,), {}), None).differences([x], [v])
+    np.testing.assert_array_equal(np.isnan(dot), [True, False, False, False])
+
+
+def test_finite_differences_of_huge_arguments_know_that_they_know_nothing():
+  x = np.float32([1e17, 1e18])
+  (dot,), (slack,) = Oracle(Problem(jnp.square, (x,), {}), None).differences([x], [x * 0 + 1])
+  assert np.all(np.abs(dot - 2 * np.float64(x)) <= slack)
 
 
 # --- arguments -----------------------------------------------------------------------------------

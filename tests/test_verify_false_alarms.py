@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from softmax_jax.verify import chosen_checks, run_checks, verifier
+from softmax_jax.verify import check_derivatives, chosen_checks, run_checks, verifier
 
 
 def layer_norm(x, gain, bias):
@@ -109,3 +109,23 @@ def test_passes_with_many_elements(name):
   v = verifier(f, *draw(specs, 0, scale=45))
   for seed in range(2):
     run_checks(v.at(draw(specs, seed, scale=45), seed), OFTEN).raise_if_failed()
+
+
+EDGES = {  # and points with a kink, a logit of -inf, a large one or a coefficient of 0
+  "kink of the gradient": (lambda x: x * jnp.abs(x), [[0, 1, 2, -1], [0, 0, 1, 0]]),
+  "kink of one entry": (jax.nn.relu, [[0, 1, 2, -1]]),
+  "equal maxima": (lambda x: jax.nn.relu(x - jnp.max(x)) + x**2, [[1, 1, 2, 2]]),
+  "-inf": (jax.nn.log_softmax, [[-np.inf, 1, 2, 0], [0, -np.inf, -np.inf, 0]]),
+  "large": (jax.nn.logsumexp, [[90, 1, 2, 0], [1e10, 0, 0, 1]]),
+  "coefficient": (lambda x: x[..., 0] * jax.nn.logsumexp(x[..., 1:]) ** 2, [[0, 1, 2, 3]]),
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_passes_at_edge_points(name):
+  f, rows = EDGES[name]
+  points = [(np.float32(row),) for row in rows]
+  for seed in range(3):
+    x = np.random.default_rng(seed).uniform(0.1, 1, 4).astype(np.float32)
+    report = check_derivatives(f, x, edge_points=points, checks=["edge_points"], seed=seed)
+    report.raise_if_failed()

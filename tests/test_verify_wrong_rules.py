@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import wrong_rules
-from wrong_rules import arguments, planted, right, with_infinity
+from wrong_rules import arguments, planted, right, weighted, weighted_arguments, with_infinity
 
 from softmax_jax.verify import check_derivatives
 
@@ -19,6 +19,7 @@ CHECKS = {
   "stale residual": "jit",
 }
 EDGE = ("only rows with -inf", "NaN in rows with -inf")
+NESTINGS = [f"{a} over {b}" for a in ("forward", "reverse") for b in ("forward", "reverse")]
 # One row or several; some faults need several.
 SIZES = {"4 elements": ((1, 4), (2, 2)), "65,536 elements": ((512, 128), (512, 128))}
 
@@ -66,6 +67,35 @@ def test_wrong_rule_is_caught_beside_a_reference(function):
   """A fault with autodiff of a reference in place of finite differences."""
   report = verify(function, "one row", (512, 128), checks=["vjp"], reference=right(function))
   assert [row.check for row in report.failed] == ["vjp"]
+
+
+@pytest.mark.parametrize(
+  "size", ["4 elements", pytest.param("65,536 elements", marks=pytest.mark.long)]
+)
+@pytest.mark.parametrize("fault", wrong_rules.SPECIAL)
+@pytest.mark.parametrize("function", wrong_rules.FUNCTIONS)
+def test_wrong_second_derivative_is_caught_where_it_shows(function, fault, size):
+  """As the arguments themselves and as an edge point."""
+  special, others = (weighted_arguments(function, SIZES[size][1], f) for f in (fault, None))
+  report = check_derivatives(
+    weighted(function, fault),
+    *special,
+    checks=["second_order", "edge_points"],
+    edge_points=[others, special],
+  )
+  found = {row.check.rpartition(": ")[0] for row in report.failed}
+  assert found == {"second_order", "edge_points: 1: second_order"}
+
+
+@pytest.mark.parametrize("function", wrong_rules.FUNCTIONS)
+def test_right_second_derivatives_pass_at_special_arguments(function):
+  args, *edges = (
+    weighted_arguments(function, (2, 2), fault) for fault in (None, *wrong_rules.SPECIAL)
+  )
+  report = check_derivatives(weighted(function), *args, checks=["edge_points"], edge_points=edges)
+  report.raise_if_failed()
+  passed = {row.check for row in report.rows if row.status == "passed"}
+  assert {f"edge_points: {i}: second_order: {n}" for i in (0, 1) for n in NESTINGS} <= passed
 
 
 def test_faults_of_one_kind_are_right_elsewhere():

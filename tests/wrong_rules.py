@@ -153,6 +153,52 @@ ALL = [
 ]
 
 
+# Faults that only second derivatives show, and only at special arguments.
+SPECIAL = ("coefficient of 0", "NaN in rows that do not count")
+
+
+def weighted(function, fault=None):
+  """c times the function of the rows that count, 0 elsewhere, with one of these faults or without.
+
+  It takes (x, labels, c, counts), with labels of None for functions of one argument.
+  """
+
+  def primal(x, labels, c, counts):
+    y = _value(function, x, labels, -1)
+    return jnp.where(_rows(counts, y), c * y, 0)
+
+  def bwd(residuals, u):
+    x, labels, c, counts = residuals
+    if fault != "NaN in rows that do not count":  # Then only the result is replaced below.
+      x = jnp.where(_rows(counts, x), x, 0)
+    u = jnp.where(_rows(counts, u), u, 0)
+    c_bar = jnp.sum(u * jnp.where(_rows(counts, u), _value(function, x, labels, -1), 0))
+    if fault == "coefficient of 0":
+      c = jnp.where(c == 0, 0, c)
+    x_bar, labels_bar = _cotangents(function, x, labels, -1, c * u, fault)
+    x_bar = jnp.where(_rows(counts, x), x_bar, 0)
+    if function == "soft labels":
+      labels_bar = jnp.where(_rows(counts, labels_bar), labels_bar, 0)
+    return x_bar, labels_bar, c_bar, None
+
+  rule = jax.custom_vjp(primal)
+  rule.defvjp(lambda *args: (primal(*args), args), bwd)
+  return enable_forward_mode(rule)
+
+
+def _rows(counts, y):
+  return counts.reshape(counts.shape + (1,) * (y.ndim - counts.ndim))
+
+
+def weighted_arguments(function, shape, fault=None):
+  """Arguments at which the fault shows; arguments like any others without one."""
+  x, *labels = arguments(function, shape)
+  c, counts = np.float32(0 if fault == "coefficient of 0" else 0.5), np.arange(shape[0]) > 0
+  if fault == "NaN in rows that do not count":
+    x = x.at[0].set(np.nan)
+  return x, labels[0] if labels else None, c, counts
+
+
 def right(function):
   """The function without a fault."""
   return planted(function, None)

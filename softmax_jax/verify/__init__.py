@@ -68,11 +68,12 @@ def check_derivatives(
       returns the derivatives of the first floating output by the first floating argument.
     kwargs: keyword arguments for ``f``, ``reference`` and ``jacobian``. They are held fixed and not
       traced: the place for flags, axes and sizes.
-    edge_points: other tuples of arguments, at which there must be no NaN in the value and the
-      derivatives, beside agreement with the reference: rows with -inf, say, or huge numbers. A rule
-      that is wrong only at special arguments can only be found out at arguments of that kind.
+    edge_points: other tuples of arguments, at which there must be no NaN in the value and the first
+      derivatives, beside agreement with the reference, that of second derivatives too: rows with
+      -inf, say, huge numbers, or coefficients of 0. A rule that is wrong only at special arguments
+      can only be found out at arguments of that kind.
     checks: the names of the checks to run, of those in `CHECKS`; None stands for all.
-    skip: the names of checks to leave out.
+    skip: the names of checks to leave out, also at edge points.
     bounds: relative bounds by the name of the check, in place of the derived ones.
     max_residual_bytes: what the backward pass may hold beside arguments and outputs, for the check
       ``residuals``.
@@ -122,6 +123,7 @@ def check_derivatives(
     max_residual_bytes=max_residual_bytes,
     name=name,
     seed=seed,
+    skip=skip,
   )
   return run_checks(v, chosen)
 
@@ -175,6 +177,7 @@ def verifier(
   max_residual_bytes: int | None = None,
   name: str | None = None,
   seed: int = 0,
+  skip: Collection[str] = (),
 ) -> Verifier:
   """What `run_checks` runs on; the arguments are those of `check_derivatives`."""
   _check_options(
@@ -192,6 +195,7 @@ def verifier(
       edge_points=edge_points,
       limits=bounds,
       max_residual_bytes=max_residual_bytes,
+      skip=_names("skip", skip),
     )
 
 

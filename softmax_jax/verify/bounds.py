@@ -117,25 +117,29 @@ def judge(
     total = functools.partial(_total, axes=others)
     size_g = np.sqrt(np.maximum(total(scale**2), (_FLOOR * typical) ** 2 * count))
     size_g = np.maximum(size_g, floor)
+    found, of_reference = np.sqrt(total(error**2)), np.sqrt(total(slack**2))
     if bound is None:
       limit = (
         NOISE * np.sqrt(total(squared_noise))
         + ROUNDING * unit * math.sqrt(2 + math.log2(size)) * size_g
-        + np.sqrt(total(slack**2))
+        + of_reference
         + tiny * math.sqrt(count)
       )
     else:
       limit = bound * size_g
-    found = np.sqrt(total(error**2))
     unit_g = np.where(size_g > 0, size_g, 1)
     with np.errstate(divide="ignore", invalid="ignore"):
       ratio = np.where(found > 0, found / limit, 0)
     place = int(np.argmax(ratio))
-    if axis is None and bound is None and size_g[0] > 0 and limit[0] > useless * size_g[0]:
-      share = limit[0] / size_g[0]
-      reason = f"rounding alone may be {share:.0%} of the result"
-      if share > 2:
+    if axis is None and bound is None and limit[0] > useless * size_g[0]:
+      share = limit[0] / max(size_g[0], tiny)
+      # A result of 0 is as good as any, unless it agrees only for what R may be wrong by.
+      if size_g[0] == 0 and found[0] <= limit[0] - of_reference[0]:
+        reason = ""
+      elif share > 2:
         reason = "the result is smaller than its rounding errors"
+      else:
+        reason = f"rounding alone may be {share:.0%} of the result"
     if axis is None or ratio[place] > worst[0]:
       worst = ratio[place], found[place] / unit_g[place], limit[place] / unit_g[place], axis, place
   _, relative, allowed, axis, place = worst

@@ -104,10 +104,10 @@ class Oracle:
     else:
       self.inside = coarsest([np.float64, *rounded_to(jaxpr.jaxpr)])
       self._check_shapes(ys, others)
-    self._value = compiled(self._outputs)
-    self._values = compiled(self._values_of)
-    self._vjp = compiled(self._vjp_of)
-    self._jvp = compiled(self._jvp_of)
+    self._value = compiled(self._outputs, quickly=True)
+    self._values = compiled(self._values_of, quickly=True)
+    self._vjp = compiled(self._vjp_of, quickly=True)
+    self._jvp = compiled(self._jvp_of, quickly=True)
     self._has_jvp = self.given
 
   def at(self, problem: Problem) -> Oracle:
@@ -189,10 +189,11 @@ class Oracle:
     """The derivatives of ``values`` at xs along vs."""
     if finfo(self.inside).bits < 32:
       raise Skip(f"f rounds to {self.inside} inside, too coarse for differences")
-    found = _derivatives(values(self._moved(xs, vs, _STEPS)), _STEPS)
+    eps = float(finfo(self.inside).eps)
+    found = _derivatives(values(self._moved(xs, vs, _STEPS)), _STEPS, eps)
     if self.inside == np.float64 and any(_unknown(*pair) > _KNOWN for pair in found):
       steps = _FINE * _STEPS
-      fine = _derivatives(values(self._moved(xs, vs, steps)), steps)
+      fine = _derivatives(values(self._moved(xs, vs, steps)), steps, eps)
       found = [
         min(pairs, key=lambda pair: _unknown(*pair)) for pairs in zip(found, fine, strict=True)
       ]
@@ -237,7 +238,9 @@ class Oracle:
       )
 
 
-def _derivatives(values: Sequence[Any], steps: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+def _derivatives(
+  values: Sequence[Any], steps: np.ndarray, eps: float
+) -> list[tuple[np.ndarray, np.ndarray]]:
   """Derivatives and their errors, from values after the shifts that `Oracle._moved` stacks."""
   found: list[tuple[np.ndarray, np.ndarray]] = []
   with np.errstate(invalid="ignore", over="ignore"):
@@ -246,8 +249,12 @@ def _derivatives(values: Sequence[Any], steps: np.ndarray) -> list[tuple[np.ndar
       up, down, here = y[: len(steps)], y[len(steps) : -1], y[-1]
       half_steps = 2 * steps.reshape(-1, *(1,) * here.ndim)
       best, error, step = _extrapolated(list((up - down) / half_steps), steps)
+      finite = np.isfinite(here)
+      best = np.where(finite, best, np.nan)
       bends = (up - 2 * here + down) / half_steps
-      found.append(_without_kinks(best, error, bends, step, steps[-1]))
+      best, error = _without_kinks(best, error, bends, step, steps[-1])
+      # Rounding of the values, which do not change at all where arguments are huge.
+      found.append((best, error + np.where(finite, eps * np.abs(here) / step, 0)))
   return found
 
 
@@ -266,13 +273,16 @@ def _without_kinks(
 
   A bend is half the difference of the slopes on both sides, over the distance of a step. From one
   step to the next it shrinks to a quarter where f is smooth, and grows where it is but noise. Where
-  the step reaches over a kink it does neither.
+  the step reaches over a kink it does neither; small bends, as of a small tangent, may do so once
+  by chance.
   """
   finite = np.isfinite(best)
   typical = math.sqrt(np.mean(best[finite] ** 2)) if finite.any() else 0.0
   rough = _KNOWN * np.maximum(typical, np.abs(best))
   before, after = np.abs(bends[3:-1]), np.abs(bends[4:])
   kink = np.any((after > rough) & (before / 2 < after) & (after < 1.5 * before), axis=0)
+  before, after = before[-2:], after[-2:]
+  kink |= np.all((0.8 * before < after) & (after < 1.25 * before), axis=0)
   unknown = finite & (kink | (error > rough))
   if unknown.sum() > 0.1 * finite.sum():
     unknown = finite & kink

@@ -227,9 +227,16 @@ def split(outs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
   return floats, [y for y in outs if not _is_float(jnp.result_type(y))]
 
 
-def compiled(f: Callable[..., Any]) -> Callable[..., Any]:
-  """``f`` compiled, with NumPy arrays as results."""
-  program = jax.jit(f)
+def compiled(f: Callable[..., Any], *, quickly: bool = False) -> Callable[..., Any]:
+  """``f`` compiled, with NumPy arrays as results.
+
+  ``quickly`` leaves out, on a CPU, the optimization of machine code, up to half of the time that it
+  takes to compile a large program; that of JAX's operations stays.
+  """
+  options = {"xla_backend_optimization_level": 0}
+  program = jax.jit(
+    f, compiler_options=options if quickly and jax.default_backend() == "cpu" else None
+  )
   return lambda *args: jax.device_get(program(*args))
 
 

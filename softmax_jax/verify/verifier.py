@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,11 +55,13 @@ class Verifier:
     edge_points: Sequence[Sequence[Any]] = (),
     limits: Mapping[str, float] | None = None,
     max_residual_bytes: int | None = None,
+    skip: Collection[str] = (),
   ):
     """The options are those of `check_derivatives`; ``limits`` its ``bounds``."""
     self.problem, self.oracle, self.name = problem, oracle, name
     self.jacobian, self.edge_points = jacobian, edge_points
     self.limits, self.max_residual_bytes = dict(limits or {}), max_residual_bytes
+    self.skip = skip  # what edge points are to do without
     self._programs: dict[str, Callable[..., Any]] = {}
     self.known: dict[str, Any] = {}  # what checks found out at these arguments
     self._mask_outputs()
@@ -91,9 +93,11 @@ class Verifier:
     ys, _ = self.oracle.value(self.problem.xs)
     self.problem.masks = [np.isfinite(y) for y in ys]
 
-  def program(self, name: str, f: Callable[..., Any]) -> Callable[..., Any]:
+  def program(
+    self, name: str, f: Callable[..., Any], *, quickly: bool = False
+  ) -> Callable[..., Any]:
     """``f`` compiled, once under this name."""
-    return self._programs.setdefault(name, compiled(f))
+    return self._programs.setdefault(name, compiled(f, quickly=quickly))
 
   # --- conditions ---------------------------------------------------------------------------------
 

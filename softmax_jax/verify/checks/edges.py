@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from softmax_jax.verify.checks.first_order import finite_differences, jvp, value, vjp
+from softmax_jax.verify.checks.second_order import second_order
 from softmax_jax.verify.report import Row, Skip
 from softmax_jax.verify.verifier import Verifier
 
@@ -17,7 +18,8 @@ def edge_points(v: Verifier) -> list[Row]:
   """At the arguments named with edge_points: no NaN in derivatives, and the reference's numbers.
 
   Values may be infinite there (their cotangents are then 0 in the comparison with the reference,
-  and ones in the search for NaN), but not NaN.
+  and ones in the search for NaN), but not NaN. Second derivatives must be the reference's where it
+  has them: at a kink they are skipped.
   """
   if not v.edge_points:
     raise Skip("none was named with edge_points=")
@@ -51,6 +53,13 @@ def _edge(v: Verifier, place: int, args: Any) -> list[Row]:
       ]  # fmt: skip
   rows: list[Row] = []
   for check in (value, finite_differences, vjp, jvp):
-    rows += at.run(check.__name__, check)
-  rows = [dataclasses.replace(row, check=f"{label}: {row.check}") for row in rows]
-  return [row for row in rows if row.status != "skipped"] or rows
+    if check.__name__ not in v.skip:
+      rows += at.run(check.__name__, check)
+  rows = [row for row in rows if row.status != "skipped"] or rows
+  if second_order.__name__ not in v.skip:
+    told = {v.forward}  # Why second derivatives are skipped here, once each.
+    for row in at.run(second_order.__name__, second_order):
+      if row.status != "skipped" or row.reason not in told:
+        rows.append(row)
+      told.add(row.reason)
+  return [dataclasses.replace(row, check=f"{label}: {row.check}") for row in rows]
