@@ -84,13 +84,21 @@ def loaded_by(statement, before="import jax"):
 
 
 def test_importing_loads_little_beyond_jax():
-  """Neither chex nor an extra, and of the library what `__init__` names: imports stay cheap."""
+  """Nothing but JAX, and of the library what `__init__` names: imports stay cheap."""
   loaded = loaded_by("import softmax_jax")
   assert "softmax_jax._softmax" in loaded
   others = {name.split(".")[0] for name in loaded} - {"softmax_jax", "jax"}
   assert others <= set(sys.stdlib_module_names)
   public = {name for name in loaded if name.startswith("softmax_jax.") and "._" not in name}
-  assert not public
+  assert public == {"softmax_jax.derivatives"}
+
+
+def test_its_public_modules_are_attributes_of_the_package():
+  """In a new process, where no other test has imported them."""
+  used = "softmax_jax.derivatives.softmax_jacobian; softmax_jax.verify.check_derivatives"
+  assert "softmax_jax.verify" in loaded_by(f"import softmax_jax; {used}")
+  with pytest.raises(AttributeError, match="module 'softmax_jax' has no attribute 'nothing'"):
+    softmax_jax.nothing  # noqa: B018
 
 
 def test_importing_the_other_parts_loads_nothing_of_the_extras():
