@@ -175,9 +175,7 @@ def test_keywords_may_have_any_name(capsys, module):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("Unable to\nand more"), AssertionError()])
-@pytest.mark.parametrize(
-  "words", ["verify", "verify jax.nn:softmax", "benchmark", "train", "train --task text"]
-)
+@pytest.mark.parametrize("words", ["verify", "verify jax.nn:softmax", "benchmark", "train"])
 def test_no_device(capsys, monkeypatch, words, error):
   def fail():
     raise error

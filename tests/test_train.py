@@ -21,7 +21,6 @@ from softmax_jax import train
 from softmax_jax.__main__ import _COMMANDS, main
 from softmax_jax._command_line import picture as picture_option
 from softmax_jax._command_line import progress_bar
-from softmax_jax.train import common
 from softmax_jax.train import digits as task
 
 TRAIN_SIZE, TEST_SIZE = 1347, 450
@@ -30,7 +29,7 @@ TRAIN_SIZE, TEST_SIZE = 1347, 450
 def train_few_steps(digits, *argv):
   parser = argparse.ArgumentParser()
   train.add_arguments(parser)
-  return task._train(train._with_defaults(parser.parse_args(argv)), digits, lambda *_: None)
+  return task._train(parser.parse_args(argv), digits, lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +247,7 @@ def test_step_is_traced_once_and_donates(digits, monkeypatch):
 
 
 def test_batches_visit_every_digit_once_an_epoch():
-  batches = common.batches(seed=0, size=10, batch_size=5)
+  batches = task._batches(seed=0, size=10, batch_size=5)
   first, second, third, fourth = (next(batches) for _ in range(4))
   np.testing.assert_array_equal(np.sort(np.concatenate([first, second])), np.arange(10))
   np.testing.assert_array_equal(np.sort(np.concatenate([third, fourth])), np.arange(10))
@@ -425,6 +424,11 @@ def test_picture_shows_the_numbers(digits, training, tmp_path, monkeypatch):
     (
       "--seed 4294967296",
       "argument --seed: expected a whole number from 0 to 4294967295, got '4294967296'",
+    ),
+    (
+      "--task text",
+      "argument --task: digits are what this command learns; for text, run examples/train_text.py "
+      "of the repository",
     ),
     ("--plot a.gif", "argument --plot: expected a name in .pdf, .png or .svg, got 'a.gif'"),
     ("--plot a", "argument --plot: expected a name in .pdf, .png or .svg, got 'a'"),
