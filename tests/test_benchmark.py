@@ -256,7 +256,7 @@ def test_the_accuracy_suite_tells_digits_from_none():
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-  """A run of the timed suites with everything it writes: the JSON report, a picture, a file."""
+  """A run of the timed suites with everything it writes: the JSON report, a file."""
   folder = tmp_path_factory.mktemp("benchmark")
   text = "before\n"
   for suite in suites.NAMES:
@@ -265,7 +265,7 @@ def measured(tmp_path_factory):
   out, err = io.StringIO(), io.StringIO()
   argv = ["benchmark", "--suite", *suites.NAMES, "--shapes", "16x5", "8x4x5"]
   argv += ["--rounds", "2", "--seconds", "0", "--peers", *JAX_PEERS, "--json"]
-  argv += ["--plot", str(folder / "picture.png"), "--update", str(folder / "notes.md")]
+  argv += ["--update", str(folder / "notes.md")]
   with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
     code = main(argv)
   assert (code, err.getvalue()) == (0, "")
@@ -324,14 +324,6 @@ def test_updates_a_file_between_its_markers(measured):
   # A second time it replaces what the first has written.
   report.update(result, folder / "notes.md")
   assert (folder / "notes.md").read_text() == text
-
-
-def test_draws_a_picture(measured):
-  from matplotlib.image import imread
-
-  picture = imread(measured[1] / "picture.png")
-  assert measured[0]["plot"].endswith("picture.png")
-  assert np.ptp(picture[..., :3], axis=-1).max() > 0.3  # Something has a color.
 
 
 def test_prints_tables_that_fit(measured, capsys, monkeypatch):
@@ -430,7 +422,6 @@ def test_runs_with_no_peer_installed(capsys, monkeypatch):
     (["--peers", "numpy"], "invalid choice: 'numpy'"),
     (["--rounds", "0"], "expected a whole number from 1"),
     (["--seconds", "-1"], "expected a number from 0"),
-    (["--plot", "picture.txt"], "expected a name in .pdf, .png or .svg"),
     (["--update", "no/such/file.md"], "cannot update 'no/such/file.md': No such file"),
     (["--json", "--markdown"], "not allowed with argument"),
   ],

@@ -280,7 +280,7 @@ def test_help_without_docstrings_and_without_room(capsys, monkeypatch, command):
   monkeypatch.setenv("COLUMNS", "1")
   code, out, err = commands.run(capsys, name, "--help")
   assert (code, err) == (0, "")
-  assert "--plot FILE.png" in out
+  assert "--seed N" in out
 
 
 def test_the_list_of_commands_without_docstrings(capsys, monkeypatch):

@@ -46,7 +46,6 @@ import numpy as np
 from softmax_jax._command_line import (
   devices,
   out_of_memory,
-  picture,
   print_json,
   progress_bar,
   whole_number,
@@ -143,7 +142,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   shown = parser.add_mutually_exclusive_group()
   shown.add_argument("--json", action="store_true", help="print one JSON object, not tables")
   shown.add_argument("--markdown", action="store_true", help="print Markdown tables")
-  add("--plot", type=picture, metavar="FILE.png", help="draw the ratios (also .pdf, .svg)")
   add(
     "--update",
     type=_text_file,
@@ -155,9 +153,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
   """Measures and reports."""
-  # Every extra now: better to hear of a missing one before the work than after it.
-  for extra in ("rich", *(["matplotlib"] if args.plot else [])):
-    importlib.import_module(extra)
+  importlib.import_module("rich")  # Better to hear of a missing one before the work than after it.
   for name, default in _TIMED.items():
     if getattr(args, name) is None:
       setattr(args, name, default)
@@ -169,9 +165,6 @@ def run(args: argparse.Namespace) -> int:
   with jax.enable_x64(args.dtype == "float64"):
     result = _measure(args, _peers(args.peers))
 
-  if args.plot:
-    report.draw(result, args.plot)
-    result["plot"] = str(args.plot)
   if args.update:
     report.update(result, args.update)
   if args.json:
