@@ -26,6 +26,9 @@ USED = {
   "jax.interpreters.partial_eval.JaxprTracer",
 }
 NOT_DOCUMENTED = ("jax._src", "jax.extend", "jax.interpreters", "jaxlib")
+COMMANDS = tuple(
+  f"softmax_jax.{name}" for name in ("_command_line", "benchmark", "train", "verify.command")
+)
 ATTRIBUTES = {"fun", "fwd", "bwd", "symbolic_zeros", "nondiff_argnums"}  # of a jax.custom_vjp
 
 
@@ -108,10 +111,12 @@ def test_importing_the_other_parts_loads_nothing_of_the_extras():
   assert others <= set(sys.stdlib_module_names)
 
 
-def test_every_module_can_be_imported_without_the_extras():
+def test_every_module_but_the_commands_can_be_imported_without_the_extras():
   names = [path.relative_to(PACKAGE.parent).with_suffix("") for path in MODULES]
   modules = [".".join(name.parts).removesuffix(".__init__") for name in names]
-  extras = "matplotlib", "mpmath", "optax", "rich", "sklearn", "torch"
+  modules = [name for name in modules if not name.startswith(COMMANDS)]
+  assert {"softmax_jax.__main__", "softmax_jax.verify", "softmax_jax.derivatives"} < set(modules)
+  extras = "click", "matplotlib", "mpmath", "optax", "rich", "sklearn", "torch"
   loaded = loaded_by(
     f"import {', '.join(modules)}", f"import jax; sys.modules.update(dict.fromkeys({extras}))"
   )

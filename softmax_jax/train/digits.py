@@ -3,15 +3,16 @@
 # optax and scikit-learn have no stubs.
 # pyright: reportMissingTypeStubs=false
 
-import argparse
 import functools
 import itertools
 import math
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
+import click
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,15 +25,15 @@ _CLASSES = 10
 _HIDDEN = 128
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: SimpleNamespace) -> dict[str, Any]:
   """Trains and checks; the report, whose failures are the checks that did not hold."""
   device = devices()[0]
   digits = _load_digits(args.seed)
   if args.batch_size > len(digits.train_labels):
-    raise argparse.ArgumentError(
-      None,
-      f"argument --batch-size: expected at most {len(digits.train_labels)}, the size of the "
-      f"training set, got {args.batch_size}",
+    raise click.BadParameter(
+      f"expected at most {len(digits.train_labels)}, the size of the training set, got "
+      f"{args.batch_size}",
+      param_hint="--batch-size",
     )
   with progress_bar(args.steps) as show:
     training = _train(args, digits, show)
@@ -164,9 +165,7 @@ class _Training(NamedTuple):
   summary: dict[str, Any]
 
 
-def _train(
-  args: argparse.Namespace, digits: _Digits, show: Callable[[int, str], None]
-) -> _Training:
+def _train(args: SimpleNamespace, digits: _Digits, show: Callable[[int, str], None]) -> _Training:
   """Trains for `args.steps` steps, telling `show` how far it is every few of them."""
   import optax
 
