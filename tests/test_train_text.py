@@ -49,7 +49,8 @@ def run(capsys, *argv, **other):
 def less_text():
   """The first words that the seed finds, for the sake of time; on all devices of the tests."""
   jax.devices()  # From here on their number is fixed.
-  with pytest.MonkeyPatch.context() as patch:
+  # The script compiles its step ahead of time.
+  with pytest.MonkeyPatch.context() as patch, jax.disable_jit(False):
     patch.setattr(task, "MOST_TEST_WORDS", 1024)
     yield
 
@@ -265,7 +266,8 @@ def test_a_step_on_a_mesh_sends_no_logits_and_nothing_of_the_size_of_the_classes
     optimizer, linear, state, text.train_words, np.arange(4, 260, dtype=np.int32)
   )
   # The sums over "data", of one device each, send nothing.
-  lines = [line for line in step.as_text().splitlines() if "replica_groups={{0},{1}" not in line]
+  alone = re.compile(r"replica_groups=(\{\{0\},\{1\}|[^{]* \{'data'\})")  # as JAX's versions print it
+  lines = [line for line in step.as_text().splitlines() if not alone.search(line)]
   program = collectives.found_in("\n".join(lines))
   assert {kind for kind, _ in program} == {"all-reduce"}
   sizes = {size for _, shapes in program for shape in shapes for size in shape}
