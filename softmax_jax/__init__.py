@@ -1,5 +1,9 @@
 """Softmax and the losses built on it, with gradients derived by hand."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from softmax_jax import derivatives as derivatives
 from softmax_jax._cross_entropy import (
   CrossEntropyAux,
   softmax_cross_entropy,
@@ -8,6 +12,17 @@ from softmax_jax._cross_entropy import (
 from softmax_jax._forward_mode import enable_forward_mode
 from softmax_jax._linear_cross_entropy import linear_softmax_cross_entropy
 from softmax_jax._softmax import log_softmax, logsumexp, softmax
+
+if TYPE_CHECKING:
+  from softmax_jax import verify as verify
+else:
+
+  def __getattr__(name: str) -> Any:
+    """Imports `softmax_jax.verify` when it is first used, which keeps other imports cheap."""
+    if name == "verify":
+      return importlib.import_module("softmax_jax.verify")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __version__ = "0.1.0"
 

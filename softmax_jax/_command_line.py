@@ -1,41 +1,86 @@
 """What the commands of `softmax-jax` share: options, devices, the progress bar, pictures, JSON."""
 
-import argparse
 import contextlib
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable, Generator
 from typing import Any, cast
 
+import click
 import jax
+from click.core import ParameterSource
 
 _PICTURES = (".pdf", ".png", ".svg")
 
 
-def whole_number(low: int, high: int) -> Callable[[str], int]:
-  """The type of an option that takes a whole number from `low` to `high`."""
+class Command(click.Command):
+  """A command whose help stands as it is written, and whose options may take several values."""
 
-  def parse(text: str) -> int:
-    with contextlib.suppress(ValueError):
-      if low <= int(text) <= high:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"expected a whole number from {low} to {high}, got {text!r}")
+  def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    """Writes the text without wrapping its lists and examples."""
+    formatter.write(f"\n{self.help}")
 
-  return parse
+  def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    """Reads `--suite a b` as `--suite a --suite b`, where --suite may be given more than once."""
+    many = {name for option in self.params if option.multiple for name in option.opts}
+    words: list[str] = []
+    current = None
+    for word in args:
+      if word.startswith("--"):
+        current = word if word in many else None
+      elif current and words[-1] != current:
+        words.append(current)
+      words.append(word)
+    return super().parse_args(ctx, words)
+
+  def invoke(self, ctx: click.Context) -> Any:
+    """Runs the command; a lack of memory is an error of usage."""
+    try:
+      # What the commands measure, train and check are compiled programs.
+      with jax.disable_jit(False):
+        return super().invoke(ctx)
+    except (MemoryError, RuntimeError) as error:  # JAX's own is a RuntimeError.
+      if not out_of_memory(error):
+        raise
+      raise click.UsageError("the options ask for more memory than there is", ctx) from error
+
+
+class Number(click.FloatRange):
+  """A number of a range, which NaN is not."""
+
+  def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    """The number."""
+    number = super().convert(value, param, ctx)
+    if math.isnan(number):
+      self.fail(f"{value!r} is not a number.", param, ctx)
+    return number
+
+
+def seed_option(help: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+  """The option --seed."""
+  return click.option(
+    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, metavar="N", help=help
+  )
+
+
+def plot_option(help: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+  """The option --plot, the name of a picture that can be written."""
+  return click.option("--plot", type=picture, metavar="FILE.png", help=f"{help} (also .pdf, .svg).")
 
 
 def picture(text: str) -> pathlib.Path:
-  """The type of an option that takes the name of a picture to write."""
+  """The name of a picture that can be written."""
   path = pathlib.Path(text)
   if path.suffix.lower() not in _PICTURES:
-    raise argparse.ArgumentTypeError(f"expected a name in .pdf, .png or .svg, got {text!r}")
+    raise click.BadParameter(f"expected a name in .pdf, .png or .svg, got {text!r}")
   # Only opening the file tells for certain whether it can be written.
   existed = os.path.lexists(path)
   try:
     path.open("ab").close()
   except OSError as error:
-    raise argparse.ArgumentTypeError(f"cannot write {text!r}: {error.strerror}") from None
+    raise click.BadParameter(f"cannot write {text!r}: {error.strerror}") from None
   if not existed:
     path.unlink()
   return path
@@ -46,9 +91,13 @@ def save_picture(figure: Any, path: pathlib.Path, dpi: int) -> None:
   try:
     figure.savefig(path, dpi=dpi)
   except OSError as error:  # It could be written once, but a disk may be full now.
-    raise argparse.ArgumentError(
-      None, f"argument --plot: cannot write {str(path)!r}: {error.strerror or error}"
-    ) from error
+    why = error.strerror or str(error)
+    raise click.BadParameter(f"cannot write {str(path)!r}: {why}", param_hint="--plot") from error
+
+
+def given(name: str) -> bool:
+  """Whether the command line has this option."""
+  return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def devices() -> list[Any]:
@@ -59,7 +108,7 @@ def devices() -> list[Any]:
     why = (str(error).splitlines() or [type(error).__name__])[0]
     wanted = cast(Any, jax.config).jax_platforms
     where = f", with JAX_PLATFORMS={wanted}" if wanted else ""
-    raise argparse.ArgumentError(None, f"JAX has no device to compute on{where}: {why}") from error
+    raise click.UsageError(f"JAX has no device to compute on{where}: {why}") from error
 
 
 def out_of_memory(error: BaseException) -> bool:

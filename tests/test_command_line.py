@@ -1,6 +1,5 @@
 """The command `softmax-jax` in bad hands: values, modules, devices, streams, signals, locales."""
 
-import argparse
 import errno
 import io
 import os
@@ -11,6 +10,7 @@ import subprocess
 import sys
 import threading
 
+import click
 import commands
 import jax
 import pytest
@@ -40,15 +40,15 @@ def refused(capsys, *argv):
 @pytest.mark.parametrize(
   "words, message",
   [
-    ("verify m:f --shape -1,3", "argument --shape: expected sizes with commas between"),
-    ("verify m:f --args 4 -1:float32", "argument --args: expected sizes with commas between"),
-    (f"verify m:f --shape {'9' * 5000}", "argument --shape: expected sizes with commas between"),
+    ("verify m:f --shape -1,3", "'--shape': expected sizes with commas between"),
+    ("verify m:f --args 4 -1:float32", "'--args': expected sizes with commas between"),
+    (f"verify m:f --shape {'9' * 5000}", "'--shape': expected sizes with commas between"),
     (
       f"verify m:f --shape {','.join('1' * 100)}",
       "such as 4,8, at most 32 and of at most 5,000,000",
     ),
-    ("benchmark --shapes -2x3", "argument --shapes: expected ROWSxCLASSES"),
-    ("train --learning-rate -1e5", "argument --learning-rate: expected a number above 0"),
+    ("benchmark --shapes -2x3", "'--shapes': expected ROWSxCLASSES"),
+    ("train --learning-rate -1e5", "'--learning-rate': -100000.0 is not"),
   ],
   ids=["shape", "args", "digits", "dimensions", "shapes", "rate"],
 )
@@ -61,16 +61,13 @@ def test_a_keyword_that_is_no_literal_is_a_word(value):
   assert verify._keyword(f"x={value}") == ("x", value)
 
 
-@pytest.mark.parametrize(
-  "content, why", [(b"\xff", "Not text in UTF-8"), (None, "Not a file")], ids=["bytes", "device"]
-)
-def test_what_cannot_be_updated(capsys, tmp_path, content, why):
+@pytest.mark.parametrize("content", [b"\xff", None], ids=["bytes", "device"])
+def test_what_cannot_be_updated(capsys, tmp_path, content):
   file = tmp_path / "notes.md" if content else pathlib.Path(os.devnull)
   if content:
     file.write_bytes(content)
-  assert f"argument --update: cannot update '{file}': {why}" in refused(
-    capsys, "benchmark", "--update", str(file)
-  )
+  message = f"--update: {file} has no <!-- benchmark: softmax, cpu -->"
+  assert message in refused(capsys, "benchmark", "--update", str(file))
 
 
 def test_a_picture_that_fills_the_disk(tmp_path):
@@ -78,7 +75,7 @@ def test_a_picture_that_fills_the_disk(tmp_path):
     def savefig(self, path, dpi):
       raise OSError(errno.ENOSPC, "No space left on device")
 
-  with pytest.raises(argparse.ArgumentError, match=r"cannot write '.*p.png': No space left"):
+  with pytest.raises(click.BadParameter, match=r"cannot write '.*p.png': No space left"):
     command_line.save_picture(Figure(), tmp_path / "p.png", 100)
 
 
@@ -136,7 +133,7 @@ def module(tmp_path, monkeypatch):
 def test_a_module_that_cannot_be_imported(capsys, module, source, message):
   name = module(source)
   err = refused(capsys, "verify", f"{name}:f")
-  assert f"argument MODULE:FUNCTION: cannot import {name}: " in err
+  assert f"MODULE:FUNCTION: cannot import {name}: " in err
   assert message.format(name) in err
 
 
@@ -165,19 +162,19 @@ def test_a_reference_that_returns_no_array_is_named(capsys, module):
 
 
 def test_keywords_may_have_any_name(capsys, module):
-  words = ("--kwarg", "f=2.0", "--kwarg", "name=a", "--checks", "value", "--shape", "3")
-  code, out, err = commands.run(capsys, "verify", f"{module(MODULE)}:named", *words)
-  assert (code, err) == (0, "")
-  assert "1 passed" in out
+  name = module(MODULE)
+  for words in ("--kwarg f=2.0 --kwarg name=a", "--kwarg f=2.0 name=a"):
+    words = (*words.split(), "--checks", "value", "--shape", "3")
+    code, out, err = commands.run(capsys, "verify", f"{name}:named", *words)
+    assert (code, err) == (0, "")
+    assert "1 passed" in out
 
 
 # --- devices and memory ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [RuntimeError("Unable to\nand more"), AssertionError()])
-@pytest.mark.parametrize(
-  "words", ["verify", "verify jax.nn:softmax", "benchmark", "train", "train --task text"]
-)
+@pytest.mark.parametrize("words", ["verify", "verify jax.nn:softmax", "benchmark", "train"])
 def test_no_device(capsys, monkeypatch, words, error):
   def fail():
     raise error
@@ -196,7 +193,7 @@ def test_the_platform_is_named(monkeypatch):
   platforms = jax.config.jax_platforms
   jax.config.update("jax_platforms", "abacus")
   try:
-    with pytest.raises(argparse.ArgumentError, match="with JAX_PLATFORMS=abacus: AssertionError"):
+    with pytest.raises(click.UsageError, match="with JAX_PLATFORMS=abacus: AssertionError"):
       command_line.devices()
   finally:
     jax.config.update("jax_platforms", platforms)
@@ -256,10 +253,8 @@ def test_nothing_goes_to_stdout_in_place_of_a_closed_stderr(capsys, monkeypatch)
 
 def test_a_closed_stdout(monkeypatch):
   monkeypatch.setattr(sys, "stdout", None)
-  with pytest.raises(SystemExit) as stop:
-    main(["--version"])
+  assert main(["--version"]) == 0
   sys.stdout.close()
-  assert stop.value.code == 0
 
 
 def test_a_name_that_the_locale_cannot_write(monkeypatch):
@@ -274,22 +269,12 @@ def test_a_name_that_the_locale_cannot_write(monkeypatch):
 
 
 @pytest.mark.parametrize("command", [train, verify, benchmark])
-def test_help_without_docstrings_and_without_room(capsys, monkeypatch, command):
-  name = command.__name__.split(".")[1]
-  _, whole, _ = commands.run(capsys, name, "--help")
-  monkeypatch.setattr(command, "__doc__", None)  # As with python -OO.
-  assert commands.run(capsys, name, "--help") == (0, whole, "")
+def test_help_without_room(capsys, monkeypatch, command):
   monkeypatch.setenv("COLUMNS", "1")
-  code, out, err = commands.run(capsys, name, "--help")
+  code, out, err = commands.run(capsys, command.command.name, "--help")
   assert (code, err) == (0, "")
-  assert "--plot FILE.png" in out
-
-
-def test_the_list_of_commands_without_docstrings(capsys, monkeypatch):
-  whole = commands.run(capsys, "--help")
-  for module in (softmax_jax, train, verify, benchmark):
-    monkeypatch.setattr(module, "__doc__", None)
-  assert commands.run(capsys, "--help") == whole
+  assert command.HELP in out
+  assert "--seed N" in out
 
 
 # --- processes ------------------------------------------------------------------------------------
@@ -337,7 +322,7 @@ def test_help_of_an_optimizing_interpreter():
   command = [sys.executable, "-OO", "-m", "softmax_jax", "train", "--help"]
   result = subprocess.run(command, capture_output=True, text=True, timeout=100)
   assert (result.returncode, result.stderr) == (0, "")
-  assert train.__doc__.strip() in result.stdout
+  assert train.HELP in result.stdout
 
 
 @pytest.mark.long

@@ -145,7 +145,7 @@ def test_the_metadata(wheel):
   }
   assert {key: wheel.metadata.get_all(key) for key in one} == {k: [v] for k, v in one.items()}
   required = wheel.metadata.get_all("Requires-Dist")
-  assert {r for r in required if "extra ==" not in r} == {"chex", "jax>=0.10.2", "jaxlib"}
+  assert {r for r in required if "extra ==" not in r} == {"jax>=0.10.2", "jaxlib"}
   readme = (ROOT / "README.md").read_text(encoding="utf-8")
   assert wheel.metadata.get_payload().strip() == readme.strip()
   assert [(e.group, e.name, e.value) for e in wheel.distribution.entry_points] == [

@@ -26,6 +26,9 @@ USED = {
   "jax.interpreters.partial_eval.JaxprTracer",
 }
 NOT_DOCUMENTED = ("jax._src", "jax.extend", "jax.interpreters", "jaxlib")
+COMMANDS = tuple(
+  f"softmax_jax.{name}" for name in ("_command_line", "benchmark", "train", "verify.command")
+)
 ATTRIBUTES = {"fun", "fwd", "bwd", "symbolic_zeros", "nondiff_argnums"}  # of a jax.custom_vjp
 
 
@@ -84,13 +87,21 @@ def loaded_by(statement, before="import jax"):
 
 
 def test_importing_loads_little_beyond_jax():
-  """Neither chex nor an extra, and of the library what `__init__` names: imports stay cheap."""
+  """Nothing but JAX, and of the library what `__init__` names: imports stay cheap."""
   loaded = loaded_by("import softmax_jax")
   assert "softmax_jax._softmax" in loaded
   others = {name.split(".")[0] for name in loaded} - {"softmax_jax", "jax"}
   assert others <= set(sys.stdlib_module_names)
   public = {name for name in loaded if name.startswith("softmax_jax.") and "._" not in name}
-  assert not public
+  assert public == {"softmax_jax.derivatives"}
+
+
+def test_its_public_modules_are_attributes_of_the_package():
+  """In a new process, where no other test has imported them."""
+  used = "softmax_jax.derivatives.softmax_jacobian; softmax_jax.verify.check_derivatives"
+  assert "softmax_jax.verify" in loaded_by(f"import softmax_jax; {used}")
+  with pytest.raises(AttributeError, match="module 'softmax_jax' has no attribute 'nothing'"):
+    softmax_jax.nothing  # noqa: B018
 
 
 def test_importing_the_other_parts_loads_nothing_of_the_extras():
@@ -100,10 +111,12 @@ def test_importing_the_other_parts_loads_nothing_of_the_extras():
   assert others <= set(sys.stdlib_module_names)
 
 
-def test_every_module_can_be_imported_without_the_extras():
+def test_every_module_but_the_commands_can_be_imported_without_the_extras():
   names = [path.relative_to(PACKAGE.parent).with_suffix("") for path in MODULES]
   modules = [".".join(name.parts).removesuffix(".__init__") for name in names]
-  extras = "matplotlib", "mpmath", "optax", "rich", "sklearn", "torch"
+  modules = [name for name in modules if not name.startswith(COMMANDS)]
+  assert {"softmax_jax.__main__", "softmax_jax.verify", "softmax_jax.derivatives"} < set(modules)
+  extras = "click", "matplotlib", "mpmath", "optax", "rich", "sklearn", "torch"
   loaded = loaded_by(
     f"import {', '.join(modules)}", f"import jax; sys.modules.update(dict.fromkeys({extras}))"
   )

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 STRICT = {"typeCheckingMode": "strict", "reportUnknownMemberType": False}
 # A program where each line with a comment is wrong, and what pyright calls that.
 MISUSE = """
-import jax.numpy as jnp
+import jax.numpy as jnp, softmax_jax
 from softmax_jax import derivatives, enable_forward_mode, linear_softmax_cross_entropy
 from softmax_jax import log_softmax, logsumexp, softmax, softmax_cross_entropy
 from softmax_jax import softmax_cross_entropy_with_integer_labels
@@ -41,6 +41,7 @@ linear_softmax_cross_entropy(x, weight, labels, vocab_axis="last")  # reportArgu
 linear_softmax_cross_entropy(x, weight, labels, None)  # reportCallIssue
 derivatives.softmax_jvp(x)  # reportCallIssue
 derivatives.softmax_hessian(x)  # reportAttributeAccessIssue
+softmax_jax.verifier  # reportAttributeAccessIssue
 enable_forward_mode(x)  # reportArgumentType
 enable_forward_mode(softmax, tangent="rule")  # reportArgumentType
 enable_forward_mode(softmax)("logits")  # reportArgumentType

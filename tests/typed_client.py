@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+import softmax_jax as sj
 from softmax_jax import (
   CrossEntropyAux,
   derivatives,
@@ -68,6 +69,8 @@ def map_over_a_batch(logits: Array, labels: Array) -> Array:
 def verify_jacobians(x: Array) -> Array:
   forward, backward = jacfwd(softmax)(x), jacrev(softmax)(x)
   closed = assert_type(derivatives.softmax_jacobian(x), Array)
+  assert_type(sj.derivatives.softmax_jacobian(x), Array)
+  assert_type(sj.verify.check_derivatives(softmax, x), Report)
   return jnp.abs(jnp.stack([forward, backward]) - closed).max()
 
 

@@ -1,4 +1,36 @@
-"""Compare time, memory and accuracy with jax.nn, optax, torch and tokamax on this machine.
+"""The command `softmax-jax benchmark`."""
+
+import contextlib
+import datetime
+import importlib
+import itertools
+import math
+import os
+import pathlib
+import platform
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import click
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from softmax_jax._command_line import (
+  Command,
+  Number,
+  devices,
+  given,
+  out_of_memory,
+  print_json,
+  progress_bar,
+  seed_option,
+)
+from softmax_jax.benchmark import accuracy, programs, report, suites, timing
+
+HELP = """\
+Compare time, memory and accuracy with jax.nn, optax, torch and tokamax on this machine.
 
 Suites, of which the first two run by default:
 
@@ -26,40 +58,10 @@ A peer that is not installed is left out. Times of a busy machine are worth litt
 
 Exit code: 0, or 2 for a bad option or a missing package.
 """
-
-import argparse
-import contextlib
-import datetime
-import importlib
-import itertools
-import math
-import os
-import pathlib
-import platform
-from collections.abc import Callable
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from softmax_jax._command_line import (
-  devices,
-  out_of_memory,
-  picture,
-  print_json,
-  progress_bar,
-  whole_number,
-)
-from softmax_jax.benchmark import accuracy, programs, report, suites, timing
-
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _SUITES = (*suites.NAMES, "accuracy")
-# What the timed suites take where the command line does not say.
-_TIMED = {"shapes": None, "rounds": 50, "seconds": 5.0, "scale": 1.0}
-
-
-# --- the command line ----------------------------------------------------------------------------
+_NO_PEER = "none"
+_AT_LEAST_0 = Number(0, 86400)
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -67,111 +69,87 @@ def _shape(text: str) -> tuple[int, ...]:
     shape = tuple(int(part) for part in text.split("x"))
     if len(shape) in (2, 3) and min(shape) >= 1 and math.prod(shape) < 2**48:
       return shape
-  raise argparse.ArgumentTypeError(
+  raise click.BadParameter(
     f"expected ROWSxCLASSES or, for the linear suite, TOKENSxFEATURESxCLASSES, got {text!r}"
   )
 
 
-def _not_negative(text: str) -> float:
-  with contextlib.suppress(ValueError):
-    if 0 <= float(text) <= 86400:
-      return float(text)
-  raise argparse.ArgumentTypeError(f"expected a number from 0 to 86400, got {text!r}")
+@click.command("benchmark", cls=Command, help=HELP)
+@click.option(
+  "--suite",
+  type=click.Choice(_SUITES),
+  multiple=True,
+  default=["softmax", "losses"],
+  metavar="NAME...",
+  help=f"What to run, of {', '.join(_SUITES)}.",
+)
+@click.option(
+  "--shapes",
+  type=_shape,
+  multiple=True,
+  metavar="BxK...",
+  help="Rows and classes, as 512x32768; for linear TxHxV (default on a CPU: five up to 64x131072, "
+  "linear 4096x512x32768; elsewhere 16 times the rows, linear 8192x4096x131072).",
+)
+@click.option("--dtype", type=click.Choice(_DTYPES), default="float32", help="Of the inputs.")
+@click.option(
+  "--peers",
+  type=click.Choice((*programs.PEERS, _NO_PEER)),
+  multiple=True,
+  metavar="NAME...",
+  help=f"Beside whom, of {', '.join(programs.PEERS)}, or none (default: all that are installed but "
+  "torch.compile).",
+)
+@click.option(
+  "--rounds",
+  type=click.IntRange(1, 100_000),
+  default=50,
+  metavar="N",
+  help="Rounds of a line at most.",
+)
+@click.option(
+  "--seconds",
+  type=_AT_LEAST_0,
+  default=5.0,
+  metavar="X",
+  help="For the rounds of a line, beyond the first three.",
+)
+@click.option(
+  "--scale",
+  type=_AT_LEAST_0,
+  default=1.0,
+  metavar="X",
+  help="Standard deviation of the logits; at 10, one class dominates many rows.",
+)
+@seed_option("Of the inputs, and of the order in a round.")
+@click.option("--json", is_flag=True, help="Print one JSON object, not tables.")
+@click.option("--markdown", is_flag=True, help="Print Markdown tables.")
+@click.option(
+  "--update",
+  type=click.Path(exists=True, dir_okay=False, writable=True, path_type=pathlib.Path),
+  metavar="FILE.md",
+  help="Replace in this file what stands between <!-- benchmark: SUITE, PLATFORM --> and "
+  "<!-- end -->, where PLATFORM is cpu, gpu or tpu.",
+)
+def command(**options: Any) -> int:
+  """Runs `softmax-jax benchmark`."""
+  return run(SimpleNamespace(**options))
 
 
-def _text_file(text: str) -> pathlib.Path:
-  path = pathlib.Path(text)
-  try:
-    path.open("r+b").close()
-    if not path.is_file():
-      raise argparse.ArgumentTypeError(f"cannot update {text!r}: Not a file")
-    path.read_text(encoding="utf-8")
-  except (OSError, UnicodeDecodeError) as error:
-    why = error.strerror if isinstance(error, OSError) else "Not text in UTF-8"
-    raise argparse.ArgumentTypeError(f"cannot update {text!r}: {why}") from None
-  return path
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Declares the options of `softmax-jax benchmark`."""
-  add = parser.add_argument
-  add(
-    "--suite",
-    nargs="+",
-    choices=_SUITES,
-    default=["softmax", "losses"],
-    metavar="NAME",
-    help=f"what to run, of {', '.join(_SUITES)} (default: softmax losses)",
-  )
-  add(
-    "--shapes",
-    nargs="+",
-    type=_shape,
-    metavar="BxK",
-    help="rows and classes, as 512x32768; for linear TxHxV (default on a CPU: five up to "
-    "64x131072, linear 4096x512x32768; elsewhere 16 times the rows, linear 8192x4096x131072)",
-  )
-  add("--dtype", choices=_DTYPES, default="float32", help="of the inputs (default: float32)")
-  add(
-    "--peers",
-    nargs="*",
-    choices=programs.PEERS,
-    metavar="NAME",
-    help=f"beside whom, of {', '.join(programs.PEERS)} (default: all that are installed but "
-    "torch.compile)",
-  )
-  add(
-    "--rounds",
-    type=whole_number(1, 100_000),
-    metavar="N",
-    help=f"rounds of a line at most (default: {_TIMED['rounds']})",
-  )
-  add(
-    "--seconds",
-    type=_not_negative,
-    metavar="X",
-    help=f"for the rounds of a line, beyond the first three (default: {_TIMED['seconds']:g})",
-  )
-  add(
-    "--scale",
-    type=_not_negative,
-    metavar="X",
-    help="standard deviation of the logits; at 10, one class dominates many rows (default: "
-    f"{_TIMED['scale']:g})",
-  )
-  add("--seed", type=whole_number(0, 2**32 - 1), default=0, metavar="N", help="(default: 0)")
-  shown = parser.add_mutually_exclusive_group()
-  shown.add_argument("--json", action="store_true", help="print one JSON object, not tables")
-  shown.add_argument("--markdown", action="store_true", help="print Markdown tables")
-  add("--plot", type=picture, metavar="FILE.png", help="draw the ratios (also .pdf, .svg)")
-  add(
-    "--update",
-    type=_text_file,
-    metavar="FILE.md",
-    help="replace in this file what stands between <!-- benchmark: SUITE, PLATFORM --> and "
-    "<!-- end -->, where PLATFORM is cpu, gpu or tpu",
-  )
-
-
-def run(args: argparse.Namespace) -> int:
+def run(args: SimpleNamespace) -> int:
   """Measures and reports."""
-  # Every extra now: better to hear of a missing one before the work than after it.
-  for extra in ("rich", *(["matplotlib"] if args.plot else [])):
-    importlib.import_module(extra)
-  for name, default in _TIMED.items():
-    if getattr(args, name) is None:
-      setattr(args, name, default)
-    elif set(args.suite) == {"accuracy"}:
-      raise argparse.ArgumentError(None, f"argument --{name}: the accuracy suite has its own")
+  importlib.import_module("rich")  # Better to hear of a missing one before the work than after it.
+  if args.json and args.markdown:
+    raise click.UsageError("--markdown is not allowed with --json")
+  for name in ("shapes", "rounds", "seconds", "scale"):
+    if set(args.suite) == {"accuracy"} and given(name):
+      raise click.UsageError(f"--{name}: the accuracy suite has its own")
   # JAX would take most of a GPU's memory for itself, where another library wants some.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   devices()
   with jax.enable_x64(args.dtype == "float64"):
     result = _measure(args, _peers(args.peers))
 
-  if args.plot:
-    report.draw(result, args.plot)
-    result["plot"] = str(args.plot)
   if args.update:
     report.update(result, args.update)
   if args.json:
@@ -183,25 +161,25 @@ def run(args: argparse.Namespace) -> int:
   return 0
 
 
-def _peers(wanted: list[str] | None) -> list[str]:
+def _peers(wanted: Sequence[str]) -> list[str]:
   """The peers to compare with; those that were named must be there."""
   found = [
     peer
-    for peer in (programs.PEERS if wanted is None else wanted)
+    for peer in wanted or programs.PEERS
     if programs.version(peer) is not None
     and (not peer.startswith("torch") or programs.torch_reaches_the_device())
   ]
-  if wanted is None:
+  if not wanted:
     return [peer for peer in found if peer != "torch.compile"]
   for peer in wanted:
-    if peer not in found:
-      raise argparse.ArgumentError(
-        None, f"argument --peers: {peer} is not installed, or not for the device that JAX uses"
+    if peer not in (*found, _NO_PEER):
+      raise click.BadParameter(
+        f"{peer} is not installed, or not for the device that JAX uses", param_hint="--peers"
       )
   return [peer for peer in programs.PEERS if peer in found]
 
 
-def _lines(args: argparse.Namespace) -> dict[str, list[suites.Line]]:
+def _lines(args: SimpleNamespace) -> dict[str, list[suites.Line]]:
   lines: dict[str, list[suites.Line]] = {}
   for suite in dict.fromkeys(args.suite):
     if suite == "accuracy":
@@ -209,20 +187,20 @@ def _lines(args: argparse.Namespace) -> dict[str, list[suites.Line]]:
     lines[suite] = suites.lines(suite, args.shapes or suites.default_shapes(suite))
     if not lines[suite]:
       wanted = "TOKENSxFEATURESxCLASSES" if suite == "linear" else "ROWSxCLASSES"
-      raise argparse.ArgumentError(None, f"argument --shapes: the {suite} suite needs one {wanted}")
+      raise click.BadParameter(f"the {suite} suite needs one {wanted}", param_hint="--shapes")
   return lines
 
 
-def _measure(args: argparse.Namespace, peers: list[str]) -> dict[str, Any]:
+def _measure(args: SimpleNamespace, peers: list[str]) -> dict[str, Any]:
   lines = _lines(args)
   dtype = jnp.dtype(args.dtype)
   result = _about(args, peers)
   if args.update:
-    text = args.update.read_text(encoding="utf-8")
+    text = args.update.read_text(encoding="utf-8", errors="replace")
     marker = report.missing_marker(result, dict.fromkeys(args.suite), text)
     if marker:
-      raise argparse.ArgumentError(
-        None, f"argument --update: {args.update} has no {marker} followed by <!-- end -->"
+      raise click.BadParameter(
+        f"{args.update} has no {marker} followed by <!-- end -->", param_hint="--update"
       )
 
   count = sum(map(len, lines.values()))
@@ -244,15 +222,13 @@ def _measure(args: argparse.Namespace, peers: list[str]) -> dict[str, Any]:
         except (MemoryError, RuntimeError) as error:  # JAX's own is a RuntimeError.
           if out_of_memory(error):
             shape = "x".join(map(str, line.shape))
-            raise argparse.ArgumentError(
-              None, f"argument --shapes: {shape} does not fit into memory"
-            ) from error
+            raise click.UsageError(f"--shapes: {shape} does not fit into memory") from error
           raise
       result["suites"][suite] = {"lines": measured, "total": suites.total(measured)}
   return result
 
 
-def _about(args: argparse.Namespace, peers: list[str]) -> dict[str, Any]:
+def _about(args: SimpleNamespace, peers: list[str]) -> dict[str, Any]:
   """When, where and with what; the suites come in later."""
   device = devices()[0]
   names = {peer.partition(".")[0] for peer in peers} - {"products"}

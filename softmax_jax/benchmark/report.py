@@ -1,4 +1,4 @@
-"""How the report of a benchmark is shown: tables for a terminal, Markdown, a picture."""
+"""How the report of a benchmark is shown: tables for a terminal, Markdown."""
 
 import itertools
 import math
@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from softmax_jax._command_line import save_picture
 from softmax_jax.benchmark.programs import GRADIENT, INTEGER, LINEAR, OURS, PEERS, SOFT, VJP
 
 _SHORT = {INTEGER: "integer", SOFT: "soft", LINEAR: "linear"}
@@ -147,8 +146,6 @@ def print_tables(report: dict[str, Any]) -> None:
     for line in lines:
       for peer, reason in line["unable"].items():
         say(f"{peer} cannot do {_label(line)} {_shape(line['shape'])}: {reason}")
-  if "plot" in report:
-    say(f"Picture: {report['plot']}")
 
 
 def _scaled(value: float | None, factor: float) -> float | None:
@@ -254,83 +251,3 @@ def update(report: dict[str, Any], path: pathlib.Path) -> None:
     new = f"{begin}\n{markdown(report, suite)}\n<!-- end -->"
     text = pattern.sub(lambda _, new=new: new, text)
   path.write_text(text, encoding="utf-8")
-
-
-# --- a picture -----------------------------------------------------------------------------------
-
-
-def draw(report: dict[str, Any], path: pathlib.Path) -> None:
-  """Draws a panel per suite: ratios to the peers on a logarithmic axis, or the worst errors."""
-  import matplotlib
-  from matplotlib.figure import Figure  # Without pyplot: the caller's backend stays as it is.
-
-  suites = report["suites"]
-  heights = [len(result["lines"]) for result in suites.values()]
-  with matplotlib.rc_context({"font.size": 9, "axes.titlelocation": "left"}):
-    figure = Figure(figsize=(8, 1.2 * len(heights) + 0.19 * sum(heights)), layout="constrained")
-    panels = figure.subplots(len(heights), squeeze=False, height_ratios=[5 + n for n in heights])
-    for (axes,), (suite, result) in zip(panels, suites.items(), strict=True):
-      lines = result["lines"]
-      (_draw_errors if suite == "accuracy" else _draw_ratios)(axes, suite, lines)
-      axes.set_ylim(len(lines) - 0.4, -0.6)
-      axes.spines[["top", "right"]].set_visible(False)
-      axes.grid(axis="y", color="#e0e0e0", lw=0.6)
-      axes.set_axisbelow(True)
-      if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    figure.suptitle(machine(report), fontsize=8, x=0.01, ha="left", wrap=True)
-    save_picture(figure, path, dpi=150)
-
-
-_STYLE = {
-  "jax.nn": ("#08519c", "o"),
-  "optax": ("#08519c", "o"),
-  "torch": ("#d94801", "s"),
-  "torch.compile": ("#fd8d3c", "^"),
-  "tokamax": ("#31a354", "D"),
-  "products": ("#636363", "x"),
-  OURS: ("black", "*"),
-}
-
-
-def _offset(names: Sequence[str], name: str) -> float:
-  """A little up or down, so that equal numbers do not hide each other."""
-  return 0.13 * (names.index(name) - (len(names) - 1) / 2)
-
-
-def _draw_ratios(axes: Any, suite: str, lines: Sequence[dict[str, Any]]) -> None:
-  peers = _peers(lines)
-  for peer in peers:
-    y = _offset(peers, peer)
-    points = [
-      (line["ratios"][peer], i + y) for i, line in enumerate(lines) if peer in line["ratios"]
-    ]
-    color, marker = _STYLE[peer]
-    axes.plot(*zip(*points, strict=True), marker, color=color, ms=4.5, label=peer)
-  axes.axvline(1, color="#636363", lw=0.8)
-  axes.set_xscale("log", base=2)
-  axes.xaxis.set_major_formatter("{x:.3g}")
-  axes.set_yticks(
-    range(len(lines)), [f"{_label(line)}  {_shape(line['shape'])}" for line in lines], fontsize=7.5
-  )
-  axes.set(title=suite, xlabel="time of ours / time of the peer (left of 1: ours is faster)")
-
-
-def _draw_errors(axes: Any, suite: str, rows: Sequence[dict[str, Any]]) -> None:
-  finite = [e for row in rows for e in row["errors"].values() if e is not None and e < math.inf]
-  edge = 10 * max([1.0, *finite])
-  names = [name for name in (OURS, *PEERS) if any(name in row["errors"] for row in rows)]
-  for name in names:
-    y = _offset(names, name)
-    points = [
-      (max(min(row["errors"][name], edge), 0.1), i + y)
-      for i, row in enumerate(rows)
-      if name in row["errors"]
-    ]
-    color, marker = _STYLE[name]
-    size = 8 if name == OURS else 4.5
-    axes.plot(*zip(*points, strict=True), marker, color=color, ms=size, label=name)
-  axes.set_xscale("log")
-  labels = [f"{row['row']}, {row['dtype']} ({row['unit']})" for row in rows]
-  axes.set_yticks(range(len(rows)), labels, fontsize=7.5)
-  axes.set(title=suite, xlabel="worst error in the unit of the row (right edge: inf or NaN)")

@@ -1,42 +1,39 @@
-"""`softmax-jax train --task digits`: handwritten digits, and the softmax Jacobian at the model."""
+"""`softmax-jax train`: handwritten digits, and the softmax Jacobian at the trained model."""
 
 # optax and scikit-learn have no stubs.
 # pyright: reportMissingTypeStubs=false
 
-import argparse
 import functools
 import itertools
 import math
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
+import click
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from softmax_jax import derivatives, softmax, softmax_cross_entropy_with_integer_labels
 from softmax_jax._command_line import devices, progress_bar, save_picture
-from softmax_jax.train import common
-
-DEFAULTS = {"steps": 1000, "batch_size": 128, "learning_rate": 3e-3}
-EXTRAS = ("optax", "rich", "sklearn")
 
 _REQUIRED_ACCURACY = 0.95
 _CLASSES = 10
 _HIDDEN = 128
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: SimpleNamespace) -> dict[str, Any]:
   """Trains and checks; the report, whose failures are the checks that did not hold."""
   device = devices()[0]
   digits = _load_digits(args.seed)
   if args.batch_size > len(digits.train_labels):
-    raise argparse.ArgumentError(
-      None,
-      f"argument --batch-size: expected at most {len(digits.train_labels)}, the size of the "
-      f"training set, got {args.batch_size}",
+    raise click.BadParameter(
+      f"expected at most {len(digits.train_labels)}, the size of the training set, got "
+      f"{args.batch_size}",
+      param_hint="--batch-size",
     )
   with progress_bar(args.steps) as show:
     training = _train(args, digits, show)
@@ -150,6 +147,15 @@ def _loss(weights: _Weights, images: jax.Array, labels: jax.Array) -> tuple[jax.
   return loss, jnp.mean(logits.argmax(axis=-1) == labels)
 
 
+def _batches(seed: int, size: int, batch_size: int) -> Iterator[np.ndarray]:
+  """Index batches without end: a fresh shuffle each epoch, its incomplete last batch left out."""
+  rng = np.random.default_rng(seed)
+  while True:
+    order = rng.permutation(size).astype(np.int32)
+    for start in range(0, size - batch_size + 1, batch_size):
+      yield order[start : start + batch_size]
+
+
 class _Training(NamedTuple):
   """The trained weights, the curves as rows of (step, loss, accuracy), and the summary."""
 
@@ -159,9 +165,7 @@ class _Training(NamedTuple):
   summary: dict[str, Any]
 
 
-def _train(
-  args: argparse.Namespace, digits: _Digits, show: Callable[[int, str], None]
-) -> _Training:
+def _train(args: SimpleNamespace, digits: _Digits, show: Callable[[int, str], None]) -> _Training:
   """Trains for `args.steps` steps, telling `show` how far it is every few of them."""
   import optax
 
@@ -186,7 +190,7 @@ def _train(
   test = jax.device_put((digits.test_images, digits.test_labels))
   weights = _initial_weights(jax.random.key(args.seed))
   state = cast(Any, (weights, optimizer.init(weights)))
-  batches = common.batches(args.seed, len(digits.train_labels), args.batch_size)
+  batches = _batches(args.seed, len(digits.train_labels), args.batch_size)
 
   train_curve: list[tuple[float, ...]] = []
   test_curve: list[tuple[float, ...]] = []
@@ -303,10 +307,41 @@ def _compare_jacobians(logits: np.ndarray) -> dict[str, Any]:
   return {"bound": bound, "pairs": pairs}
 
 
+# --- output --------------------------------------------------------------------------------------
+
+
+def _print_table(
+  title: str,
+  columns: Iterable[str],
+  rows: Iterable[Iterable[str]],
+  caption: str | None = None,
+) -> None:
+  """Prints a table: the first column to the left, the others to the right."""
+  from rich.console import Console
+  from rich.table import Table
+
+  table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+  table.show_header = any(columns)
+  for i, column in enumerate(columns):
+    table.add_column(column, justify="right" if i else "left")
+  for row in rows:
+    table.add_row(*row)
+  console = Console(highlight=False)
+  console.print(table)
+  console.print()
+
+
+def _print_line(text: str) -> None:
+  """Prints one line, as it is, however long."""
+  from rich.console import Console
+
+  Console(highlight=False).print(text, markup=False, soft_wrap=True)
+
+
 def print_tables(report: dict[str, Any]) -> None:
   """Prints the report."""
   digits, norms = report["test_digits"], report["gradient_norms"]
-  common.print_table(
+  _print_table(
     "Training",
     ("", ""),
     (
@@ -321,7 +356,7 @@ def print_tables(report: dict[str, Any]) -> None:
       ("times that JAX traced the step", str(report["step_traces"])),
     ),
   )
-  common.print_table(
+  _print_table(
     "Test digits with the largest gradients",
     ("digit", "label", "prediction", "confidence", "gradient norm"),
     (
@@ -335,7 +370,7 @@ def print_tables(report: dict[str, Any]) -> None:
     f"Gradient norms of the {digits} test digits: smallest {norms['min']:.1e}, median "
     f"{norms['median']:.1e}, largest {norms['max']:.1e}.",
   )
-  common.print_table(
+  _print_table(
     "Softmax Jacobians at the test logits: largest |J1 - J2|",
     ("compared", "over |diag(a)| + |a a^T|", "over |J|"),
     (
@@ -346,9 +381,9 @@ def print_tables(report: dict[str, Any]) -> None:
     "J = diag(a) - a a^T. They cancel where the network is sure, and J is small beside them.",
   )
   if "plot" in report:
-    common.print_line(f"Picture: {report['plot']}")
+    _print_line(f"Picture: {report['plot']}")
   if not report["failures"]:
-    common.print_line(
+    _print_line(
       f"Passed: the accuracy is at least {_REQUIRED_ACCURACY} and the Jacobians agree to within "
       "float32 rounding."
     )

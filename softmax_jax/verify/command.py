@@ -1,22 +1,7 @@
-"""Verify derivatives: of this library, or of any function of yours.
-
-Without an argument every function of softmax_jax is verified over dtypes and shapes, each beside a
-plain reference in float64. With MODULE:FUNCTION that function is verified on random arguments, and
-the current directory can be imported from:
-
-  softmax-jax verify mypackage.losses:focal_loss --args 4,8:float32 4:int32 --kwarg gamma=2.0
-  softmax-jax verify jax.nn:softmax --shape 8,4 --axis 0 --plot jacobian.png
-
-Without --reference derivatives are compared with finite differences in float64. Arguments are drawn
-from a normal distribution; integers lie below the size of the class axis (--axis) of the first one.
-
-Exit code: 0 if no check failed, 1 if one did or no derivative could be confirmed, 2 for a bad
-option, a function that cannot be imported or does not accept the arguments, or a missing package.
-"""
+"""The command `softmax-jax verify`."""
 
 from __future__ import annotations
 
-import argparse
 import ast
 import concurrent.futures
 import contextlib
@@ -31,8 +16,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import click
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,10 +32,27 @@ from softmax_jax.verify.oracle import first_line
 from softmax_jax.verify.report import Skip, aligned
 from softmax_jax.verify.verifier import Verifier
 
+HELP = """\
+Verify derivatives: of this library, or of any function of yours.
+
+Without an argument every function of softmax_jax is verified over dtypes and shapes, each beside a
+plain reference in float64. With MODULE:FUNCTION that function is verified on random arguments, and
+the current directory can be imported from:
+
+  softmax-jax verify mypackage.losses:focal_loss --args 4,8:float32 4:int32 --kwarg gamma=2.0
+  softmax-jax verify jax.nn:softmax --shape 8,4 --axis 0 --plot jacobian.png
+
+Without --reference derivatives are compared with finite differences in float64. Arguments are drawn
+from a normal distribution; integers lie below the size of the class axis (--axis) of the first one.
+
+Exit code: 0 if no check failed, 1 if one did or no derivative could be confirmed, 2 for a bad
+option, a function that cannot be imported or does not accept the arguments, or a missing package.
+"""
 _DTYPES = (
   *("float16", "bfloat16", "float32", "float64", "bool"),
   *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
 )
+_DTYPE, _CHECK = click.Choice(_DTYPES), click.Choice(CHECKS)
 _MAX_SIZES, _MAX_SIZE = 32, 5_000_000
 
 _Spec = tuple[tuple[int, ...], str]  # the shape of an argument, and its dtype
@@ -64,27 +68,21 @@ def _shape(text: str) -> tuple[int, ...]:
       shape = tuple(int(n) for n in plain.split(",") if n)
       if len(shape) <= _MAX_SIZES and math.prod(shape) <= _MAX_SIZE:
         return shape
-  raise argparse.ArgumentTypeError(
+  raise click.BadParameter(
     f"expected sizes with commas between, such as 4,8, at most {_MAX_SIZES} and of at most "
     f"{_MAX_SIZE:,} entries, got {text!r}"
   )
 
 
-def _dtype(text: str) -> str:
-  if text not in _DTYPES:
-    raise argparse.ArgumentTypeError(f"expected one of {', '.join(_DTYPES)}, got {text!r}")
-  return text
-
-
 def _argument(text: str) -> tuple[tuple[int, ...], str | None]:
   shape, colon, dtype = text.partition(":")
-  return _shape(shape), _dtype(dtype) if colon else None
+  return _shape(shape), _DTYPE.convert(dtype, None, None) if colon else None
 
 
 def _keyword(text: str) -> tuple[str, Any]:
   name, equals, value = text.partition("=")
   if not equals or not name.isidentifier():
-    raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    raise click.BadParameter(f"expected NAME=VALUE, got {text!r}")
   try:
     return name, ast.literal_eval(value)
   except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # No literal.
@@ -93,69 +91,48 @@ def _keyword(text: str) -> tuple[str, Any]:
 
 def _function_name(text: str) -> str:
   if not re.fullmatch(r"[\w.]+:[\w.]+", text):
-    raise argparse.ArgumentTypeError(f"expected MODULE:FUNCTION, got {text!r}")
+    raise click.BadParameter(f"expected MODULE:FUNCTION, got {text!r}")
   return text
 
 
-def _check_name(text: str) -> str:
-  if text not in CHECKS:
-    raise argparse.ArgumentTypeError(f"expected one of {', '.join(CHECKS)}, got {text!r}")
-  return text
+@click.command("verify", cls=command_line.Command, help=HELP)
+@click.argument("function", type=_function_name, required=False, metavar="[MODULE:FUNCTION]")
+@click.option("--shape", type=_shape, metavar="N,N", help="Shape of its argument (default: 4,8).")
+@click.option(
+  "--dtype", type=_DTYPE, metavar="DTYPE", help="Dtype of its argument (default: float32)."
+)
+@click.option(
+  "--args",
+  type=_argument,
+  multiple=True,
+  metavar="N,N:DTYPE...",
+  help="Shapes and dtypes of several arguments.",
+)
+@click.option(
+  "--reference",
+  type=_function_name,
+  metavar="MODULE:FUNCTION",
+  help="A function with the same arguments that is known to be right.",
+)
+@click.option("--axis", type=int, metavar="N", help="The keyword argument axis.")
+@click.option(
+  "--kwarg",
+  type=_keyword,
+  multiple=True,
+  metavar="NAME=VALUE...",
+  help="Other keyword arguments, each a Python literal or a word.",
+)
+@click.option("--checks", type=_CHECK, multiple=True, metavar="CHECK...", help="Only these checks.")
+@click.option("--skip", type=_CHECK, multiple=True, metavar="CHECK...", help="Not these checks.")
+@command_line.seed_option("Decides the arguments, cotangents and tangents.")
+@click.option("--json", is_flag=True, help="Print one JSON object in place of the table.")
+@command_line.plot_option("Draw the Jacobian, that of the reference, and their difference")
+def command(**options: Any) -> int:
+  """Runs `softmax-jax verify`."""
+  return run(SimpleNamespace(**options))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Declares the options of `softmax-jax verify`."""
-  add = parser.add_argument
-  add(
-    "function",
-    nargs="?",
-    type=_function_name,
-    metavar="MODULE:FUNCTION",
-    help="what to verify (default: the whole library)",
-  )
-  add("--shape", type=_shape, metavar="N,N", help="shape of its argument (default: 4,8)")
-  add("--dtype", type=_dtype, metavar="DTYPE", help="dtype of its argument (default: float32)")
-  add(
-    "--args",
-    type=_argument,
-    nargs="+",
-    metavar="N,N:DTYPE",
-    help="shapes and dtypes of several arguments",
-  )
-  add(
-    "--reference",
-    type=_function_name,
-    metavar="MODULE:FUNCTION",
-    help="a function with the same arguments that is known to be right",
-  )
-  add("--axis", type=int, metavar="N", help="the keyword argument axis")
-  add(
-    "--kwarg",
-    type=_keyword,
-    action="append",
-    default=[],
-    metavar="NAME=VALUE",
-    help="another keyword argument, a Python literal or a word; may be repeated",
-  )
-  add("--checks", type=_check_name, nargs="+", metavar="CHECK", help="only these checks")
-  add("--skip", type=_check_name, nargs="+", default=[], metavar="CHECK", help="not these checks")
-  add(
-    "--seed",
-    type=command_line.whole_number(0, 2**32 - 1),
-    default=0,
-    metavar="N",
-    help="decides the arguments, cotangents and tangents (default: 0)",
-  )
-  add("--json", action="store_true", help="print one JSON object in place of the table")
-  add(
-    "--plot",
-    type=command_line.picture,
-    metavar="FILE.png",
-    help="draw the Jacobian, that of the reference, and their difference (also .pdf, .svg)",
-  )
-
-
-def run(args: argparse.Namespace) -> int:
+def run(args: SimpleNamespace) -> int:
   """Verifies and reports; the exit code says whether every check held."""
   start = time.perf_counter()
   # Every extra now: better to hear of a missing one before the work than after it.
@@ -178,13 +155,10 @@ def run(args: argparse.Namespace) -> int:
 # --- the library ----------------------------------------------------------------------------------
 
 
-def _library(args: argparse.Namespace) -> Report:
-  for name in ("shape", "dtype", "args", "reference", "axis", "plot", "checks"):
-    if getattr(args, name) is not None:
-      raise argparse.ArgumentError(None, f"argument --{name}: needs MODULE:FUNCTION")
-  for name in ("kwarg", "skip"):
-    if getattr(args, name):
-      raise argparse.ArgumentError(None, f"argument --{name}: needs MODULE:FUNCTION")
+def _library(args: SimpleNamespace) -> Report:
+  for name in vars(args).keys() - {"function", "seed", "json"}:
+    if command_line.given(name):
+      raise click.UsageError(f"--{name} needs MODULE:FUNCTION")
   command_line.devices()
   cases = list(library.cases())
   with command_line.progress_bar(len(cases)) as show:
@@ -243,19 +217,18 @@ def _print_library(cases: list[library.Case], reports: list[Report]) -> None:
 # --- a function -----------------------------------------------------------------------------------
 
 
-def _function(args: argparse.Namespace) -> Report:
-  if args.args is not None:
-    for name in ("shape", "dtype"):
-      if getattr(args, name) is not None:
-        raise argparse.ArgumentError(None, f"argument --{name}: not allowed with --args")
+def _function(args: SimpleNamespace) -> Report:
+  for name in ("shape", "dtype"):
+    if args.args and command_line.given(name):
+      raise click.UsageError(f"--{name} is not allowed with --args")
   kwargs: dict[str, Any] = {} if args.axis is None else {"axis": args.axis}
   for name, value in args.kwarg:
     if name in kwargs:
-      raise argparse.ArgumentError(None, f"argument --kwarg: {name} is given twice")
+      raise click.BadParameter(f"{name} is given twice", param_hint="--kwarg")
     kwargs[name] = value
-  chosen = chosen_checks(args.checks, args.skip)
+  chosen = chosen_checks(args.checks or None, args.skip)
   if not chosen:
-    raise argparse.ArgumentError(None, "argument --skip: leaves no check of --checks to run")
+    raise click.UsageError("--skip leaves no check of --checks to run")
   f = _imported("MODULE:FUNCTION", args.function)
   reference = None
   if args.reference is not None:
@@ -274,8 +247,8 @@ def _function(args: argparse.Namespace) -> Report:
       raise
     except BaseException as error:  # A function may raise anything, also to exit.
       shapes = ", ".join(f"{dtype}{list(shape)}" for shape, dtype in specs)
-      raise argparse.ArgumentError(
-        None, f"cannot verify {args.function} on ({shapes}): {_said(error)}"
+      raise click.UsageError(
+        f"cannot verify {args.function} on ({shapes}): {_said(error)}"
       ) from error
     pair = _pair_to_draw(v) if args.plot else None
     report = Report(())
@@ -299,17 +272,17 @@ def _imported(option: str, name: str) -> Callable[..., Any]:
   except KeyboardInterrupt:
     raise
   except BaseException as error:  # What a module does on import is its own affair.
-    raise argparse.ArgumentError(
-      None, f"argument {option}: cannot import {module}: {_said(error)}"
+    raise click.BadParameter(
+      f"cannot import {module}: {_said(error)}", param_hint=option
     ) from error
   for part in path.split("."):
     try:
       found = getattr(found, part)
     except AttributeError:
-      raise argparse.ArgumentError(None, f"argument {option}: {module} has no {path}") from None
+      raise click.BadParameter(f"{module} has no {path}", param_hint=option) from None
   if not callable(found):
-    raise argparse.ArgumentError(
-      None, f"argument {option}: {name} is of type {type(found).__name__}, which cannot be called"
+    raise click.BadParameter(
+      f"{name} is of type {type(found).__name__}, which cannot be called", param_hint=option
     )
   return functools.partial(_checked, found, name)
 
@@ -336,7 +309,7 @@ def _said(error: BaseException) -> str:
   return line
 
 
-def _random_arguments(args: argparse.Namespace, specs: list[_Spec]) -> list[jax.Array]:
+def _random_arguments(args: SimpleNamespace, specs: list[_Spec]) -> list[jax.Array]:
   rng = np.random.default_rng(args.seed)
   shape, _ = specs[0]
   axis = -1 if args.axis is None else args.axis
@@ -357,7 +330,7 @@ def _pair_to_draw(v: Verifier) -> tuple[np.ndarray, np.ndarray]:
     return jacobian_pair(v)
   except (Exception, SystemExit) as error:
     why = str(error) if isinstance(error, Skip) else first_line(error)
-    raise argparse.ArgumentError(None, f"argument --plot: no Jacobian to draw: {why}") from error
+    raise click.BadParameter(f"no Jacobian to draw: {why}", param_hint="--plot") from error
 
 
 def _size(x: np.ndarray) -> float:
@@ -365,7 +338,7 @@ def _size(x: np.ndarray) -> float:
 
 
 def _draw(
-  path: pathlib.Path, args: argparse.Namespace, v: Verifier, ours: np.ndarray, right: np.ndarray
+  path: pathlib.Path, args: SimpleNamespace, v: Verifier, ours: np.ndarray, right: np.ndarray
 ) -> None:
   """Draws the Jacobian, the reference's and their difference."""
   import matplotlib
