@@ -144,6 +144,13 @@ def bar_by_row(index: jax.Array, bar: jax.Array) -> jax.Array:
   return linear_map("bar_by_row", by_row, by_row, [index], bar, like=bar)
 
 
+def _is_label(z: jax.Array, index: jax.Array, static: Static) -> jax.Array:
+  """Whether each entry of ``z`` is that of the label of its row."""
+  axis = static.axis
+  first = devices.first_entry(z.shape[axis], static.axis_name)
+  return devices.index_along(z, axis) == index - first
+
+
 def counted(x: jax.Array, index: jax.Array, static: Static) -> jax.Array:
   """``x``; in derivatives by it 0 in rows that do not count, which may hold anything."""
   return _if_counts(x, index != IGNORED) if static.ignores else x
@@ -226,9 +233,7 @@ def bwd(
   nll_bar = bar_by_row(index, bars.nll)
   g = bars.lse
   label = _Label.of(index, z.shape[axis], static.axis_name)
-  is_label = devices.index_along(z, axis) == index - devices.first_entry(
-    z.shape[axis], static.axis_name
-  )
+  is_label = _is_label(z, index, static)
   weights_bar = None
   if weights is not None:
     weight_bar = jnp.where(index == IGNORED, 0, bars.weight)
@@ -264,8 +269,8 @@ def bwd(
 
 
 # The same derivative along z_dot and weights_dot, in the form that keeps its digits near a_t = 1:
-#   nll_dot = sum_j a_j z_dot_j - z_dot_t = sum_j a_j (z_dot_j - z_dot_t),
-#   lse_dot = nll_dot + z_dot_t,
+#   nll_dot = sum_j a_j z_dot_j - z_dot_t = sum_{j != t} a_j (z_dot_j - z_dot_t),
+#   lse_dot = sum_j a_j z_dot_j,
 #   uniform_dot = lse_dot sum_k u_k - sum_k u_k z_dot_k - sum_k u_dot_k log a_k.
 def tangent(static: Static, residuals: Residuals, args_dot: tuple[Any, ...]) -> PerRow:
   axis, axis_name = static.axis, static.axis_name
@@ -282,8 +287,11 @@ def tangent(static: Static, residuals: Residuals, args_dot: tuple[Any, ...]) -> 
     z_dot = masked(logits_dot.astype(dtype), mask, 0)
     z_dot_t = devices.add_up(label.take(z_dot, axis), axis_name)
     a = s.exp(z) * inverse_sum(s)
-    nll_dot = row_sum(a * (z_dot - z_dot_t), (axis,), axis_name)
-    lse_dot = nll_dot + z_dot_t
+    others = jnp.where(_is_label(z, index, static), jnp.zeros_like(a), a)
+    terms = others * (z_dot - z_dot_t), a * z_dot
+    nll_dot, lse_dot = devices.add_up(
+      [jnp.sum(term, axis=axis, keepdims=True) for term in terms], axis_name
+    )
   if weights_dot is not None:
     weight_dot = weight_of_label(weights_dot, index, axis, axis_name, z)
     weight_dot = jnp.where(index == IGNORED, 0, weight_dot)

@@ -7,6 +7,7 @@ logits.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -43,30 +44,42 @@ def times(coefficient: jax.Array, x: jax.Array, counts: jax.Array | None = None)
   return coefficient * jnp.clip(x, -bound, bound)
 
 
+@jax.custom_jvp
+def linear_times(bar: jax.Array, x: jax.Array, counts: None = None) -> jax.Array:
+  """The same, of the shape of ``x``; linear in the cotangent ``bar`` for `jax.linear_transpose`."""
+  return _linear_product(bar, x)
+
+
+def _linear_product(v: jax.Array, x: jax.Array) -> jax.Array:
+  """``v * x`` with 0 * inf = 0 of the shape of ``x``, and so in its transpose; linear in v."""
+  v, x = varying_alike(v.reshape((1,) * (x.ndim - v.ndim) + v.shape), x)
+  shape = v.shape
+
+  def product(residuals: Any, vs: Any) -> tuple[jax.Array]:
+    (x,), (v,) = residuals, vs
+    return (jnp.where((v == 0) & jnp.isinf(x), jnp.zeros_like(x), v * x),)
+
+  def transpose(residuals: Any, bars: Any) -> tuple[jax.Array]:
+    return (unbroadcast(product(residuals, bars)[0], shape),)
+
+  return linear_map("product", product, transpose, [x], v, like=x)
+
+
 # Where the product is not 0 * inf, its derivatives of every order are those of a product: what
 # selects depends on x as well, so that a coefficient of 0 alone drops nothing.
-@times.defjvp
-def _times_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _product_jvp(
+  product: Callable[..., jax.Array], primals: Any, tangents: Any
+) -> tuple[jax.Array, jax.Array]:
   (coefficient, x, counts), (coefficient_dot, x_dot, _) = primals, tangents
   nothing = (coefficient == 0) & jnp.isinf(x)
   if counts is not None:
     nothing |= ~counts
-  finite_x, finite_dot = (jnp.where(nothing, jnp.zeros_like(v), v) for v in (x, x_dot))
-  return times(*primals), coefficient * finite_dot + coefficient_dot * finite_x
+  kept_x, kept_dot = (jnp.where(nothing, jnp.zeros_like(v), v) for v in (x, x_dot))
+  return product(*primals), coefficient * kept_dot + _linear_product(coefficient_dot, kept_x)
 
 
-def linear_times(bar: jax.Array, x: jax.Array) -> jax.Array:
-  """``bar * x`` with 0 * inf = 0, linear in the cotangent ``bar``, which broadcasts to ``x``."""
-  bar, x = varying_alike(bar, x)
-
-  def product(residuals: Any, bars: Any) -> tuple[jax.Array]:
-    (x,), (bar,) = residuals, bars
-    return (jnp.where((bar == 0) & jnp.isinf(x), jnp.zeros_like(x), bar * x),)
-
-  def transpose(residuals: Any, bars: Any) -> tuple[jax.Array]:
-    return (unbroadcast(product(residuals, bars)[0], bar.shape),)
-
-  return linear_map("linear_times", product, transpose, [x], bar, like=x)
+times.defjvp(functools.partial(_product_jvp, times))
+linear_times.defjvp(functools.partial(_product_jvp, linear_times))
 
 
 def batched_like(weight: jax.Array, x: jax.Array) -> jax.Array:
@@ -148,9 +161,18 @@ def uniform_sums(
   )
 
 
+@jax.custom_jvp
 def cost_of(label: jax.Array, cost: jax.Array) -> jax.Array:
   """``cost`` with 0 where a label of exactly 0 meets an infinite one."""
   return jnp.where((label == 0) & (cost == jnp.inf), jnp.zeros_like(cost), cost)
+
+
+# The derivative of -log a_k by the logits, a_j - delta_jk, is finite where the cost is not. With it
+# the second derivatives by label and logit are the same in both orders.
+@cost_of.defjvp
+def _cost_of_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+  out = cost_of(*primals)
+  return out, jnp.broadcast_to(tangents[1], out.shape)
 
 
 def uniform_label(
