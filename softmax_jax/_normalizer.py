@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 from softmax_jax import _devices as devices
 from softmax_jax._devices import AxisName
 from softmax_jax._forward_mode import varying_axes
-from softmax_jax._typed import cond, platform_dependent
+from softmax_jax._typed import cond, custom_jvp, platform_dependent
 
 Axes = tuple[int, ...]
 
@@ -213,24 +213,27 @@ def differentiable(
 #
 # Here too t and entries that hold anything are left out before the product, not after it: 0 * inf
 # would be NaN in the transpose. A row that does not count has rest = 0.
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def _differentiable(
+def _shift_and_rest(
   z: jax.Array, shift: jax.Array, rest: jax.Array, axes: Axes, axis_name: AxisName | None
 ) -> tuple[jax.Array, jax.Array]:
   return shift, rest
 
 
-@_differentiable.defjvp
-def _differentiable_jvp(
+def _shift_and_rest_jvp(
   axes: Axes, axis_name: AxisName | None, primals: Any, tangents: Any
 ) -> tuple[Any, Any]:
-  z, z_dot = primals[0], tangents[0]
-  shift, rest = _differentiable(*primals, axes, axis_name)
+  z, shift, rest = primals
+  z_dot = tangents[0]
+  shift, rest = _differentiable(z, shift, rest, axes, axis_name)
   dominant = _is_dominant(z, shift, rest)
   z_dot_t = jnp.where(dominant, z_dot, jnp.zeros_like(z_dot))
   shift_dot = devices.row_sum(z_dot_t, axes, axis_name)
   e_dot = _exp_dot(z, shift, rest, z_dot, shift_dot)
   return (shift, rest), (shift_dot, devices.row_sum(e_dot, axes, axis_name))
+
+
+_differentiable = custom_jvp(_shift_and_rest, nondiff_argnums=(3, 4))
+_differentiable.defjvp(_shift_and_rest_jvp)
 
 
 def _dominated(rest: jax.Array) -> jax.Array:
@@ -346,7 +349,7 @@ def vanishing(shift: jax.Array) -> jax.Array:
   return lax.optimization_barrier(jnp.maximum(below, np.finfo(shift.dtype).min))
 
 
-def where_needed(
+def _where_needed(
   needed: jax.Array,
   yes: Callable[[*Args], jax.Array],
   no: Callable[[*Args], jax.Array],
@@ -360,31 +363,27 @@ def where_needed(
 
   The derivative is always that of ``yes``: that of ``no`` may be NaN where its value is replaced.
   """
-  return _where_needed(yes, no, needed, *args)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _where_needed(
-  yes: Callable[..., jax.Array], no: Callable[..., jax.Array], needed: jax.Array, *args: Any
-) -> jax.Array:
   if any(varying_axes(x) for x in jax.tree.leaves(args)):
     return yes(*args)
 
-  def branch(needed: jax.Array, *args: Any) -> jax.Array:
+  def branch(needed: jax.Array, *args: *Args) -> jax.Array:
     return cond(needed, yes, no, *args)
 
-  def no_branch(needed: jax.Array, *args: Any) -> jax.Array:
+  def no_branch(needed: jax.Array, *args: *Args) -> jax.Array:
     return yes(*args)
 
   return platform_dependent(needed, *args, cpu=branch, default=no_branch)
 
 
-@_where_needed.defjvp
 def _where_needed_jvp(
   yes: Callable[..., jax.Array], no: Callable[..., jax.Array], primals: Any, tangents: Any
 ) -> tuple[jax.Array, jax.Array]:
-  out = _where_needed(yes, no, *primals)
-  return out, jax.jvp(yes, primals[1:], tangents[1:])[1]
+  needed, *args = primals
+  return where_needed(needed, yes, no, *args), jax.jvp(yes, tuple(args), tangents[1:])[1]
+
+
+where_needed = custom_jvp(_where_needed, nondiff_argnums=(1, 2))
+where_needed.defjvp(_where_needed_jvp)
 
 
 def masked(x: jax.Array, mask: jax.Array | None, fill: float) -> jax.Array:
