@@ -210,9 +210,6 @@ def differentiable(
 # No term is larger than what is left of the row beside t, so that second derivatives of a row whose
 # t has nearly all of the probability keep their digits: with a constant shift t's own e_dot_t would
 # have to cancel. Without a dominant entry, shift_dot = 0 and rest_dot = S_dot = sum_k e_dot_k.
-#
-# Here too t and entries that hold anything are left out before the product, not after it: 0 * inf
-# would be NaN in the transpose. A row that does not count has rest = 0.
 def _shift_and_rest(
   z: jax.Array, shift: jax.Array, rest: jax.Array, axes: Axes, axis_name: AxisName | None
 ) -> tuple[jax.Array, jax.Array]:
@@ -241,11 +238,8 @@ def _dominated(rest: jax.Array) -> jax.Array:
 
 
 def _is_dominant(z: jax.Array, shift: jax.Array, rest: jax.Array) -> jax.Array:
-  """Whether an entry holds most of the sum of its row: no other is as near to the shift as -1/4.
-
-  In rows that do not count also whether it is NaN or infinite.
-  """
-  return _dominated(rest) & ~(z - shift <= -0.25)
+  """Whether an entry holds most of the sum of its row: no other is as near to the shift as -1/4."""
+  return _dominated(rest) & (z - shift > -0.25)
 
 
 def _if_small(e: jax.Array) -> jax.Array:
