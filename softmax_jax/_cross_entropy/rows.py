@@ -47,26 +47,29 @@ def times(coefficient: jax.Array, x: jax.Array, counts: jax.Array | None = None)
 @jax.custom_jvp
 def linear_times(bar: jax.Array, x: jax.Array, counts: None = None) -> jax.Array:
   """The same, of the shape of ``x``; linear in the cotangent ``bar`` for `jax.linear_transpose`."""
-  return _linear_product(bar, x)
+  return _linear_product(bar, x, like=x)
 
 
-def _linear_product(v: jax.Array, x: jax.Array) -> jax.Array:
-  """``v * x`` with 0 * inf = 0 of the shape of ``x``, and so in its transpose; linear in v."""
-  v, x = varying_alike(v.reshape((1,) * (x.ndim - v.ndim) + v.shape), x)
+def _linear_product(v: jax.Array, factor: jax.Array, like: jax.Array) -> jax.Array:
+  """``v * factor`` with 0 * inf = 0, and so in its transpose; linear in v, of the type of like."""
+  v, factor = varying_alike(v.reshape((1,) * (like.ndim - v.ndim) + v.shape), factor)
   shape = v.shape
 
-  def product(residuals: Any, vs: Any) -> tuple[jax.Array]:
-    (x,), (v,) = residuals, vs
-    return (jnp.where((v == 0) & jnp.isinf(x), jnp.zeros_like(x), v * x),)
+  def product(factors: Any, vs: Any) -> tuple[jax.Array]:
+    (factor,), (v,) = factors, vs
+    out = v * factor
+    nothing = ((v == 0) & jnp.isinf(factor)) | ((factor == 0) & jnp.isinf(v))
+    return (jnp.where(nothing, jnp.zeros_like(out), out),)
 
-  def transpose(residuals: Any, bars: Any) -> tuple[jax.Array]:
-    return (unbroadcast(product(residuals, bars)[0], shape),)
+  def transpose(factors: Any, bars: Any) -> tuple[jax.Array]:
+    return (unbroadcast(product(factors, bars)[0], shape),)
 
-  return linear_map("product", product, transpose, [x], v, like=x)
+  return linear_map("product", product, transpose, [factor], v, like=like)
 
 
-# Where the product is not 0 * inf, its derivatives of every order are those of a product: what
-# selects depends on x as well, so that a coefficient of 0 alone drops nothing.
+# Where the product is not 0 * inf, its derivatives of every order are those of a product: nothing
+# is dropped for a coefficient of 0 alone. The derivative by x does not need x, which spares the
+# gradient of a loss the computation of its value.
 def _product_jvp(
   product: Callable[..., jax.Array], primals: Any, tangents: Any
 ) -> tuple[jax.Array, jax.Array]:
@@ -74,8 +77,10 @@ def _product_jvp(
   nothing = (coefficient == 0) & jnp.isinf(x)
   if counts is not None:
     nothing |= ~counts
-  kept_x, kept_dot = (jnp.where(nothing, jnp.zeros_like(v), v) for v in (x, x_dot))
-  return product(*primals), coefficient * kept_dot + _linear_product(coefficient_dot, kept_x)
+    x_dot = jnp.where(counts, x_dot, jnp.zeros_like(x_dot))
+  x_that_counts = jnp.where(nothing, jnp.zeros_like(x), x)
+  by_x = _linear_product(x_dot, coefficient, like=x)
+  return product(*primals), by_x + _linear_product(coefficient_dot, x_that_counts, like=x)
 
 
 times.defjvp(functools.partial(_product_jvp, times))
