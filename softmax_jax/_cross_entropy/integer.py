@@ -252,7 +252,8 @@ def bwd(
       if static.ignores:
         weighted_cost = masked(weighted_cost, index != IGNORED, 0)
       weights_bar += unbroadcast(masked(weighted_cost, mask, 0) / divisor, weights.shape)
-  # From here on z, which may be NaN in a row that does not count, meets only what is selected.
+  # In a row that does not count z may be NaN. All that it meets from here on has passed a select,
+  # or the derivatives by it would be NaN too.
   g = jnp.where(index == IGNORED, jnp.zeros_like(g), g)
   z_t = label.take(z, axis, elsewhere=-jnp.inf)
   e_t = s.exp(z_t)
