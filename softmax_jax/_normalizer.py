@@ -208,11 +208,23 @@ def few(shape: tuple[int, ...], axes: Axes) -> bool:
   return not is_symbolic_dim(size) and size <= _FEW
 
 
-def _sums(x: jax.Array, y: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
+Pair = tuple[jax.Array, jax.Array]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _sums(x: jax.Array, y: jax.Array, axes: Axes) -> Pair:
   """The sums of two arrays along ``axes``, in one pass."""
   zero = jnp.zeros((), x.dtype)
   sums = lax.reduce((x, y), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), axes)
   return jnp.expand_dims(sums[0], axes), jnp.expand_dims(sums[1], axes)
+
+
+# JAX differentiates such a reduction by a tree of slices, which it refuses of explicitly sharded
+# arrays, and under `jax.vmap` with an ``spmd_axis_name``. The sums are linear.
+@_sums.defjvp
+def _sums_jvp(axes: Axes, primals: Pair, tangents: Pair) -> tuple[Pair, Pair]:
+  dots = tuple(jnp.sum(dot, axis=axes, keepdims=True) for dot in tangents)
+  return _sums(*primals, axes), (dots[0], dots[1])
 
 
 def exp_of_difference(x: jax.Array, shift: jax.Array) -> jax.Array:
