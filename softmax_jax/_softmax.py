@@ -81,7 +81,8 @@ def _normalized(z: jax.Array, top: jax.Array, rows: Rows) -> jax.Array:
     error = z - ((z - shift) + shift)
     return e + e * error
 
-  if few(z.shape, rows.axes) and z.dtype == jnp.float32:
+  # Inside `jax.shard_map` JAX cannot vmap what depends on the platform.
+  if few(z.shape, rows.axes) and z.dtype == jnp.float32 and rows.axis_name is None:
     exact_e = platform_dependent(z, shift, e, cpu=lambda z, shift, e: e, default=exact)
   else:
     exact_e = exact(z, shift, e)
@@ -197,7 +198,7 @@ def _log_softmax_fwd(
   # A row with +inf is NaN, as in the softmax.
   log_sum = jnp.where(s.rest == jnp.inf, jnp.nan, s.log_sum())
   # On a CPU they would be put into memory, repeated along the row, without the barrier.
-  s, log_sum = lax.optimization_barrier((s, log_sum))
+  s, log_sum = devices.barrier((s, log_sum), rows.axis_name)
   # Both terms are at most 0, so that nothing cancels.
   y = masked((s.below(z) - log_sum).astype(x.dtype), mask, -jnp.inf)
   return y, _LogSoftmaxResiduals(y, mask)
