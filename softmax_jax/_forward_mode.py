@@ -183,7 +183,7 @@ def _linear_map_batch(
 def _axes_of_batch(axis_data: Any, args: Values) -> frozenset[str]:
   """The mesh axes that a batch is spread over inside `jax.shard_map`.
 
-  With `jax.vmap(..., spmd_axis_name=...)` around a `jax.shard_map` what is batched varies over them.
+  With `jax.vmap(..., spmd_axis_name=...)` around that, what is batched varies over them.
   """
   names = frozenset(axis_data.spmd_name or ())
   return names & frozenset[str]().union(*map(varying_axes, args))
