@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from softmax_jax._typed import pmax, psum, unflatten_like
+from softmax_jax._typed import pmax, psum, tree_map, unflatten_like
 
 AxisName = str | tuple[str, ...]
 
@@ -29,8 +29,16 @@ def add_up(parts: Parts, axis_name: AxisName | None) -> Parts:
   """The sums over the devices of numbers per row, a pytree of arrays that broadcast together."""
   if axis_name is None:
     return parts
-  stacked = jnp.stack(jnp.broadcast_arrays(*jax.tree.leaves(parts)))
-  return unflatten_like(parts, psum(stacked, axis_name))
+  return unflatten_like(parts, psum(_stacked(*jax.tree.leaves(parts)), axis_name))
+
+
+def _stacked(*arrays: jax.Array) -> jax.Array:
+  """`jnp.stack` of arrays that broadcast together.
+
+  That has a rule for `jax.vmap` which fails with an ``spmd_axis_name``, over whose devices only
+  what is batched varies.
+  """
+  return jnp.concatenate([x[None] for x in jnp.broadcast_arrays(*arrays)])
 
 
 def row_sum(x: jax.Array, axes: tuple[int, ...], axis_name: AxisName | None) -> jax.Array:
@@ -44,9 +52,18 @@ def largest(
   """The largest over the devices of numbers per row, and whether any device has ``any_``."""
   if any_ is None:
     return pmax(top, axis_name), None
-  both = jnp.broadcast_arrays(top, any_.astype(top.dtype))
-  top, count = pmax(jnp.stack(both), axis_name)
+  top, count = pmax(_stacked(top, any_.astype(top.dtype)), axis_name)
   return top, count > 0
+
+
+def barrier(arrays: Parts, axis_name: AxisName | None) -> Parts:
+  """`jax.lax.optimization_barrier`, one for each array where they are spread over devices.
+
+  The tangents of one barrier must vary over the same devices, and zeros among them vary over none.
+  """
+  if axis_name is None:
+    return lax.optimization_barrier(arrays)
+  return tree_map(lambda x: lax.optimization_barrier(x), arrays)  # the function has no types
 
 
 def first_entry(size: int, axis_name: AxisName | None) -> jax.Array | int:

@@ -152,7 +152,7 @@ def _linear_map_batch(
     # (in place of which JAX puts a bare object); otherwise a collective in the rule may need it.
     ys = bind(*args, apply=apply, transpose=transpose, out_types=out_types)
     return ys, [None] * len(ys)
-  size = axis_data.size
+  size, axes = axis_data.size, _axes_of_batch(axis_data, args)
 
   def over_batch(linear: Linear) -> Linear:
     return jax.vmap(
@@ -173,10 +173,26 @@ def _linear_map_batch(
     apply=over_batch(apply),
     transpose=over_batch(transpose),
     out_types=tuple(
-      unmapped_aval(size, 0, y_type, axis_data.explicit_mesh_axis) for y_type in out_types
+      _varying_type(unmapped_aval(size, 0, y_type, axis_data.explicit_mesh_axis), axes)
+      for y_type in out_types
     ),
   )
   return ys, [0] * len(ys)
+
+
+def _axes_of_batch(axis_data: Any, args: Values) -> frozenset[str]:
+  """The mesh axes that a batch is spread over inside `jax.shard_map`.
+
+  With `jax.vmap(..., spmd_axis_name=...)` around that, what is batched varies over them.
+  """
+  names = frozenset(axis_data.spmd_name or ())
+  return names & frozenset[str]().union(*map(varying_axes, args))
+
+
+def _varying_type(x_type: Any, axes: frozenset[str]) -> Any:
+  """The type of an array that varies over ``axes`` too."""
+  manual = x_type.manual_axis_type
+  return x_type.update(manual_axis_type=manual.update(varying=manual.varying | axes))
 
 
 linear_map_p.def_impl(_linear_map_impl)
@@ -204,6 +220,138 @@ def linear_map(
     out_types=(jax.typeof(like).to_tangent_aval(),),
   )
   return y
+
+
+# rule_p.bind(*xs, f, out_types) -> ys, where f(*xs) -> ys
+#
+# A rule that loops, inside `jax.shard_map`. With `jax.vmap(..., spmd_axis_name=...)` around that,
+# JAX hides from the function that it batches that what is batched varies over more axes, and its
+# rules for `jax.lax.scan` and `jax.checkpoint` mix it with what does not. So `jax.vmap` and
+# differentiation start again from `f`, in which all arguments vary over those axes and nothing is
+# hidden.
+rule_p = Primitive("rule")
+rule_p.multiple_results = True
+
+
+def _bind_rule(f: Callable[..., Values], *xs: Any) -> Values:
+  out_types = tuple(jax.make_jaxpr(f)(*xs).out_avals)
+  return rule_p.bind(*xs, f=f, out_types=out_types)
+
+
+def _rule_jvp(
+  primals: Values, tangents: Values, *, f: Callable[..., Values], out_types: Values
+) -> tuple[Values, Values]:
+  ys = rule_p.bind(*primals, f=f, out_types=out_types)
+  moving = [i for i, dot in enumerate(tangents) if type(dot) is not ad.Zero]
+  y_types = [y_type.to_tangent_aval() for y_type in out_types]
+  linear = [i for i, y_type in enumerate(y_types) if y_type.dtype != jax.dtypes.float0]
+  num_residuals = len(primals)
+
+  def at(residuals: Values, moved: Values) -> tuple[Any, ...]:
+    merged = list(residuals)
+    for i, x in zip(moving, moved, strict=True):
+      merged[i] = x
+    ys = f(*merged)
+    return tuple(ys[i] for i in linear)
+
+  def push(*args: Any) -> tuple[Any, ...]:
+    residuals, dots = args[:num_residuals], args[num_residuals:]
+    moved = tuple(residuals[i] for i in moving)
+    return jax.jvp(lambda *moved: at(residuals, moved), moved, dots)[1]
+
+  def pull(*args: Any) -> tuple[Any, ...]:
+    residuals, bars = args[:num_residuals], args[num_residuals:]
+    moved = tuple(residuals[i] for i in moving)
+    return jax.vjp(lambda *moved: at(residuals, moved), *moved)[1](bars)
+
+  def apply(residuals: Values, dots: Values) -> Values:
+    return tuple(_bind_rule(push, *residuals, *dots))
+
+  def transpose(residuals: Values, y_bars: Values) -> Values:
+    bars = [
+      ad.zeros_like_aval(y_types[i].to_ct_aval()) if bar is None else bar
+      for i, bar in zip(linear, y_bars, strict=True)
+    ]
+    return tuple(_bind_rule(pull, *residuals, *bars))
+
+  y_dots: list[Any] = [ad.Zero(y_type) for y_type in y_types]
+  if moving:
+    moved = linear_map_p.bind(
+      *primals,
+      *(_varying_as(jax.typeof(primals[i]), tangents[i]) for i in moving),
+      name="rule",
+      num_residuals=num_residuals,
+      apply=apply,
+      transpose=transpose,
+      out_types=tuple(y_types[i] for i in linear),
+    )
+    for i, y_dot in zip(linear, moved, strict=True):
+      y_dots[i] = y_dot
+  return ys, y_dots
+
+
+def _rule_batch(
+  axis_data: Any,
+  args: Values,
+  dims: Sequence[int | None],
+  *,
+  f: Callable[..., Values],
+  out_types: Values,
+) -> tuple[Values, Sequence[int | None]]:
+  if all(dim is None for dim in dims):
+    return rule_p.bind(*args, f=f, out_types=out_types), [None] * len(out_types)
+  axes = _axes_of_batch(axis_data, args)
+  over_batch = jax.vmap(
+    f,
+    in_axes=tuple(dims),
+    axis_size=axis_data.size,
+    spmd_axis_name=None if axes else axis_data.spmd_name,
+  )
+  ys = _bind_rule(over_batch, *(_varying_over(axes, x) for x in args))
+  return ys, [0] * len(ys)
+
+
+rule_p.def_impl(lambda *xs, f, **_: f(*xs))
+rule_p.def_abstract_eval(lambda *_, out_types, **__: list(out_types))
+ad.primitive_jvps[rule_p] = _rule_jvp
+batching.fancy_primitive_batchers[rule_p] = _rule_batch
+mlir.register_lowering(rule_p, mlir.lower_fun(lambda *xs, f, **_: f(*xs), multiple_results=True))
+
+
+def rule_with_loops(f: Callable[P, R], static_argnums: int | tuple[int, ...]) -> Callable[P, R]:
+  """``f`` as a compiled function, which can be vmapped and differentiated inside `jax.shard_map`.
+
+  There it is a call of `rule_p`; it must not close over a tracer.
+  """
+  numbers = (static_argnums,) if isinstance(static_argnums, int) else static_argnums
+  as_jitted = jax.jit(f, static_argnums=static_argnums, inline=True)
+
+  # One function for arguments of the same structure, which is traced and compiled once.
+  @functools.cache
+  def on_leaves(tree: Any, static: tuple[Any, ...]) -> tuple[Callable[..., Values], list[Any]]:
+    out_trees: list[Any] = []
+
+    def of_leaves(*leaves: Any) -> Values:
+      arguments = list(jax.tree.unflatten(tree, leaves))
+      for i, value in zip(numbers, static, strict=True):
+        arguments.insert(i, value)
+      ys, out_tree = jax.tree.flatten(f(*arguments))  # pyright: ignore[reportCallIssue]
+      out_trees[:] = [out_tree]
+      return tuple(ys)
+
+    return jax.jit(of_leaves, inline=True), out_trees
+
+  @functools.wraps(f)
+  def rule(*args: P.args, **kwargs: P.kwargs) -> R:
+    moving = [arg for i, arg in enumerate(args) if i not in numbers]
+    leaves, tree = jax.tree.flatten(moving)
+    if not any(map(varying_axes, leaves)):
+      return as_jitted(*args, **kwargs)
+    of_leaves, out_trees = on_leaves(tree, tuple(args[i] for i in numbers))
+    ys = _bind_rule(of_leaves, *leaves)
+    return jax.tree.unflatten(out_trees[0], ys)
+
+  return rule
 
 
 def enable_forward_mode(
@@ -481,7 +629,12 @@ def _checked_tangent(
 
 def _varying_as(like: Any, x: Any) -> Any:
   """``x``, where `jax.shard_map` tracks such things, varying over the axes that ``like`` does."""
-  axes = like.manual_axis_type.varying - varying_axes(x)
+  return _varying_over(like.manual_axis_type.varying, x)
+
+
+def _varying_over(axes: frozenset[str], x: Any) -> Any:
+  """``x``, varying over ``axes`` too."""
+  axes = axes - varying_axes(x)
   return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
 
 
@@ -498,11 +651,7 @@ def varying_alike(*arrays: *Args, without: str | tuple[str, ...] | None = None) 
   union = frozenset[str]().union(*(varying_axes(x) for x in arrays if x is not None))
   union -= {without} if isinstance(without, str) else set(without or ())
 
-  def alike(x: Any) -> Any:
-    axes = union - varying_axes(x)
-    return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
-
-  of_same_types: Any = tuple(None if x is None else alike(x) for x in arrays)
+  of_same_types: Any = tuple(None if x is None else _varying_over(union, x) for x in arrays)
   return of_same_types
 
 

@@ -80,7 +80,8 @@ def _normalized(z: jax.Array, top: jax.Array, rows: Rows) -> jax.Array:
     error = z - ((z - shift) + shift)
     return e + e * error
 
-  if few(z.shape, rows.axes) and z.dtype == jnp.float32:
+  # Inside `jax.shard_map` JAX cannot vmap what depends on the platform.
+  if few(z.shape, rows.axes) and z.dtype == jnp.float32 and rows.axis_name is None:
     exact_e = platform_dependent(z, shift, e, cpu=lambda z, shift, e: e, default=exact)
   else:
     exact_e = exact(z, shift, e)
@@ -147,8 +148,8 @@ def softmax(
       take no part: their result is 0 and so is their derivative, whatever they hold.
     axis_name: inside `jax.shard_map`, the name (or names) of the mesh axis over whose devices the
       rows are spread: each holds a slice of every row along ``axis``, and gets that slice of the
-      result. It takes one reduction of one or two numbers per row for the largest entries, one for
-      the sums, and three in the backward pass.
+      result. The order of several names does not matter. It takes one reduction of one or two
+      numbers per row for the largest entries, one for the sums, and three in the backward pass.
 
   Returns:
     Array of the shape and (floating) dtype of ``x``. An entry of -inf gives 0. A row that contains
@@ -197,7 +198,7 @@ def _log_softmax_fwd(
   # A row with +inf is NaN, as in the softmax.
   log_sum = jnp.where(s.rest == jnp.inf, jnp.nan, s.log_sum())
   # On a CPU they would be put into memory, repeated along the row, without the barrier.
-  s, log_sum = lax.optimization_barrier((s, log_sum))
+  s, log_sum = devices.barrier((s, log_sum), rows.axis_name)
   # Both terms are at most 0, so that nothing cancels.
   y = masked((s.below(z) - log_sum).astype(x.dtype), mask, -jnp.inf)
   return y, _LogSoftmaxResiduals(y, mask)
@@ -265,8 +266,8 @@ def log_softmax(
       take no part: their result is -inf and their derivative 0, whatever they hold.
     axis_name: inside `jax.shard_map`, the name (or names) of the mesh axis over whose devices the
       rows are spread: each holds a slice of every row along ``axis``, and gets that slice of the
-      result. It takes one reduction of one or two numbers per row for the largest entries, one for
-      the sums, and two in the backward pass.
+      result. The order of several names does not matter. It takes one reduction of one or two
+      numbers per row for the largest entries, one for the sums, and two in the backward pass.
 
   Returns:
     Array of the shape and (floating) dtype of ``x``. An entry of -inf gives -inf. A row that
@@ -497,8 +498,8 @@ def logsumexp(
       take no part: their derivative is 0, whatever they hold.
     axis_name: inside `jax.shard_map`, the name (or names) of the mesh axis over whose devices the
       rows are spread: each holds a slice of every row along ``axis``, and all get the same result.
-      It takes one reduction of one or two numbers per row for the largest entries, one for the
-      sums, and none in the backward pass.
+      The order of several names does not matter. It takes one reduction of one or two numbers per
+      row for the largest entries, one for the sums, and none in the backward pass.
 
   Returns:
     Array of the shape of ``a`` without ``axis`` and of the (floating) dtype of ``a`` and ``b``;

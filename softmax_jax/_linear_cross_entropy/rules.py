@@ -31,7 +31,7 @@ from softmax_jax._cross_entropy.rows import (
   times,
 )
 from softmax_jax._devices import AxisName
-from softmax_jax._forward_mode import enable_forward_mode
+from softmax_jax._forward_mode import enable_forward_mode, rule_with_loops
 from softmax_jax._linear_cross_entropy.chunks import block_size, over_blocks, over_chunks
 from softmax_jax._linear_cross_entropy.projection import (
   Inputs,
@@ -41,7 +41,7 @@ from softmax_jax._linear_cross_entropy.projection import (
   capped,
   capped_tangent,
 )
-from softmax_jax._normalizer import Normalizer, compiled
+from softmax_jax._normalizer import Normalizer
 from softmax_jax._typed import custom_jvp, custom_vjp, tree_map, vjp
 
 
@@ -294,7 +294,7 @@ def _as_gradients(gradients: Inputs, inputs: Inputs, poison: jax.Array) -> Input
 
 # The losses of all rows.
 
-# What loops over the chunks is `compiled`, here and below: outside of `jax.jit` a loop would be
+# What loops over the chunks is compiled, here and below: outside of `jax.jit` a loop would be
 # compiled in every call, as its body is a new function each time.
 
 
@@ -302,7 +302,7 @@ def _rows_primal(inputs: Inputs, index: jax.Array, static: Static) -> PerRow:
   return _rows_forward(inputs, index, static)[0]
 
 
-@functools.partial(compiled, static_argnums=2)
+@functools.partial(rule_with_loops, static_argnums=2)
 def _rows_forward(
   inputs: Inputs, index: jax.Array, static: Static
 ) -> tuple[PerRow, Normalizer, jax.Array | None]:
@@ -345,7 +345,7 @@ def _rows_bwd(static: Static, residuals: Any, bars: Any) -> tuple[Inputs, None]:
   return _rows_gradients(static, residuals, bars), None
 
 
-@functools.partial(compiled, static_argnums=0)
+@functools.partial(rule_with_loops, static_argnums=0)
 def _rows_gradients(static: Static, residuals: Any, bars: PerRow) -> Inputs:
   wanted, inputs, index, normalizer, uniform_sum = residuals
 
@@ -362,7 +362,7 @@ def _rows_gradients(static: Static, residuals: Any, bars: PerRow) -> Inputs:
 
 
 # The tangent of the logits goes through the tangent rule of the dense loss, chunk by chunk.
-@functools.partial(compiled, static_argnums=0)
+@functools.partial(rule_with_loops, static_argnums=0)
 def _rows_tangent(static: Static, residuals: Any, args_dot: tuple[Any, ...]) -> PerRow:
   _, inputs, index, normalizer, uniform_sum = residuals
   dots = Inputs(*args_dot[0])
@@ -418,7 +418,7 @@ def _sum_fwd(inputs: Any, weights: Any, index: Any, static: Static) -> tuple[jax
   return _weighted_sum(weights, per_row), (gradients, likes, per_row, weights, index)
 
 
-@functools.partial(compiled, static_argnums=(3, 4))
+@functools.partial(rule_with_loops, static_argnums=(3, 4))
 def _sum_gradients(
   inputs: Inputs, weights: PerRow, index: jax.Array, wanted: _Wanted, static: Static
 ) -> tuple[Inputs, PerRow]:
