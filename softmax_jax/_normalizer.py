@@ -29,6 +29,7 @@ from softmax_jax._forward_mode import varying_axes
 from softmax_jax._typed import cond, custom_jvp, platform_dependent
 
 Axes = tuple[int, ...]
+Pair = tuple[jax.Array, jax.Array]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -139,10 +140,8 @@ def own_sum(
   """The sum of ``exp(z - shift)`` over the entries z on this device, all but the largest.
 
   The largest e is 1. Added to the others it wipes out their digits where it holds nearly all of the
-  sum, so there the others are summed alone (`_if_small`). A constant for every derivative:
-  `differentiable` says what that is.
+  sum, so there the others are summed alone (`_if_small`).
   """
-  x = lax.stop_gradient(x)
   z, top, any_ = entries_and_largest(x, mask, axes, dtype, axis_name)
   shift = jnp.where(jnp.isfinite(top), top, jnp.zeros_like(top))
   own_top = top if axis_name is None else largest(z, axes)
@@ -210,6 +209,10 @@ def differentiable(
 # No term is larger than what is left of the row beside t, so that second derivatives of a row whose
 # t has nearly all of the probability keep their digits: with a constant shift t's own e_dot_t would
 # have to cancel. Without a dominant entry, shift_dot = 0 and rest_dot = S_dot = sum_k e_dot_k.
+#
+# JAX 0.10 forgets this rule for what it computes beforehand in a scan that it differentiates twice:
+# there the derivatives are those of `own_sum`, with a constant shift. So a backward rule states the
+# derivative of its normalizer anew, and the two are never mixed.
 def _shift_and_rest(
   z: jax.Array, shift: jax.Array, rest: jax.Array, axes: Axes, axis_name: AxisName | None
 ) -> tuple[jax.Array, jax.Array]:
@@ -243,8 +246,12 @@ def _is_dominant(z: jax.Array, shift: jax.Array, rest: jax.Array) -> jax.Array:
 
 
 def _if_small(e: jax.Array) -> jax.Array:
-  """``e`` where it is below `_DOMINATED`, 0 where it is more; without a select, for the speed."""
-  return e - e * jnp.floor(e + (1 - _DOMINATED))
+  """``e`` where it is below `_DOMINATED`, 0 where it is more; without a select, for the speed.
+
+  The derivative is that of ``e`` everywhere: what is left out is the 1 in S - 1, a constant, but
+  its entry is part of S.
+  """
+  return e - lax.stop_gradient(e) * jnp.floor(e + (1 - _DOMINATED))
 
 
 def largest(z: jax.Array, axes: Axes) -> jax.Array:
@@ -260,9 +267,21 @@ def few(shape: tuple[int, ...], axes: Axes) -> bool:
 
 def _sums(x: jax.Array, y: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
   """The sums of two arrays along ``axes``, in one pass."""
-  zero = jnp.zeros((), x.dtype)
-  sums = lax.reduce((x, y), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), axes)
-  return jnp.expand_dims(sums[0], axes), jnp.expand_dims(sums[1], axes)
+
+  @jax.custom_jvp
+  def sums(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    zero = jnp.zeros((), x.dtype)
+    both = lax.reduce((x, y), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), axes)
+    return jnp.expand_dims(both[0], axes), jnp.expand_dims(both[1], axes)
+
+  # They are linear. JAX would differentiate such a reduction by a tree of slices, which it refuses
+  # of explicitly sharded arrays, and under `jax.vmap` with an `spmd_axis_name`.
+  @sums.defjvp
+  def _(primals: Pair, tangents: Pair) -> tuple[Pair, Pair]:
+    x_dot, y_dot = (jnp.sum(dot, axis=axes, keepdims=True) for dot in tangents)
+    return sums(*primals), (x_dot, y_dot)
+
+  return sums(x, y)
 
 
 def exp_of_difference(x: jax.Array, shift: jax.Array) -> jax.Array:
@@ -306,7 +325,7 @@ def _difference(z: jax.Array, shift: jax.Array, rest: jax.Array) -> jax.Array:
 @jax.custom_jvp
 def _below(z: jax.Array, shift: jax.Array, rest: jax.Array) -> jax.Array:
   d = z - shift
-  return d - jnp.where(_is_dominant(z, shift, rest), d, jnp.zeros_like(d))
+  return d - lax.stop_gradient(jnp.where(_is_dominant(z, shift, rest), d, jnp.zeros_like(d)))
 
 
 @_difference.defjvp

@@ -24,6 +24,7 @@ from softmax_jax._normalizer import (
   Normalizer,
   broadcast,
   compiled,
+  differentiable,
   entries,
   entries_and_largest,
   few,
@@ -322,6 +323,7 @@ def _logsumexp_bwd(
 ) -> tuple[jax.Array, None]:
   a, mask, s = residuals
   z = entries(a, mask, s.any, s.shift.dtype)
+  s = differentiable(s, z, *rows)
   scale = lse_bar.astype(z.dtype) / jnp.where(s.rest == -1, 1, 1 + s.rest)
   a_bar = s.exp(z) * scale
   return masked(a_bar, mask, 0).astype(a.dtype), None

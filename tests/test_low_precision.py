@@ -311,7 +311,7 @@ def test_a_mean_by_class_weights_of_any_size(linear, dtype):
             assert_close(got, expected, units=8, terms=np.linalg.norm(of))
         # The loss of a class minus the mean.
         terms = mean / np.sum(weights[LABELS[counts]], dtype=np.float64)
-        assert_close(grads[2], weights_bar, terms=terms)
+        assert_close(grads[2], weights_bar, units=8, terms=terms)
 
 
 @pytest.mark.parametrize("linear", [False, True], ids=["dense", "linear"])

@@ -54,6 +54,7 @@ class Static(NamedTuple):
   smoothed: bool
   ignores: bool  # whether there may be rows that do not count
   axis_name: AxisName | None = None
+  is_block: bool = False  # whether the logits are a part of the rows only, in the backward rule
 
 
 class Residuals(NamedTuple):
@@ -229,6 +230,9 @@ def bwd(
   axis = static.axis
   logits, index, mask, weights, s, uniform = residuals
   z = counted(entries(logits, mask, s.any, s.shift.dtype), index, static)
+  if not static.is_block:
+    s = s._replace(shift=counted(s.shift, index, static))
+    s = differentiable(s, z, (axis,), static.axis_name)
   inverse = inverse_sum(s)
   nll_bar = bar_by_row(index, bars.nll)
   g = bars.lse
@@ -282,6 +286,7 @@ def tangent(static: Static, residuals: Residuals, args_dot: tuple[Any, ...]) -> 
   if static.ignores:
     z, shift, rest = (masked(v, index != IGNORED, 0) for v in (z, s.shift, s.rest))
     s = s._replace(shift=shift, rest=rest)
+  s = differentiable(s, z, (axis,), axis_name)
   label = _Label.of(index, z.shape[axis], axis_name)
   z_dot = nll_dot = lse_dot = uniform_dot = weight_dot = None
   if logits_dot is not None:
@@ -304,7 +309,7 @@ def tangent(static: Static, residuals: Residuals, args_dot: tuple[Any, ...]) -> 
       own_dot -= u * z_dot
     if weights_dot is not None:
       u_dot = uniform_label(weights_dot, mask, divisor, z)
-      own_dot += u_dot * cost_of(u, minus_log_softmax(z, s))
+      own_dot += linear_times(u_dot, cost_of(u, minus_log_softmax(z, s)))
     uniform_dot = row_sum(jnp.broadcast_to(own_dot, z.shape), (axis,), axis_name)
     if lse_dot is not None:
       uniform_dot += lse_dot * uniform.label_sum(static.num_classes)

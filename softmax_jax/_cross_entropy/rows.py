@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from softmax_jax._forward_mode import linear_map, varying_alike
 from softmax_jax._normalizer import Axes, Normalizer, difference, masked, unbroadcast
@@ -40,7 +41,8 @@ def times(coefficient: jax.Array, x: jax.Array, counts: jax.Array | None = None)
   Derivatives are 0 where x does not count, though it may be NaN.
   """
   # Arithmetic and not a select of x, which would slow down a sum on a CPU.
-  bound = jnp.where(coefficient == 0, jnp.zeros_like(coefficient), jnp.inf)
+  most = np.finfo(coefficient.dtype).max
+  bound = jnp.where(coefficient == 0, jnp.full_like(coefficient, most), jnp.inf)
   return coefficient * jnp.clip(x, -bound, bound)
 
 
@@ -57,9 +59,10 @@ def _linear_product(v: jax.Array, factor: jax.Array, like: jax.Array) -> jax.Arr
 
   def product(factors: Any, vs: Any) -> tuple[jax.Array]:
     (factor,), (v,) = factors, vs
-    out = v * factor
     nothing = ((v == 0) & jnp.isinf(factor)) | ((factor == 0) & jnp.isinf(v))
-    return (jnp.where(nothing, jnp.zeros_like(out), out),)
+    # Before the product: in its derivatives inf would meet 0 after it.
+    v, factor = (jnp.where(nothing, jnp.zeros_like(x), x) for x in (v, factor))
+    return (v * factor,)
 
   def transpose(factors: Any, bars: Any) -> tuple[jax.Array]:
     return (unbroadcast(product(factors, bars)[0], shape),)

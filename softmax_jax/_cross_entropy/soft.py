@@ -169,6 +169,7 @@ def _bwd(
   logits, labels, mask, weights, s, total, uniform = residuals
   dtype = s.shift.dtype
   z = entries(logits, mask, s.any, dtype)
+  s = differentiable(s, z, axes, static.axis_name)
   p = jnp.broadcast_to(_weighted_label(labels, mask, weights, dtype), z.shape)
   cost = minus_log_softmax(z, s)
   e, inverse = s.exp(z), inverse_sum(s)
@@ -218,6 +219,7 @@ def _tangent(
   logits_dot, labels_dot, _, weights_dot = args_dot
   dtype = s.shift.dtype
   z = entries(logits, mask, s.any, dtype)
+  s = differentiable(s, z, axes, axis_name)
 
   def sums(*xs: jax.Array) -> list[jax.Array]:
     own = [jnp.sum(jnp.broadcast_to(x, z.shape), axis=axes, keepdims=True) for x in xs]
@@ -248,10 +250,10 @@ def _tangent(
       p_dot += _weighted_label(labels_dot, mask, weights, dtype)
     if weights_dot is not None:
       p_dot += _weighted_label(labels, mask, weights_dot, dtype)
-    nll_dot += cost_of(p, cost) * masked(p_dot, mask, 0)
+    nll_dot += linear_times(masked(p_dot, mask, 0), cost_of(p, cost))
     if u is not None and weights_dot is not None:
       u_dot = uniform_label(weights_dot, mask, divisor, z)
-      uniform_dot += cost_of(u, cost) * u_dot
+      uniform_dot += linear_times(u_dot, cost_of(u, cost))
   nll_dot, uniform_dot = sums(nll_dot, uniform_dot)
   return PerRow(nll_dot, lse_dot, None if u is None else uniform_dot, None)
 

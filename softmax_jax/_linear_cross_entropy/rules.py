@@ -41,7 +41,7 @@ from softmax_jax._linear_cross_entropy.projection import (
   capped,
   capped_tangent,
 )
-from softmax_jax._normalizer import Normalizer
+from softmax_jax._normalizer import Normalizer, differentiable
 from softmax_jax._typed import custom_jvp, custom_vjp, tree_map, vjp
 
 
@@ -215,6 +215,7 @@ def _chunk_gradients(
   """``sums`` with the part of a chunk added, which in that of x are its rows."""
   projection = static.projection
   num_classes = y.shape[1]
+  s = differentiable(s, z, (1,), static.axis_name)
   # A row without a valid label has no gradient here; what NaN there must be is put in at the end.
   bars = tree_map(lambda bar: jnp.where(index >= 0, bar, jnp.zeros_like(bar)), bars)
   label = jnp.maximum(index, 0) - devices.first_entry(num_classes, static.axis_name)
@@ -237,7 +238,9 @@ def _chunk_gradients(
     block_bars = PerRow(jnp.where(here, bars.nll, 0), jnp.where(here, g, g + bars.nll), None, None)
     index = jnp.where(here, label - first, 0)
     residuals = integer.Residuals(z_block, index, None, None, s, None)
-    z_bar = integer.bwd(integer.Static(1, size, False, False), residuals, block_bars)[0]
+    z_bar = integer.bwd(
+      integer.Static(1, size, False, False, is_block=True), residuals, block_bars
+    )[0]
     if u is not None:
       z_bar = z_bar - cut(u) * bars.uniform
     y_bar = z_bar
