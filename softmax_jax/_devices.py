@@ -63,7 +63,7 @@ def barrier(arrays: Parts, axis_name: AxisName | None) -> Parts:
   """
   if axis_name is None:
     return lax.optimization_barrier(arrays)
-  return tree_map(lax.optimization_barrier, arrays)
+  return tree_map(lambda x: lax.optimization_barrier(x), arrays)  # the function has no types
 
 
 def first_entry(size: int, axis_name: AxisName | None) -> jax.Array | int:

@@ -152,8 +152,7 @@ def _linear_map_batch(
     # (in place of which JAX puts a bare object); otherwise a collective in the rule may need it.
     ys = bind(*args, apply=apply, transpose=transpose, out_types=out_types)
     return ys, [None] * len(ys)
-  size = axis_data.size
-  axes, args = _varying_over_batch(axis_data, args)
+  size, axes = axis_data.size, _axes_of_batch(axis_data, args)
 
   def over_batch(linear: Linear) -> Linear:
     return jax.vmap(
@@ -161,7 +160,7 @@ def _linear_map_batch(
       in_axes=(tuple(dims[:num_residuals]), 0),
       axis_size=size,
       axis_name=axis_data.name,
-      spmd_axis_name=None if axes else axis_data.spmd_name,
+      spmd_axis_name=axis_data.spmd_name,
     )
 
   xs = [
@@ -181,17 +180,13 @@ def _linear_map_batch(
   return ys, [0] * len(ys)
 
 
-def _varying_over_batch(axis_data: Any, args: Values) -> tuple[frozenset[str], Values]:
-  """The axes over which a batch is spread inside `jax.shard_map`, and arrays varying over them.
+def _axes_of_batch(axis_data: Any, args: Values) -> frozenset[str]:
+  """The mesh axes that a batch is spread over inside `jax.shard_map`.
 
-  With `jax.vmap(..., spmd_axis_name=...)` around a `jax.shard_map` those that are batched vary over
-  them already. JAX hides this from the function that it batches, and its rules for `jax.lax.scan`,
-  `jax.lax.cond` and `jax.checkpoint` then mix them with arrays that do not. Where all vary, a plain
-  `jax.vmap` does, which hides nothing.
+  With `jax.vmap(..., spmd_axis_name=...)` around that, what is batched varies over them.
   """
   names = frozenset(axis_data.spmd_name or ())
-  axes = names & frozenset[str]().union(*map(varying_axes, args))
-  return axes, [_varying_over(axes, x) for x in args]
+  return names & frozenset[str]().union(*map(varying_axes, args))
 
 
 def _varying_type(x_type: Any, axes: frozenset[str]) -> Any:
@@ -210,9 +205,11 @@ mlir.register_lowering(linear_map_p, mlir.lower_fun(_linear_map_lowered, multipl
 
 # rule_p.bind(*xs, f, out_types) -> ys, where f(*xs) -> ys
 #
-# A rule that loops or branches, inside `jax.shard_map`. `jax.vmap` and differentiation start again
-# from `f`, where those of JAX would go on from the bodies of its loops, whose types say nothing of
-# the axes over which a batch is spread (see `_varying_over_batch`).
+# A rule that loops, inside `jax.shard_map`. With `jax.vmap(..., spmd_axis_name=...)` around that,
+# JAX hides from the function that it batches that what is batched varies over more axes, and its
+# rules for `jax.lax.scan` and `jax.checkpoint` mix it with what does not. So `jax.vmap` and
+# differentiation start again from `f`, in which all arguments vary over those axes and nothing is
+# hidden.
 rule_p = Primitive("rule")
 rule_p.multiple_results = True
 
@@ -284,8 +281,14 @@ def _rule_batch(
 ) -> tuple[Values, Sequence[int | None]]:
   if all(dim is None for dim in dims):
     return rule_p.bind(*args, f=f, out_types=out_types), [None] * len(out_types)
-  _, args = _varying_over_batch(axis_data, args)
-  ys = _bind_rule(jax.vmap(f, in_axes=tuple(dims), axis_size=axis_data.size), *args)
+  axes = _axes_of_batch(axis_data, args)
+  over_batch = jax.vmap(
+    f,
+    in_axes=tuple(dims),
+    axis_size=axis_data.size,
+    spmd_axis_name=None if axes else axis_data.spmd_name,
+  )
+  ys = _bind_rule(over_batch, *(_varying_over(axes, x) for x in args))
   return ys, [0] * len(ys)
 
 

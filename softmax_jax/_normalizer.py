@@ -28,6 +28,7 @@ from softmax_jax._forward_mode import varying_axes
 from softmax_jax._typed import cond, platform_dependent
 
 Axes = tuple[int, ...]
+Pair = tuple[jax.Array, jax.Array]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -208,23 +209,23 @@ def few(shape: tuple[int, ...], axes: Axes) -> bool:
   return not is_symbolic_dim(size) and size <= _FEW
 
 
-Pair = tuple[jax.Array, jax.Array]
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _sums(x: jax.Array, y: jax.Array, axes: Axes) -> Pair:
+def _sums(x: jax.Array, y: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
   """The sums of two arrays along ``axes``, in one pass."""
-  zero = jnp.zeros((), x.dtype)
-  sums = lax.reduce((x, y), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), axes)
-  return jnp.expand_dims(sums[0], axes), jnp.expand_dims(sums[1], axes)
 
+  @jax.custom_jvp
+  def sums(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    zero = jnp.zeros((), x.dtype)
+    both = lax.reduce((x, y), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), axes)
+    return jnp.expand_dims(both[0], axes), jnp.expand_dims(both[1], axes)
 
-# JAX differentiates such a reduction by a tree of slices, which it refuses of explicitly sharded
-# arrays, and under `jax.vmap` with an ``spmd_axis_name``. The sums are linear.
-@_sums.defjvp
-def _sums_jvp(axes: Axes, primals: Pair, tangents: Pair) -> tuple[Pair, Pair]:
-  dots = tuple(jnp.sum(dot, axis=axes, keepdims=True) for dot in tangents)
-  return _sums(*primals, axes), (dots[0], dots[1])
+  # They are linear. JAX would differentiate such a reduction by a tree of slices, which it refuses
+  # of explicitly sharded arrays, and under `jax.vmap` with an `spmd_axis_name`.
+  @sums.defjvp
+  def _(primals: Pair, tangents: Pair) -> tuple[Pair, Pair]:
+    x_dot, y_dot = (jnp.sum(dot, axis=axes, keepdims=True) for dot in tangents)
+    return sums(*primals), (x_dot, y_dot)
+
+  return sums(x, y)
 
 
 def exp_of_difference(x: jax.Array, shift: jax.Array) -> jax.Array:

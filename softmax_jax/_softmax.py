@@ -148,8 +148,8 @@ def softmax(
       take no part: their result is 0 and so is their derivative, whatever they hold.
     axis_name: inside `jax.shard_map`, the name (or names) of the mesh axis over whose devices the
       rows are spread: each holds a slice of every row along ``axis``, and gets that slice of the
-      result. It takes one reduction of one or two numbers per row for the largest entries, one for
-      the sums, and three in the backward pass.
+      result. The order of several names does not matter. It takes one reduction of one or two
+      numbers per row for the largest entries, one for the sums, and three in the backward pass.
 
   Returns:
     Array of the shape and (floating) dtype of ``x``. An entry of -inf gives 0. A row that contains
@@ -266,8 +266,8 @@ def log_softmax(
       take no part: their result is -inf and their derivative 0, whatever they hold.
     axis_name: inside `jax.shard_map`, the name (or names) of the mesh axis over whose devices the
       rows are spread: each holds a slice of every row along ``axis``, and gets that slice of the
-      result. It takes one reduction of one or two numbers per row for the largest entries, one for
-      the sums, and two in the backward pass.
+      result. The order of several names does not matter. It takes one reduction of one or two
+      numbers per row for the largest entries, one for the sums, and two in the backward pass.
 
   Returns:
     Array of the shape and (floating) dtype of ``x``. An entry of -inf gives -inf. A row that
@@ -483,8 +483,8 @@ def logsumexp(
       take no part: their derivative is 0, whatever they hold.
     axis_name: inside `jax.shard_map`, the name (or names) of the mesh axis over whose devices the
       rows are spread: each holds a slice of every row along ``axis``, and all get the same result.
-      It takes one reduction of one or two numbers per row for the largest entries, one for the
-      sums, and none in the backward pass.
+      The order of several names does not matter. It takes one reduction of one or two numbers per
+      row for the largest entries, one for the sums, and none in the backward pass.
 
   Returns:
     Array of the shape of ``a`` without ``axis`` and of the (floating) dtype of ``a`` and ``b``;

@@ -378,9 +378,13 @@ def softmax_cross_entropy_with_integer_labels(
     axis_name: inside `jax.shard_map`, the name (or names) of the mesh axis over whose devices the
       classes are spread: each device holds a slice of the logits, of ``where`` and of
       ``class_weights``, all slices of one size. Labels are the same on all of these devices and
-      count the classes of all of them; so does the loss. One reduction of one or two numbers per
-      row and one of three to six make it, and none its gradient. Where the number of classes is no
-      multiple of that of the devices, pad the logits and leave out the padding with ``where``.
+      count the classes of all of them; the loss is the same too. Several names must be in the order
+      of the `jax.sharding.PartitionSpec` that spreads the classes, ``("a", "b")`` for ``P(("a",
+      "b"))``: labels count in that order. In another order the loss is that of other classes; JAX
+      does not tell a function how its arguments are spread, so that this is no error. One reduction
+      of one or two numbers per row and one of three to six make the loss, and none its gradient.
+      Where the number of classes is no multiple of that of the devices, pad the logits and leave
+      out the padding with ``where``.
     return_aux: whether to return a `CrossEntropyAux` with the log-normalizer, the part that the
       z-loss adds and the sum of the weights too. They are differentiable like the loss.
 

@@ -173,7 +173,7 @@ def _bwd(
   scale = bars.nll * inverse
   total = (jnp.sum(p, axis=axes, keepdims=True) if total is None else total) * scale
   # What is linear in another cotangent has its own barrier, as JAX cannot transpose half of one.
-  total, scale, rest = jax.lax.optimization_barrier((total, scale, s.rest * scale))
+  total, scale, rest = devices.barrier((total, scale, s.rest * scale), static.axis_name)
   g = jax.lax.optimization_barrier(g * inverse)
   z_bar = (e * total - p * scale) + (e * g - p * rest)
   if u is not None:
@@ -348,8 +348,9 @@ def softmax_cross_entropy(
       that count (whatever their labels sum to, and also with class weights), or 0 without any.
     axis_name: inside `jax.shard_map`, the name (or names) of the mesh axis over whose devices the
       classes are spread: each device holds a slice of the logits, of the labels, of ``where`` and
-      of ``class_weights``. The loss is the same on all of these devices. One reduction of one or
-      two numbers per row and one of four to seven make it, and none its gradient.
+      of ``class_weights``. The loss is the same on all of these devices. The order of several
+      names does not matter. One reduction of one or two numbers per row and one of four to seven
+      make it, and none its gradient.
     return_aux: whether to return a `CrossEntropyAux` with the log-normalizer, the part that the
       z-loss adds and the number of rows that count too. They are differentiable like the loss.
 

@@ -97,8 +97,12 @@ def linear_softmax_cross_entropy(
       classes are spread: each device holds a slice of the weight, of the bias and of
       ``class_weights``, all slices of one size (pad them and pass ``num_classes`` where it does not
       divide). x and the labels, which count the classes of all devices, are the same on all of
-      them, and so is the loss. For each chunk it takes one reduction of one number per token and
-      one of three to five; class weights take one more, and the gradient one of x's cotangent.
+      them, and so is the loss. Several names must be in the order of the
+      `jax.sharding.PartitionSpec` that spreads the classes, ``("a", "b")`` for ``P(("a", "b"))``:
+      labels and ``num_classes`` count in that order. In another order the loss is that of other
+      classes; JAX does not tell a function how its arguments are spread, so that this is no error.
+      For each chunk it takes one reduction of one number per token and one of three to five; class
+      weights take one more, and the gradient one of x's cotangent.
 
   Returns:
     The loss, one number or ``[*B]``, in float32 (float64 where an argument has it). The products
