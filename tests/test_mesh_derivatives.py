@@ -110,9 +110,6 @@ def in_axes_of(count):
     yield from {tuple(None if i == j else 0 for i in range(count)) for j in range(count)}
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("case", BATCHED)
-=======
 QUICK = "masked logsumexp", "softmax of short rows", "soft labels, smoothed", "linear"
 
 
@@ -122,7 +119,6 @@ def quick_or_long(cases, quick):
 
 
 @pytest.mark.parametrize("case", quick_or_long(BATCHED, QUICK))
->>>>>>> h-devices
 def test_a_batch_over_a_mesh_axis_gives_the_numbers_of_one_device(case):
   g, local, args, count = on_mesh(case)
   args = tuple(map(batched, args))
@@ -141,9 +137,6 @@ def test_any_of_the_arguments_may_be_batched_over_a_mesh_axis(case):
     jax.eval_shape(f, *some)  # where JAX looks at what varies over which axes
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("case", ["masked softmax", "soft labels, every option", "linear"])
-=======
 @pytest.mark.parametrize("case", BATCHED)
 def test_a_batch_over_a_mesh_axis_may_be_of_float32(case):  # which takes a way of its own
   g, _, args, count = on_mesh(case)
@@ -156,7 +149,6 @@ SHARED = "masked softmax", "soft labels, every option", "linear"
 
 
 @pytest.mark.parametrize("case", quick_or_long(SHARED, ["masked softmax"]))
->>>>>>> h-devices
 def test_gradients_of_what_the_batch_shares_are_added_up_over_its_axis(case):
   g, local, args, count = on_mesh(case)
   args = batched(args[0]), *map(wide, args[1:])
@@ -250,14 +242,10 @@ def test_short_rows_on_explicit_axes_have_every_second_derivative(classes, rows,
   assert jax.typeof(of_tangent) == jax.typeof(z)
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("classes, rows, vocab", [SPREADS[2], SPREADS[3], SPREADS[4]])
-=======
 @pytest.mark.parametrize(
   "classes, rows, vocab",
   [SPREADS[2], *(pytest.param(*spread, marks=pytest.mark.long) for spread in SPREADS[3:5])],
 )
->>>>>>> h-devices
 def test_second_derivatives_of_short_rows_on_explicit_axes(classes, rows, vocab):
   args = short_rows(classes)
   f = jax.jit(lambda *args: derivatives_of_short_rows(*args[:3], *args[5:]))
