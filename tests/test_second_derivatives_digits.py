@@ -74,7 +74,7 @@ def products(f, z, u):
   }
 
 
-@pytest.mark.parametrize("classes", [5, 19])
+@pytest.mark.parametrize("classes", [pytest.param(5, marks=pytest.mark.long), 19])
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_hessian_products_keep_their_digits_where_one_class_leads(function, classes):
   z, u = leading(classes), random(1, (4, classes))
@@ -85,7 +85,7 @@ def test_hessian_products_keep_their_digits_where_one_class_leads(function, clas
       assert relative_error(hvp, hessian @ v.astype(np.longdouble)) < 1e-5, (nesting, row)
 
 
-@pytest.mark.parametrize("classes", [5, 19])
+@pytest.mark.parametrize("classes", [pytest.param(5, marks=pytest.mark.long), 19])
 @pytest.mark.parametrize("function", ["integer", "logsumexp"])
 def test_hessian_products_are_those_of_the_closed_forms(function, classes):
   z, u = leading(classes), random(1, (4, classes))
@@ -132,7 +132,7 @@ def linear_hessians(x, weight, bias, label):
   return hessians
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("reduction", ["none", pytest.param("sum", marks=pytest.mark.long), "mean"])
 def test_the_linear_loss_keeps_the_digits_of_its_hessian_where_one_class_leads(reduction):
   """Logits that float32 holds exactly: their own rounding would be an error of exp(-40)."""
   rng = np.random.default_rng(0)
