@@ -5,8 +5,8 @@ Notation, for the entries x_k of one row (those along the axes that are reduced)
     e_k = exp(x_k - shift),   S = sum_k e_k,   a_k = e_k / S   (the softmax, seed step 1)
 
 where ``shift`` is the largest x_k. Every formula built on it holds for any number in its place, so
-that its derivative may be chosen. It is that of the dominant entry of the row, or 0 where there is
-none (`differentiable`), which keeps the digits of second derivatives.
+that the derivative of ``shift`` may be chosen: it is that of the dominant entry of the row, or 0
+where there is none (`differentiable`), which keeps the digits of second derivatives.
 """
 
 from __future__ import annotations
@@ -210,9 +210,10 @@ def differentiable(
 # t has nearly all of the probability keep their digits: with a constant shift t's own e_dot_t would
 # have to cancel. Without a dominant entry, shift_dot = 0 and rest_dot = S_dot = sum_k e_dot_k.
 #
-# JAX 0.10 forgets this rule for what it computes beforehand in a scan that it differentiates twice:
-# there the derivatives are those of `own_sum`, with a constant shift. So a backward rule states the
-# derivative of its normalizer anew, and the two are never mixed.
+# JAX 0.10 forgets the rules of custom_jvp functions for what it computes beforehand in a scan that
+# it differentiates twice. The derivatives are those of their code there, here of `own_sum` with a
+# constant shift. So a backward rule calls `differentiable` again: it has both, the rule for the
+# normalizer and those for the functions of it below, or neither.
 def _shift_and_rest(
   z: jax.Array, shift: jax.Array, rest: jax.Array, axes: Axes, axis_name: AxisName | None
 ) -> tuple[jax.Array, jax.Array]:

@@ -95,8 +95,8 @@ def _normalized(z: jax.Array, top: jax.Array, rows: Rows) -> jax.Array:
 # their difference leaves: rounding errors. But J 1 = 0 allows to subtract any number from c before.
 # The mean, sum_i a_i c_i, leaves a rounding error at t, once more leaves that of the error, and the
 # same formula is then right to the last digits. For that an a_t next to 1 must be 1, which the
-# rounding of the division may have missed. (Further derivatives by that a_t are dropped: they would
-# multiply c_t less the mean, which is nearly 0.)
+# rounding of the division may have missed. (The minimum drops further derivatives by that a_t: they
+# would multiply c_t less the mean, which is nearly 0.)
 @functools.partial(compiled, static_argnums=0)
 def _softmax_bwd(
   rows: Rows, residuals: _SoftmaxResiduals, y_bar: jax.Array

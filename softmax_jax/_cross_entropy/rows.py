@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from softmax_jax._forward_mode import linear_map, varying_alike
 from softmax_jax._normalizer import Axes, Normalizer, difference, masked, unbroadcast
@@ -38,12 +37,10 @@ class PerRow(NamedTuple):
 def times(coefficient: jax.Array, x: jax.Array, counts: jax.Array | None = None) -> jax.Array:
   """``coefficient * x`` with 0 * inf = 0: what has no weight adds nothing.
 
-  Derivatives are 0 where x does not count, though it may be NaN.
+  Derivatives are 0 in rows outside of ``counts``, where x may be NaN.
   """
-  # Arithmetic and not a select of x, which would slow down a sum on a CPU.
-  most = np.finfo(coefficient.dtype).max
-  bound = jnp.where(coefficient == 0, jnp.full_like(coefficient, most), jnp.inf)
-  return coefficient * jnp.clip(x, -bound, bound)
+  nothing = (coefficient == 0) & jnp.isinf(x)
+  return coefficient * jnp.where(nothing, jnp.zeros_like(x), x)
 
 
 @jax.custom_jvp
@@ -71,8 +68,9 @@ def _linear_product(v: jax.Array, factor: jax.Array, like: jax.Array) -> jax.Arr
 
 
 # Where the product is not 0 * inf, its derivatives of every order are those of a product: nothing
-# is dropped for a coefficient of 0 alone. The derivative by x does not need x, which spares the
-# gradient of a loss the computation of its value.
+# is dropped for a coefficient of 0 alone. Where it is, the derivative by the coefficient is 0 by
+# definition (it would be infinite), and so are the derivatives of that. The derivative by x does
+# not need x, which spares the gradient of a loss the computation of its value.
 def _product_jvp(
   product: Callable[..., jax.Array], primals: Any, tangents: Any
 ) -> tuple[jax.Array, jax.Array]:
