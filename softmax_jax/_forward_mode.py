@@ -208,18 +208,29 @@ def linear_map(
 ) -> Any:
   """``apply(residuals, [x])[0]``, of the type of ``like``: linear for JAX though it may compare x.
 
-  Its transpose is ``transpose(residuals, [y_bar])[0]``.
+  Its transpose is ``transpose(residuals, [y_bar])[0]``, of which the same holds.
   """
-  (y,) = linear_map_p.bind(
-    *residuals,
-    x,
-    name=name,
-    num_residuals=len(residuals),
-    apply=apply,
-    transpose=transpose,
-    out_types=(jax.typeof(like).to_tangent_aval(),),
-  )
-  return y
+  x_type, y_type = (jax.typeof(array).to_tangent_aval() for array in (x, like))
+
+  def transposed(residuals: Values, y_bars: Values) -> Values:
+    return bind(
+      residuals, y_bars, transpose, lambda r, xs: bind(r, xs, apply, transposed, y_type), x_type
+    )
+
+  def bind(
+    residuals: Values, xs: Values, apply: Linear, transpose: Linear, out_type: Any
+  ) -> Values:
+    return linear_map_p.bind(
+      *residuals,
+      *xs,
+      name=name,
+      num_residuals=len(residuals),
+      apply=apply,
+      transpose=transpose,
+      out_types=(out_type,),
+    )
+
+  return bind(residuals, [x], apply, transposed, y_type)[0]
 
 
 # rule_p.bind(*xs, f, out_types) -> ys, where f(*xs) -> ys
