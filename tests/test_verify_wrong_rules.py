@@ -55,11 +55,18 @@ def test_wrong_rule_is_caught(function, fault, size):
 def test_right_rule_passes_all_of_these_checks(function):
   """Otherwise the test above would show nothing."""
   args, checks = arguments(function, (2, 4)), {"finite_differences", *CHECKS.values()}
-  report = check_derivatives(
-    right(function), *args, checks=checks, edge_points=[with_infinity(args)]
-  )
-  report.raise_if_failed()
-  assert {row.check.partition(":")[0] for row in report.rows if row.status == "passed"} == checks
+  # The cost of a class at -inf is infinite: by its label of 0 there is no second derivative.
+  skip = ["second_order"] if function == "soft labels" else []
+  reports = [
+    check_derivatives(right(function), *args, checks=checks - {"edge_points"}),
+    check_derivatives(
+      right(function), *args, checks=["edge_points"], edge_points=[with_infinity(args)], skip=skip
+    ),
+  ]
+  for report in reports:
+    report.raise_if_failed()
+  rows = [row for report in reports for row in report.rows]
+  assert {row.check.partition(":")[0] for row in rows if row.status == "passed"} == checks
 
 
 @pytest.mark.parametrize("function", wrong_rules.FUNCTIONS)
