@@ -7,22 +7,23 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracle import random, relative_error
-from test_mesh import CASES, LABELS, LOGITS, MASK, PROBABILITIES, SAME, SPREAD, WEIGHT, X, mesh
-
-from softmax_jax import (
-  linear_softmax_cross_entropy,
-  log_softmax,
-  logsumexp,
-  softmax,
-  softmax_cross_entropy,
-  softmax_cross_entropy_with_integer_labels,
+from test_mesh import (
+  CASES,
+  LABELS,
+  LOGITS,
+  MASK,
+  PROBABILITIES,
+  SAME,
+  SPREAD,
+  WEIGHT,
+  X,
+  integer,
+  linear,
+  mesh,
+  soft,
 )
 
-integer, soft, linear = (
-  softmax_cross_entropy_with_integer_labels,
-  softmax_cross_entropy,
-  linear_softmax_cross_entropy,
-)
+from softmax_jax import log_softmax, logsumexp, softmax
 
 
 def every_derivative(f, args, count):
