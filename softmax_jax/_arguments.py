@@ -19,7 +19,7 @@ from jax.core import Tracer
 from jax.export import is_symbolic_dim
 from jax.typing import DTypeLike
 
-from softmax_jax._forward_mode import varying_axes
+from softmax_jax._devices import varying_axes
 
 Axis = int | Sequence[int] | None
 

@@ -1,8 +1,7 @@
-"""Rows whose entries are spread over the devices of a mesh axis.
+"""How arrays are spread over devices, as their types say.
 
-Inside `jax.shard_map` each device holds a slice of every row. What the devices tell each other are
-numbers per row, those of a step in one array: a row costs as many bytes on the wire whatever its
-length. Outside, the types of arrays may say how they are spread (explicit sharding).
+With explicit sharding the type of an array names the mesh axes that its axes are spread over.
+Inside `jax.shard_map` it names the manual axes over which the array may differ between devices.
 """
 
 from __future__ import annotations
@@ -16,64 +15,13 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from softmax_jax._typed import pmax, psum, tree_map, unflatten_like
-
-AxisName = str | tuple[str, ...]
+from softmax_jax._rows import AxisName
 
 Array = TypeVar("Array", bound=jax.Array)
-Parts = TypeVar("Parts")
 Args = TypeVarTuple("Args")
 
 
-def add_up(parts: Parts, axis_name: AxisName | None) -> Parts:
-  """The sums over the devices of numbers per row, a pytree of arrays that broadcast together."""
-  if axis_name is None:
-    return parts
-  return unflatten_like(parts, psum(_stacked(*jax.tree.leaves(parts)), axis_name))
-
-
-def _stacked(*arrays: jax.Array) -> jax.Array:
-  """`jnp.stack` of arrays that broadcast together.
-
-  That has a rule for `jax.vmap` which fails with an ``spmd_axis_name``, over whose devices only
-  what is batched varies.
-  """
-  return jnp.concatenate([x[None] for x in jnp.broadcast_arrays(*arrays)])
-
-
-def row_sum(x: jax.Array, axes: tuple[int, ...], axis_name: AxisName | None) -> jax.Array:
-  """The sums along ``axes``, which are kept, and over the devices."""
-  return add_up(jnp.sum(x, axis=axes, keepdims=True), axis_name)
-
-
-def largest(
-  top: jax.Array, any_: jax.Array | None, axis_name: AxisName
-) -> tuple[jax.Array, jax.Array | None]:
-  """The largest over the devices of numbers per row, and whether any device has ``any_``."""
-  if any_ is None:
-    return pmax(top, axis_name), None
-  top, count = pmax(_stacked(top, any_.astype(top.dtype)), axis_name)
-  return top, count > 0
-
-
-def barrier(arrays: Parts, axis_name: AxisName | None) -> Parts:
-  """`jax.lax.optimization_barrier`, one for each array where they are spread over devices.
-
-  The tangents of one barrier must vary over the same devices, and zeros among them vary over none.
-  """
-  if axis_name is None:
-    return lax.optimization_barrier(arrays)
-  return tree_map(lambda x: lax.optimization_barrier(x), arrays)  # the function has no types
-
-
-def first_entry(size: int, axis_name: AxisName | None) -> jax.Array | int:
-  """Where in the whole row the slice of this device, of ``size`` entries, starts."""
-  return 0 if axis_name is None else lax.axis_index(axis_name) * size
-
-
-def count(axis_name: AxisName | None) -> int:
-  """The number of devices that a row is spread over."""
-  return 1 if axis_name is None else lax.axis_size(axis_name)
+# Explicit sharding.
 
 
 def explicit_sharding(x: jax.Array) -> NamedSharding | None:
@@ -91,7 +39,7 @@ def put(x: jax.Array, mesh: NamedSharding, *parts: Any) -> jax.Array:
   """``x`` with its axes spread over the ``parts`` of the mesh of another array."""
   own = jax.typeof(x).sharding
   if own.mesh.empty:
-    # Without `jax.set_mesh` such an array goes with any, and JAX cannot put it on a mesh.
+    # Without `jax.set_mesh` this array is compatible with any mesh, and JAX cannot put it on one.
     if jax.sharding.get_abstract_mesh().empty:
       return x
   elif parts == tuple(own.spec):
@@ -115,18 +63,46 @@ def filled(spec: Sequence[Any], *others: Sequence[Any]) -> tuple[Any, ...]:
   return tuple(parts)
 
 
-def spread_alike(lead: Array, *others: *Args) -> tuple[Array, *Args]:
-  """Arrays of the rank of ``lead``, to which they broadcast, spread over explicit axes like it.
+# Manual axes.
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+  """The mesh axes over which ``x`` may differ between devices, inside `jax.shard_map`."""
+  return jax.typeof(x).manual_axis_type.varying
+
+
+def varying_over(axes: frozenset[str], x: Any) -> Any:
+  """``x``, varying over ``axes`` too."""
+  axes = axes - varying_axes(x)
+  return lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
+
+
+def varying_alike(*arrays: *Args, without: AxisName | None = None) -> tuple[*Args]:
+  """The arrays, varying over the same manual axes, as a rule for several arrays needs.
+
+  Over the axes ``without`` they vary as they did. None stays None.
+  """
+  union = frozenset[str]().union(*(varying_axes(x) for x in arrays if x is not None))
+  union -= {*mesh_axes(without)}
+  alike: Any = tuple(None if x is None else varying_over(union, x) for x in arrays)
+  return alike
+
+
+# Both.
+
+
+def align(lead: Array, *others: *Args, without: AxisName | None = None) -> tuple[Array, *Args]:
+  """Arrays of the rank of ``lead``, to which they broadcast, spread over devices like it.
 
   An axis that ``lead`` has whole on each device is spread as the first of the others that spreads
-  it. None stays None. Outside of a rule this is differentiated by JAX: cotangents come back spread
-  as the arguments were.
+  it. Over the manual axes ``without`` the arrays vary as they did. None stays None. Outside of a
+  rule this is differentiated by JAX: cotangents come back spread as the arguments were.
   """
   arrays: Any = (lead, *others)
   shardings = [explicit_sharding(x) for x in arrays if x is not None]
   mesh = next((s for s in shardings if s is not None), None)
   if mesh is None:
-    return arrays
+    return varying_alike(*arrays, without=without)
 
   def spec(x: jax.Array, parts: Sequence[Any]) -> tuple[Any, ...]:
     same = (n == size for n, size in zip(x.shape, lead.shape, strict=True))
@@ -134,4 +110,4 @@ def spread_alike(lead: Array, *others: *Args) -> tuple[Array, *Args]:
 
   common = filled(*(spec(x, jax.typeof(x).sharding.spec) for x in arrays if x is not None))
   placed: Any = tuple(None if x is None else put(x, mesh, *spec(x, common)) for x in arrays)
-  return placed
+  return varying_alike(*placed, without=without)

@@ -12,7 +12,6 @@ where there is none (`differentiable`), which keeps the digits of second derivat
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, TypeVar, TypeVarTuple
 
@@ -20,16 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.export import is_symbolic_dim
 from jax.typing import DTypeLike
 
-from softmax_jax import _devices as devices
-from softmax_jax._devices import AxisName
-from softmax_jax._forward_mode import varying_axes
-from softmax_jax._typed import cond, custom_jvp, platform_dependent
-
-Axes = tuple[int, ...]
-Pair = tuple[jax.Array, jax.Array]
+from softmax_jax._devices import varying_axes
+from softmax_jax._rows import Axes, Parts, Rows
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -62,35 +55,42 @@ class Normalizer(NamedTuple):
     """``exp(z - shift)``, free of the rounding error of the difference."""
     return _exp(z, self.shift, self.rest)
 
-  def below(self, z: jax.Array) -> jax.Array:
+  def minus_shift(self, z: jax.Array) -> jax.Array:
     """``z - shift``, exactly 0 for the dominant entry.
 
-    Where z is computed by a product, each of the loops that XLA fuses it into may round it in its
-    own way, and what the largest entry differs by from itself would be more than the share of all
-    others.
+    Where z is a product, XLA may recompute it in each loop that uses it, with another rounding, so
+    that ``max(z) - shift`` need not be 0. It could exceed the share of all other entries.
     """
-    return _below(z, self.shift, self.rest)
+    return _minus_shift(z, self.shift, self.rest)
 
-  def difference(self, z: jax.Array) -> jax.Array:
-    """``z - shift`` without the select of `below`, which would slow down a sum on a CPU."""
-    return _difference(z, self.shift, self.rest)
+  def minus_shift_in_a_sum(self, z: jax.Array) -> jax.Array:
+    """``z - shift`` without the select of `minus_shift`, which would slow down a sum on a CPU."""
+    return _minus_shift_in_a_sum(z, self.shift, self.rest)
 
 
-class OwnSum(NamedTuple):
-  """What one device knows of a `Normalizer`, before the devices add up what they know.
+class LocalSum(NamedTuple):
+  """What one device knows of a `Normalizer`.
 
   Attributes:
     shift: that of the `Normalizer`.
-    rest: the sum over the entries of this device, but for what is left out.
-    tops: what has been left out, ``exp(z - shift)`` of the largest entry here if that is at least
+    rest: the sum over the entries of this device, excluding `excluded_max`.
+    excluded_max: ``exp(z - shift)`` of the largest entry on this device if that is at least
       `_DOMINATED`, otherwise 0; None where one device has the whole row.
     any: that of the `Normalizer`.
   """
 
   shift: jax.Array
   rest: jax.Array
-  tops: jax.Array | None
+  excluded_max: jax.Array | None
   any: jax.Array | None
+
+  def over_devices(self, others: Parts, rows: Rows) -> tuple[Normalizer, Parts]:
+    """The normalizer, and the sums over the devices of ``others``, which are per-row scalars."""
+    if self.excluded_max is None:
+      return Normalizer(self.shift, self.rest, self.any), others
+    # Where the largest entry alone is excluded, `excluded_max` adds up to 1.
+    rest, excluded, others = rows.sum_over_devices((self.rest, self.excluded_max, others))
+    return Normalizer(self.shift, rest + (excluded - 1), self.any), others
 
 
 def compiled(rule: Callable[P, R], static_argnums: int | tuple[int, ...]) -> Callable[P, R]:
@@ -102,105 +102,56 @@ def compiled(rule: Callable[P, R], static_argnums: int | tuple[int, ...]) -> Cal
 # is nearly as large as the largest, they sum to more.)
 _DOMINATED = 0.75
 
-# Up to this many entries XLA:CPU unrolls a row, and both sums at once are cheaper than one.
-_FEW = 16
+
+def normalizer(x: jax.Array, mask: jax.Array | None, rows: Rows, dtype: DTypeLike) -> Normalizer:
+  """The normalizer of the entries of ``x`` in each row."""
+  s, _ = local_sum(x, mask, rows, dtype).over_devices((), rows)
+  return differentiable(s, entries(x, mask, s.any, dtype), rows)
 
 
-def normalizer(
-  x: jax.Array,
-  mask: jax.Array | None,
-  axes: Axes,
-  dtype: DTypeLike,
-  axis_name: AxisName | None = None,
-) -> Normalizer:
-  """The normalizer of the entries of ``x`` along ``axes`` (and over the devices of a mesh axis)."""
-  s, _ = add_up(own_sum(x, mask, axes, dtype, axis_name), (), axis_name)
-  return differentiable(s, entries(x, mask, s.any, dtype), axes, axis_name)
-
-
-def add_up(
-  own: OwnSum, others: devices.Parts, axis_name: AxisName | None
-) -> tuple[Normalizer, devices.Parts]:
-  """The normalizer, and the sums over the devices of ``others``, which are numbers per row."""
-  if own.tops is None:
-    return Normalizer(own.shift, own.rest, own.any), others
-  # Where the largest entry alone is left out, `tops` add up to 1.
-  rest, tops, others = devices.add_up((own.rest, own.tops, others), axis_name)
-  return Normalizer(own.shift, rest + (tops - 1), own.any), others
-
-
-@functools.partial(compiled, static_argnums=(2, 3, 4))
-def own_sum(
-  x: jax.Array,
-  mask: jax.Array | None,
-  axes: Axes,
-  dtype: DTypeLike,
-  axis_name: AxisName | None = None,
-) -> OwnSum:
+@functools.partial(compiled, static_argnums=(2, 3))
+def local_sum(x: jax.Array, mask: jax.Array | None, rows: Rows, dtype: DTypeLike) -> LocalSum:
   """The sum of ``exp(z - shift)`` over the entries z on this device, all but the largest.
 
   The largest e is 1. Added to the others it wipes out their digits where it holds nearly all of the
-  sum, so there the others are summed alone (`_if_small`).
+  sum, so there the others are summed alone (`_drop_dominant`).
   """
-  z, top, any_ = entries_and_largest(x, mask, axes, dtype, axis_name)
+  z, top, any_ = entries_and_largest(x, mask, rows, dtype)
   shift = jnp.where(jnp.isfinite(top), top, jnp.zeros_like(top))
-  own_top = top if axis_name is None else largest(z, axes)
-  tops = None
-  if axis_name is not None:
-    own_largest = jnp.exp(jnp.minimum(own_top, shift) - shift)
-    tops = own_largest - _if_small(own_largest)
-  left_out = 1 if tops is None else tops
-  if few(x.shape, axes):
+  local_top, excluded_max, excluded = top, None, 1
+  if rows.axis_name is not None:
+    local_top = rows.local_max(z)
+    e_top = jnp.exp(jnp.minimum(local_top, shift) - shift)
+    excluded = excluded_max = e_top - _drop_dominant(e_top)
+  if rows.are_short(x.shape):  # on a CPU both sums at once are cheaper than one
     e = exp_of_difference(z, shift)
-    total, others = _sums(e, _if_small(e), axes)
-    rest = total - left_out
+    total, others = _sums(e, _drop_dominant(e), rows.axes)
+    rest = total - excluded
   else:
-    rest = jnp.sum(jnp.exp(difference(z, shift)), axis=axes, keepdims=True) - left_out
+    rest = rows.local_sum(jnp.exp(difference(z, shift))) - excluded
 
     def sum_of_others(
-      x: jax.Array,
-      mask: jax.Array | None,
-      any_: jax.Array | None,
-      shift: jax.Array,
-      rest: jax.Array,
+      x: jax.Array, mask: jax.Array | None, any_: jax.Array | None, shift: jax.Array
     ) -> jax.Array:
       e = exp_of_difference(entries(x, mask, any_, dtype), shift)
-      return jnp.sum(_if_small(e), axis=axes, keepdims=True)
+      return rows.local_sum(_drop_dominant(e))
 
-    others = where_needed(
-      jnp.any(_dominated(rest)),
-      sum_of_others,
-      lambda x, mask, any_, shift, rest: rest,
-      x,
-      mask,
-      any_,
-      shift,
-      rest,
-    )
+    others = where_needed(jnp.any(_dominated(rest)), sum_of_others, rest, x, mask, any_, shift)
   rest = jnp.where(_dominated(rest), others, rest)
-  return OwnSum(shift, jnp.where(own_top == jnp.inf, jnp.inf, rest), tops, any_)
+  return LocalSum(shift, jnp.where(local_top == jnp.inf, jnp.inf, rest), excluded_max, any_)
 
 
 def entries_and_largest(
-  x: jax.Array, mask: jax.Array | None, axes: Axes, dtype: DTypeLike, axis_name: AxisName | None
+  x: jax.Array, mask: jax.Array | None, rows: Rows, dtype: DTypeLike
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
   """The `entries`, the largest of each row, and whether any of the row counts (on all devices)."""
-  any_ = any_entry(mask, axes)
-  if axis_name is None:
+  any_ = None if mask is None else jnp.any(mask, axis=rows.axes, keepdims=True)
+  if rows.axis_name is None:
     z = entries(x, mask, any_, dtype)
-    return z, largest(z, axes), any_
-  top, any_ = devices.largest(
-    largest(masked(x.astype(dtype), mask, -jnp.inf), axes), any_, axis_name
-  )
+    return z, rows.local_max(z), any_
+  local_top = rows.local_max(masked(x.astype(dtype), mask, -jnp.inf))
+  top, any_ = rows.max_over_devices(local_top, any_)
   return entries(x, mask, any_, dtype), top, any_
-
-
-def differentiable(
-  s: Normalizer, z: jax.Array, axes: Axes, axis_name: AxisName | None
-) -> Normalizer:
-  """``s`` with its derivative by the entries z of which it is made."""
-  shift, rest = _differentiable(z, s.shift, s.rest, axes, axis_name)
-  return Normalizer(shift, rest, s.any)
 
 
 # With z_t the dominant entry of a row, shift_dot = z_dot_t, and the derivatives of
@@ -211,30 +162,31 @@ def differentiable(
 # have to cancel. Without a dominant entry, shift_dot = 0 and rest_dot = S_dot = sum_k e_dot_k.
 #
 # JAX 0.10 forgets the rules of custom_jvp functions for what it computes beforehand in a scan that
-# it differentiates twice. The derivatives are those of their code there, here of `own_sum` with a
+# it differentiates twice. The derivatives are those of their code there, here of `local_sum` with a
 # constant shift. So a backward rule calls `differentiable` again: it has both, the rule for the
 # normalizer and those for the functions of it below, or neither.
-def _shift_and_rest(
-  z: jax.Array, shift: jax.Array, rest: jax.Array, axes: Axes, axis_name: AxisName | None
+def differentiable(s: Normalizer, z: jax.Array, rows: Rows) -> Normalizer:
+  """``s`` with its derivative by the entries z of which it is made."""
+  shift, rest = _differentiable(z, s.shift, s.rest, rows)
+  return Normalizer(shift, rest, s.any)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _differentiable(
+  z: jax.Array, shift: jax.Array, rest: jax.Array, rows: Rows
 ) -> tuple[jax.Array, jax.Array]:
   return shift, rest
 
 
-def _shift_and_rest_jvp(
-  axes: Axes, axis_name: AxisName | None, primals: Any, tangents: Any
-) -> tuple[Any, Any]:
+@_differentiable.defjvp
+def _differentiable_jvp(rows: Rows, primals: Any, tangents: Any) -> tuple[Any, Any]:
   z, shift, rest = primals
   z_dot = tangents[0]
-  shift, rest = _differentiable(z, shift, rest, axes, axis_name)
+  shift, rest = _differentiable(z, shift, rest, rows)
   dominant = _is_dominant(z, shift, rest)
-  z_dot_t = jnp.where(dominant, z_dot, jnp.zeros_like(z_dot))
-  shift_dot = devices.row_sum(z_dot_t, axes, axis_name)
-  e_dot = _exp_dot(z, shift, rest, z_dot, shift_dot)
-  return (shift, rest), (shift_dot, devices.row_sum(e_dot, axes, axis_name))
-
-
-_differentiable = custom_jvp(_shift_and_rest, nondiff_argnums=(3, 4))
-_differentiable.defjvp(_shift_and_rest_jvp)
+  shift_dot = rows.sum(jnp.where(dominant, z_dot, jnp.zeros_like(z_dot)))  # z_dot_t
+  rest_dot = rows.sum(_exp_dot(z, shift, rest, z_dot, shift_dot))  # sum_{k != t} e_dot_k
+  return (shift, rest), (shift_dot, rest_dot)
 
 
 def _dominated(rest: jax.Array) -> jax.Array:
@@ -246,24 +198,13 @@ def _is_dominant(z: jax.Array, shift: jax.Array, rest: jax.Array) -> jax.Array:
   return _dominated(rest) & (z - shift > -0.25)
 
 
-def _if_small(e: jax.Array) -> jax.Array:
-  """``e`` where it is below `_DOMINATED`, 0 where it is more; without a select, for the speed.
+def _drop_dominant(e: jax.Array) -> jax.Array:
+  """``e`` where it is below `_DOMINATED`, 0 where it is more; without a select, for speed.
 
-  The derivative is that of ``e`` everywhere: what is left out is the 1 in S - 1, a constant, but
-  its entry is part of S.
+  The derivative is that of ``e`` everywhere: what is dropped is the constant 1 in S - 1, while its
+  entry is part of S.
   """
   return e - lax.stop_gradient(e) * jnp.floor(e + (1 - _DOMINATED))
-
-
-def largest(z: jax.Array, axes: Axes) -> jax.Array:
-  """The largest entry of each row, a constant for every derivative."""
-  return lax.stop_gradient(jnp.max(z, axis=axes, keepdims=True, initial=-jnp.inf))
-
-
-def few(shape: tuple[int, ...], axes: Axes) -> bool:
-  """Whether a row along ``axes`` has only a few entries."""
-  size = math.prod(shape[axis] for axis in axes)
-  return not is_symbolic_dim(size) and size <= _FEW
 
 
 def _sums(x: jax.Array, y: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
@@ -278,7 +219,7 @@ def _sums(x: jax.Array, y: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]
   # They are linear. JAX would differentiate such a reduction by a tree of slices, which it refuses
   # of explicitly sharded arrays, and under `jax.vmap` with an `spmd_axis_name`.
   @sums.defjvp
-  def _(primals: Pair, tangents: Pair) -> tuple[Pair, Pair]:
+  def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
     x_dot, y_dot = (jnp.sum(dot, axis=axes, keepdims=True) for dot in tangents)
     return sums(*primals), (x_dot, y_dot)
 
@@ -291,11 +232,11 @@ def exp_of_difference(x: jax.Array, shift: jax.Array) -> jax.Array:
   The difference d is off by up to u |d|, and its exponential by as many units of itself. The error
   is known exactly (the two-sum of Knuth), and exp(d + error) = exp(d) (1 + error).
   """
-  y = jnp.maximum(x, vanishing(shift))
+  y = jnp.maximum(x, underflow_floor(shift))
   d = y - shift
   back = d - y
   error = (y - (d - back)) - (shift + back)
-  e = jnp.exp(difference(x, shift))  # as in `own_sum`: XLA computes it once for both
+  e = jnp.exp(difference(x, shift))  # as in `local_sum`: XLA computes it once for both
   return e + e * error
 
 
@@ -319,85 +260,82 @@ def _exp_dot(
 
 
 @jax.custom_jvp
-def _difference(z: jax.Array, shift: jax.Array, rest: jax.Array) -> jax.Array:
-  return difference(z, shift)
-
-
-@jax.custom_jvp
-def _below(z: jax.Array, shift: jax.Array, rest: jax.Array) -> jax.Array:
+def _minus_shift(z: jax.Array, shift: jax.Array, rest: jax.Array) -> jax.Array:
   d = z - shift
   return d - lax.stop_gradient(jnp.where(_is_dominant(z, shift, rest), d, jnp.zeros_like(d)))
 
 
-@_difference.defjvp
-def _difference_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-  return _difference(*primals), _difference_dot(primals, tangents)
+@_minus_shift.defjvp
+def _minus_shift_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+  return _minus_shift(*primals), _minus_shift_dot(primals, tangents)
 
 
-@_below.defjvp
-def _below_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-  return _below(*primals), _difference_dot(primals, tangents)
+@jax.custom_jvp
+def _minus_shift_in_a_sum(z: jax.Array, shift: jax.Array, rest: jax.Array) -> jax.Array:
+  return difference(z, shift)
 
 
-def _difference_dot(primals: Any, tangents: Any) -> jax.Array:
+@_minus_shift_in_a_sum.defjvp
+def _minus_shift_in_a_sum_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+  return _minus_shift_in_a_sum(*primals), _minus_shift_dot(primals, tangents)
+
+
+def _minus_shift_dot(primals: Any, tangents: Any) -> jax.Array:
+  """The derivative of both: z_dot - shift_dot, and 0 for the dominant entry."""
   d_dot = tangents[0] - tangents[1]
   return jnp.where(_is_dominant(*primals), jnp.zeros_like(d_dot), d_dot)
 
 
 def difference(x: jax.Array, shift: jax.Array) -> jax.Array:
-  """``x - shift``, with ``x`` rounded before.
+  """``x - shift``, with ``x`` rounded first.
 
-  Where x is a product that XLA fuses with this, a scale times the logits say, the CPU and the GPU
-  would subtract from the exact product: more exact, but not 0 for the x that is ``shift``. So the
-  product is added to a zero first, one that the compiler does not know.
+  Where x is a product (a scale times the logits, say), CPUs and GPUs contract it with the
+  subtraction into a fused multiply-add, which subtracts from the exact product: the result is not 0
+  for the x that is ``shift``. Adding a zero that the compiler does not know prevents that.
   """
   zero = lax.optimization_barrier(0 * shift)
   return (x + zero) - shift
 
 
-def vanishing(shift: jax.Array) -> jax.Array:
+def underflow_floor(shift: jax.Array) -> jax.Array:
   """A finite number whose exponential is 0 beside that of ``shift``."""
   far = 128 if shift.dtype == jnp.float32 else 1024
   below = jnp.minimum(shift * (1 - 2**-10), shift * (1 + 2**-10)) - far
-  # Without the barrier XLA:CPU computes it again for every entry of the row.
+  # Without the barrier XLA:CPU recomputes it for every entry of the row.
   return lax.optimization_barrier(jnp.maximum(below, np.finfo(shift.dtype).min))
 
 
-def _where_needed(
-  needed: jax.Array,
-  yes: Callable[[*Args], jax.Array],
-  no: Callable[[*Args], jax.Array],
-  *args: *Args,
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def where_needed(
+  needed: jax.Array, careful: Callable[[*Args], jax.Array], quick: jax.Array, *args: *Args
 ) -> jax.Array:
-  """``yes(*args)`` if ``needed``, else ``yes(*args)`` or the cheaper ``no(*args)``.
+  """``careful(*args)`` if ``needed``, else that or the known array ``quick``, whichever is cheaper.
 
   A second pass over an array costs as much as the first where arithmetic is the limit, as on a CPU:
-  there it is left out if no row needs it. Elsewhere it is fused with the first, and a branch would
-  only part them. Inside `jax.shard_map` there is none either: JAX cannot vmap it there.
+  there it is skipped if no row needs it. Elsewhere it is fused with the first, and a branch would
+  only separate them. Inside `jax.shard_map` there is none either: JAX cannot vmap it there.
 
-  The derivative is always that of ``yes``: that of ``no`` may be NaN where its value is replaced.
+  The derivative is always that of ``careful``: that of ``quick`` may be NaN where its value is
+  replaced.
   """
-  if any(varying_axes(x) for x in jax.tree.leaves(args)):
-    return yes(*args)
+  if any(varying_axes(x) for x in jax.tree.leaves((quick, args))):
+    return careful(*args)
 
-  def branch(needed: jax.Array, *args: *Args) -> jax.Array:
-    return cond(needed, yes, no, *args)
+  def branch(needed: jax.Array, quick: jax.Array, *args: *Args) -> jax.Array:
+    yes: Callable[..., jax.Array] = lambda _, *args: careful(*args)
+    return lax.cond(needed, yes, lambda quick, *_: quick, quick, *args)
 
-  def no_branch(needed: jax.Array, *args: *Args) -> jax.Array:
-    return yes(*args)
+  def no_branch(needed: jax.Array, quick: jax.Array, *args: *Args) -> jax.Array:
+    return careful(*args)
 
-  return platform_dependent(needed, *args, cpu=branch, default=no_branch)
-
-
-def _where_needed_jvp(
-  yes: Callable[..., jax.Array], no: Callable[..., jax.Array], primals: Any, tangents: Any
-) -> tuple[jax.Array, jax.Array]:
-  needed, *args = primals
-  return where_needed(needed, yes, no, *args), jax.jvp(yes, tuple(args), tangents[1:])[1]
+  return lax.platform_dependent(needed, quick, *args, cpu=branch, default=no_branch)
 
 
-where_needed = custom_jvp(_where_needed, nondiff_argnums=(1, 2))
-where_needed.defjvp(_where_needed_jvp)
+@where_needed.defjvp
+def _where_needed_jvp(careful: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Any, Any]:
+  needed, quick, *args = primals
+  value = where_needed(needed, careful, quick, *args)
+  return value, jax.jvp(careful, tuple(args), tuple(tangents[2:]))[1]
 
 
 def masked(x: jax.Array, mask: jax.Array | None, fill: float) -> jax.Array:
@@ -413,11 +351,6 @@ def entries(
   if mask is None or any_ is None:
     return z
   return jnp.where(mask, z, jnp.where(any_, -jnp.inf, 0).astype(z.dtype))
-
-
-def any_entry(mask: jax.Array | None, axes: Axes) -> jax.Array | None:
-  """Whether each row has an entry that is not masked; None where nothing is masked."""
-  return None if mask is None else jnp.any(mask, axis=axes, keepdims=True)
 
 
 def broadcast(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -15,88 +15,51 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from softmax_jax import _arguments as arguments
-from softmax_jax import _devices as devices
 from softmax_jax._arguments import Axis
-from softmax_jax._devices import AxisName, row_sum
-from softmax_jax._forward_mode import enable_forward_mode, varying_alike
+from softmax_jax._devices import align
+from softmax_jax._forward_mode import enable_forward_mode
 from softmax_jax._normalizer import (
-  Axes,
   Normalizer,
   broadcast,
   compiled,
   differentiable,
   entries,
   entries_and_largest,
-  few,
   masked,
   normalizer,
   unbroadcast,
-  vanishing,
+  underflow_floor,
 )
-from softmax_jax._typed import custom_vjp, platform_dependent
-
-
-class Rows(NamedTuple):
-  """Where the entries of a row are: along these axes, and on the devices of a mesh axis."""
-
-  axes: Axes
-  axis_name: AxisName | None
-
+from softmax_jax._rows import AxisName, Rows
 
 # --- softmax --------------------------------------------------------------------------------------
 
 
 class _SoftmaxResiduals(NamedTuple):
-  y: jax.Array
+  y: jax.Array  # the output
   mask: jax.Array | None
 
 
-def _softmax_primal(x: jax.Array, mask: jax.Array | None, rows: Rows) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _softmax_rule(x: jax.Array, mask: jax.Array | None, rows: Rows) -> jax.Array:
   return _softmax_fwd(x, mask, rows)[0]
 
 
 def _softmax_fwd(
   x: jax.Array, mask: jax.Array | None, rows: Rows
 ) -> tuple[jax.Array, _SoftmaxResiduals]:
-  axes, axis_name = rows
-  z, top, _ = entries_and_largest(x, mask, axes, arguments.compute_dtype(x.dtype), axis_name)
+  z, top, _ = entries_and_largest(x, mask, rows, arguments.compute_dtype(x.dtype))
   y = masked(_normalized(z, top, rows).astype(x.dtype), mask, 0)
   return y, _SoftmaxResiduals(y, mask)
 
 
-def _normalized(z: jax.Array, top: jax.Array, rows: Rows) -> jax.Array:
-  """The exponentials of ``z``, the largest of which is ``top``, divided by their sum.
-
-  On a CPU every operation counts, and the shortest rows of float32 are left with the rounding error
-  of ``z - shift``: up to |z - shift| / 2 units in the last place.
-  """
-  # An integer makes the error of the difference cheap to know.
-  shift = jnp.ceil(top)
-  e = jnp.exp(z - shift)
-
-  # With an integer shift all of this but z - shift is free of rounding, and
-  # exp(z - shift + error) = e (1 + error).
-  def exact(z: jax.Array, shift: jax.Array, e: jax.Array) -> jax.Array:
-    z = jnp.maximum(z, vanishing(shift))
-    error = z - ((z - shift) + shift)
-    return e + e * error
-
-  # Inside `jax.shard_map` JAX cannot vmap what depends on the platform.
-  if few(z.shape, rows.axes) and z.dtype == jnp.float32 and rows.axis_name is None:
-    exact_e = platform_dependent(z, shift, e, cpu=lambda z, shift, e: e, default=exact)
-  else:
-    exact_e = exact(z, shift, e)
-  return exact_e / row_sum(e, *rows)
-
-
-# Seed step 5: J_ij = a_i (delta_ij - a_j), so with the cotangent c
+# Seed step 5: J_ij = a_i (delta_ij - a_j), so with the cotangent c = y_bar
 #   x_bar_j = sum_i J_ij c_i = a_j (c_j - sum_i a_i c_i).
-# Where one class t holds nearly all of the probability that sum is nearly c_t, and x_bar_t is what
-# their difference leaves: rounding errors. But J 1 = 0 allows to subtract any number from c before.
-# The mean, sum_i a_i c_i, leaves a rounding error at t, once more leaves that of the error, and the
-# same formula is then right to the last digits. For that an a_t next to 1 must be 1, which the
-# rounding of the division may have missed. (The minimum drops further derivatives by that a_t: they
-# would multiply c_t less the mean, which is nearly 0.)
+# When one a_t is close to 1 this difference cancels. Since J 1 = 0 we may subtract the mean
+# sum_i a_i c_i from c first; doing it twice removes the residual. Then c_t is nearly 0, and the
+# formula is right to the last digits if an a_t next to 1 is 1, which the rounding of the division
+# may have missed. (The minimum drops further derivatives by that a_t. They would multiply c_t,
+# which is nearly 0.)
 @functools.partial(compiled, static_argnums=0)
 def _softmax_bwd(
   rows: Rows, residuals: _SoftmaxResiduals, y_bar: jax.Array
@@ -106,21 +69,44 @@ def _softmax_bwd(
   a, c = y.astype(dtype), masked(y_bar, mask, 0).astype(dtype)
   a = jnp.minimum(a * (1 + np.finfo(dtype).eps), 1)
   for _ in range(2):
-    c = c - row_sum(a * c, *rows)
-  x_bar = a * (c - row_sum(a * c, *rows))
+    c = c - rows.sum(a * c)  # c_j - mean
+  x_bar = a * (c - rows.sum(a * c))  # a_j (c_j - sum_i a_i c_i)
   return masked(x_bar, mask, 0).astype(y.dtype), None
 
 
-# J is symmetric (seed step 5), so that J x_dot is the same expression.
+# J is symmetric, so that J x_dot is the same expression.
 def _softmax_tangent(
   rows: Rows, residuals: _SoftmaxResiduals, args_dot: tuple[jax.Array, None]
 ) -> jax.Array:
   return _softmax_bwd(rows, residuals, args_dot[0])[0]
 
 
-_softmax_rule = custom_vjp(_softmax_primal, nondiff_argnums=(2,))
 _softmax_rule.defvjp(_softmax_fwd, _softmax_bwd)
 _softmax = compiled(enable_forward_mode(_softmax_rule, tangent=_softmax_tangent), static_argnums=2)
+
+
+def _normalized(z: jax.Array, top: jax.Array, rows: Rows) -> jax.Array:
+  """The exponentials of ``z``, the largest of which is ``top``, divided by their sum.
+
+  On a CPU every operation counts, and short rows of float32 keep the rounding error of
+  ``z - shift``: up to |z - shift| / 2 units in the last place.
+  """
+  # With an integer shift only z - shift is rounded, and the error of that is cheap to know.
+  shift = jnp.ceil(top)
+  e = jnp.exp(z - shift)
+
+  # exp(z - shift + error) = e (1 + error)
+  def exact(z: jax.Array, shift: jax.Array, e: jax.Array) -> jax.Array:
+    z = jnp.maximum(z, underflow_floor(shift))
+    error = z - ((z - shift) + shift)
+    return e + e * error
+
+  # Inside `jax.shard_map` JAX cannot vmap what depends on the platform.
+  if rows.are_short(z.shape) and z.dtype == jnp.float32 and rows.axis_name is None:
+    exact_e = lax.platform_dependent(z, shift, e, cpu=lambda z, shift, e: e, default=exact)
+  else:
+    exact_e = exact(z, shift, e)
+  return exact_e / rows.sum(e)
 
 
 def softmax(
@@ -186,7 +172,8 @@ class _LogSoftmaxResiduals(NamedTuple):
   mask: jax.Array | None
 
 
-def _log_softmax_primal(x: jax.Array, mask: jax.Array | None, rows: Rows) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _log_softmax_rule(x: jax.Array, mask: jax.Array | None, rows: Rows) -> jax.Array:
   return _log_softmax_fwd(x, mask, rows)[0]
 
 
@@ -194,22 +181,22 @@ def _log_softmax_fwd(
   x: jax.Array, mask: jax.Array | None, rows: Rows
 ) -> tuple[jax.Array, _LogSoftmaxResiduals]:
   dtype = arguments.compute_dtype(x.dtype)
-  s = normalizer(x, mask, rows.axes, dtype, rows.axis_name)
+  s = normalizer(x, mask, rows, dtype)
   z = entries(x, mask, s.any, dtype)
   # A row with +inf is NaN, as in the softmax.
   log_sum = jnp.where(s.rest == jnp.inf, jnp.nan, s.log_sum())
-  # On a CPU they would be put into memory, repeated along the row, without the barrier.
-  s, log_sum = devices.barrier((s, log_sum), rows.axis_name)
-  # Both terms are at most 0, so that nothing cancels.
-  y = masked((s.below(z) - log_sum).astype(x.dtype), mask, -jnp.inf)
+  # Without the barrier XLA:CPU materializes these per-row scalars, broadcast along the row.
+  s, log_sum = rows.barrier((s, log_sum))
+  # (x_j - shift) - log S: both terms are at most 0, so that nothing cancels.
+  y = masked((s.minus_shift(z) - log_sum).astype(x.dtype), mask, -jnp.inf)
   return y, _LogSoftmaxResiduals(y, mask)
 
 
 # y_i = log a_i, and with seed step 5: dy_i/dx_j = (1 / a_i) a_i (delta_ij - a_j) = delta_ij - a_j,
 # so   x_bar_j = y_bar_j - a_j sum_i y_bar_i,   a_j = exp(y_j).
-# Where one class t holds nearly all of the probability, that difference leaves rounding errors at
-# t. But P = I - a 1^T is a projection, P P = P, as a sums to one, and P e_t = e_t - a is nearly 0
-# at t: to apply it again takes them away, and what the a of a rounded y do not sum to one by.
+# When one a_t is close to 1 that difference leaves rounding errors at t. But P = I - a 1^T is a
+# projection, P P = P, as a sums to 1, and P e_t = e_t - a is nearly 0 at t. A second projection
+# removes them, and also the error of sum(a) != 1 of a rounded y.
 @functools.partial(compiled, static_argnums=0)
 def _log_softmax_bwd(
   rows: Rows, residuals: _LogSoftmaxResiduals, y_bar: jax.Array
@@ -218,7 +205,7 @@ def _log_softmax_bwd(
   dtype = arguments.compute_dtype(y.dtype)
   a, x_bar = jnp.exp(y.astype(dtype)), masked(y_bar, mask, 0).astype(dtype)
   for _ in range(2):
-    x_bar = x_bar - a * row_sum(x_bar, *rows)
+    x_bar = x_bar - a * rows.sum(x_bar)  # y_bar_j - a_j sum_i y_bar_i
   return masked(x_bar, mask, 0).astype(y.dtype), None
 
 
@@ -231,11 +218,10 @@ def _log_softmax_tangent(
   dtype = arguments.compute_dtype(y.dtype)
   a, y_dot = jnp.exp(y.astype(dtype)), masked(args_dot[0], mask, 0).astype(dtype)
   for _ in range(2):
-    y_dot = y_dot - row_sum(a * y_dot, *rows)
+    y_dot = y_dot - rows.sum(a * y_dot)  # x_dot_i - sum_j a_j x_dot_j
   return masked(y_dot, mask, 0).astype(y.dtype)
 
 
-_log_softmax_rule = custom_vjp(_log_softmax_primal, nondiff_argnums=(2,))
 _log_softmax_rule.defvjp(_log_softmax_fwd, _log_softmax_bwd)
 _log_softmax = compiled(
   enable_forward_mode(_log_softmax_rule, tangent=_log_softmax_tangent), static_argnums=2
@@ -303,33 +289,33 @@ class _LogSumExpResiduals(NamedTuple):
   normalizer: Normalizer
 
 
-def _logsumexp_primal(a: jax.Array, mask: jax.Array | None, rows: Rows) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _logsumexp_rule(a: jax.Array, mask: jax.Array | None, rows: Rows) -> jax.Array:
   return _logsumexp_fwd(a, mask, rows)[0]
 
 
 def _logsumexp_fwd(
   a: jax.Array, mask: jax.Array | None, rows: Rows
 ) -> tuple[jax.Array, _LogSumExpResiduals]:
-  s = normalizer(a, mask, rows.axes, arguments.compute_dtype(a.dtype), rows.axis_name)
-  lse = masked(s.shift + s.log_sum(), s.any, -jnp.inf)
+  s = normalizer(a, mask, rows, arguments.compute_dtype(a.dtype))
+  lse = masked(s.shift + s.log_sum(), s.any, -jnp.inf)  # shift + log S
   return lse.astype(a.dtype), _LogSumExpResiduals(a, mask, s)
 
 
 # lse = shift + log S, so d lse/da_j = (1 / S) exp(a_j - shift): the softmax (seed step 1), and
-#   a_bar_j = lse_bar exp(a_j - shift) / S.
+#   a_bar_j = exp(a_j - shift) lse_bar / S.
 # In a row of -inf alone S = 0; every entry has probability 0 there and the derivative 0.
 def _logsumexp_bwd(
   rows: Rows, residuals: _LogSumExpResiduals, lse_bar: jax.Array
 ) -> tuple[jax.Array, None]:
   a, mask, s = residuals
   z = entries(a, mask, s.any, s.shift.dtype)
-  s = differentiable(s, z, *rows)
-  scale = lse_bar.astype(z.dtype) / jnp.where(s.rest == -1, 1, 1 + s.rest)
-  a_bar = s.exp(z) * scale
+  s = differentiable(s, z, rows)
+  scale = lse_bar.astype(z.dtype) / jnp.where(s.rest == -1, 1, 1 + s.rest)  # lse_bar / S
+  a_bar = s.exp(z) * scale  # exp(a_j - shift) lse_bar / S
   return masked(a_bar, mask, 0).astype(a.dtype), None
 
 
-_logsumexp_rule = custom_vjp(_logsumexp_primal, nondiff_argnums=(2,))
 _logsumexp_rule.defvjp(_logsumexp_fwd, _logsumexp_bwd)
 _logsumexp = compiled(enable_forward_mode(_logsumexp_rule), static_argnums=2)
 
@@ -347,7 +333,8 @@ class _ScaledResiduals(NamedTuple):
   total: jax.Array
 
 
-def _scaled_logsumexp_primal(
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _scaled_logsumexp_rule(
   a: jax.Array, b: jax.Array, mask: jax.Array | None, rows: Rows
 ) -> _Signed:
   return _scaled_logsumexp_fwd(a, b, mask, rows)[0]
@@ -358,16 +345,41 @@ def _scaled_logsumexp_fwd(
 ) -> tuple[_Signed, _ScaledResiduals]:
   z, w = _scaled_entries(a, b, mask)
   counted = lax.stop_gradient(jnp.where(w != 0, z, -jnp.inf))
-  _, top, _ = entries_and_largest(counted, None, rows.axes, z.dtype, rows.axis_name)
+  _, top, _ = entries_and_largest(counted, None, rows, z.dtype)
   shift = jnp.where(jnp.isfinite(top), top, jnp.zeros_like(top))
-  total = row_sum(w * _bounded_exp(z - shift), *rows)
+  total = rows.sum(w * _bounded_exp(z - shift))  # T = sum_k b_k e_k
   sign = jnp.sign(total)
   # A sum over nothing has no derivative, which is what dividing by infinity makes of it.
   nothing = top == -jnp.inf
   total = jnp.where(nothing, jnp.inf, total)
-  log = jnp.where(nothing, -jnp.inf, shift + jnp.log(jnp.abs(total)))
+  log = jnp.where(nothing, -jnp.inf, shift + jnp.log(jnp.abs(total)))  # shift + log|T|
   out = _Signed(log.astype(a.dtype), sign.astype(a.dtype))
   return out, _ScaledResiduals(a, b, mask, shift, total)
+
+
+# log = shift + log|T| with T = sum_k b_k e_k, and the sign of T is piecewise constant, so
+#   a_bar_j = b_j (e_j log_bar / T),   b_bar_j = e_j log_bar / T.
+# An entry with b_j = 0 takes part in both, and in their derivatives, unless a_j is infinite or NaN.
+def _scaled_logsumexp_bwd(
+  rows: Rows, residuals: _ScaledResiduals, bars: _Signed
+) -> tuple[jax.Array, jax.Array, None]:
+  a, b, mask, shift, total = residuals
+  z, w = _scaled_entries(a, b, mask)
+  scale = bars.log.astype(z.dtype) / total  # log_bar / T
+  d = z - shift
+  b_bar = _bounded_exp(d) * scale  # e_j log_bar / T
+  a_bar = w * b_bar  # b_j (e_j log_bar / T)
+  overflow = jnp.where(d > _largest_exponent(d), np.finfo(d.dtype).max, jnp.ones_like(d))
+  b_bar = b_bar * overflow
+  return (
+    masked(a_bar, mask, 0).astype(a.dtype),
+    unbroadcast(masked(b_bar, mask, 0), b.shape).astype(b.dtype),
+    None,
+  )
+
+
+_scaled_logsumexp_rule.defvjp(_scaled_logsumexp_fwd, _scaled_logsumexp_bwd)
+_scaled_logsumexp = compiled(enable_forward_mode(_scaled_logsumexp_rule), static_argnums=3)
 
 
 def _scaled_entries(
@@ -387,32 +399,6 @@ def _bounded_exp(d: jax.Array) -> jax.Array:
 
 def _largest_exponent(d: jax.Array) -> float:
   return float(np.log(np.finfo(d.dtype).max)) - 1
-
-
-# log = shift + log|T| with T = sum_k b_k e_k, and the sign of T is piecewise constant, so
-#   a_bar_j = log_bar b_j e_j / T,   b_bar_j = log_bar e_j / T.
-# An entry with b_j = 0 takes part in both, and in their derivatives, unless a_j is infinite or NaN.
-def _scaled_logsumexp_bwd(
-  rows: Rows, residuals: _ScaledResiduals, bars: _Signed
-) -> tuple[jax.Array, jax.Array, None]:
-  a, b, mask, shift, total = residuals
-  z, w = _scaled_entries(a, b, mask)
-  scale = bars.log.astype(z.dtype) / total
-  d = z - shift
-  b_bar = _bounded_exp(d) * scale
-  a_bar = w * b_bar
-  overflow = jnp.where(d > _largest_exponent(d), np.finfo(d.dtype).max, jnp.ones_like(d))
-  b_bar = b_bar * overflow
-  return (
-    masked(a_bar, mask, 0).astype(a.dtype),
-    unbroadcast(masked(b_bar, mask, 0), b.shape).astype(b.dtype),
-    None,
-  )
-
-
-_scaled_logsumexp_rule = custom_vjp(_scaled_logsumexp_primal, nondiff_argnums=(3,))
-_scaled_logsumexp_rule.defvjp(_scaled_logsumexp_fwd, _scaled_logsumexp_bwd)
-_scaled_logsumexp = compiled(enable_forward_mode(_scaled_logsumexp_rule), static_argnums=3)
 
 
 @overload
@@ -541,8 +527,7 @@ def logsumexp(
     sign = jnp.where(jnp.isnan(out), out, jnp.where(out == -jnp.inf, 0, 1).astype(out.dtype))
     sign = lax.stop_gradient(sign)
   else:
-    args = varying_alike(*devices.spread_alike(a, b, mask))
-    out, sign = _scaled_logsumexp(*args, rows)
+    out, sign = _scaled_logsumexp(*align(a, b, mask), rows)
   if not keepdims:
     out, sign = jnp.squeeze(out, rows.axes), jnp.squeeze(sign, rows.axes)
   if return_sign:
@@ -561,4 +546,4 @@ def _as_input(
   mask = None if where is None else arguments.as_mask(function, where, name, x.shape)
   if axis_name is not None:
     arguments.check_axis_name(function, axis_name, name, x)
-  return *varying_alike(*devices.spread_alike(x, mask)), Rows(axes, axis_name)
+  return *align(x, mask), Rows(axes, axis_name)

@@ -111,7 +111,7 @@ def softmax_jvp(x: ArrayLike, x_dot: ArrayLike) -> jax.Array:
   """
   x = _as_rows("softmax_jvp", "x", x)
   x_dot = _as_vector("softmax_jvp", "x_dot", x_dot, "x", x)
-  x, x_dot = devices.spread_alike(x, x_dot)
+  x, x_dot = devices.align(x, x_dot)
   return _times_jacobian(_softmax(x, x_dot), x_dot).astype(x.dtype)
 
 
@@ -144,7 +144,7 @@ def softmax_vjp(x: ArrayLike, y_bar: ArrayLike) -> jax.Array:
   """
   x = _as_rows("softmax_vjp", "x", x)
   y_bar = _as_vector("softmax_vjp", "y_bar", y_bar, "x", x)
-  x, y_bar = devices.spread_alike(x, y_bar)
+  x, y_bar = devices.align(x, y_bar)
   return _times_jacobian(_softmax(x, y_bar), y_bar).astype(x.dtype)
 
 
@@ -192,7 +192,7 @@ def softmax_hvp(x: ArrayLike, y_bar: ArrayLike, x_dot: ArrayLike) -> jax.Array:
   x = _as_rows("softmax_hvp", "x", x)
   y_bar = _as_vector("softmax_hvp", "y_bar", y_bar, "x", x)
   x_dot = _as_vector("softmax_hvp", "x_dot", x_dot, "x", x)
-  x, y_bar, x_dot = devices.spread_alike(x, y_bar, x_dot)
+  x, y_bar, x_dot = devices.align(x, y_bar, x_dot)
   row = _softmax(x, y_bar, x_dot)
   return _times_jacobian(row, _center(row, y_bar) * _center(row, x_dot)).astype(x.dtype)
 
@@ -313,7 +313,7 @@ def cross_entropy_gradient(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
   """
   name = "cross_entropy_gradient"
   x = _as_rows(name, "logits", logits, arguments.as_logits)
-  x, t = devices.spread_alike(x, _as_label_rows(name, labels, x))
+  x, t = devices.align(x, _as_label_rows(name, labels, x))
   a, complement, largest = _softmax(x, t)
   # At the largest probability a_k sum(t) - t_k = a_k (sum of the other t) - (1 - a_k) t_k, where
   # nothing is lost if a_k or t_k rounds to 1. All other a_j are at most 1/2 and need no such care.
@@ -386,7 +386,7 @@ def cross_entropy_hvp(logits: ArrayLike, x_dot: ArrayLike) -> jax.Array:
   """
   x = _as_rows("cross_entropy_hvp", "logits", logits, arguments.as_logits)
   x_dot = _as_vector("cross_entropy_hvp", "x_dot", x_dot, "logits", x)
-  x, x_dot = devices.spread_alike(x, x_dot)
+  x, x_dot = devices.align(x, x_dot)
   return _times_jacobian(_softmax(x, x_dot), x_dot).astype(x.dtype)
 
 
@@ -519,6 +519,6 @@ def _as_label_rows(function: str, labels: Any, x: jax.Array) -> jax.Array:
       f"{function} expected integer labels of shape {x.shape[:-1]}, one class index per row of "
       f"logits of shape {x.shape}, got shape {t.shape}. Probabilities need a floating dtype."
     )
-  x, t = devices.spread_alike(x, t[..., None])
+  x, t = devices.align(x, t[..., None])
   one_hot = (devices.index_along(x, x.ndim - 1, t.dtype) == t).astype(x.dtype)
   return jnp.where((t >= 0) & (t < x.shape[-1]), one_hot, jnp.nan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Literal, NamedTuple, overload
 
@@ -14,164 +15,70 @@ from softmax_jax import _arguments as arguments
 from softmax_jax import _devices as devices
 from softmax_jax._arguments import Axis
 from softmax_jax._cross_entropy import options
+from softmax_jax._cross_entropy.label import (
+  IGNORED,
+  Label,
+  bar_by_row,
+  by_row,
+  class_index,
+  counted,
+  is_label,
+  weight_of_label,
+)
 from softmax_jax._cross_entropy.options import CrossEntropyAux, Reduction
-from softmax_jax._cross_entropy.rows import (
+from softmax_jax._cross_entropy.per_row import (
   PerRow,
   UniformSums,
   batched_like,
   cost_of,
   inverse_sum,
-  linear_times,
+  linear_scale_or_zero,
   minus_log_softmax,
-  times,
+  scale_or_zero,
   uniform_label,
   uniform_sums,
 )
-from softmax_jax._devices import AxisName, row_sum
-from softmax_jax._forward_mode import enable_forward_mode, linear_map, varying_alike
+from softmax_jax._forward_mode import enable_forward_mode
 from softmax_jax._normalizer import (
-  Axes,
   Normalizer,
-  add_up,
   broadcast,
   compiled,
   differentiable,
   entries,
+  local_sum,
   masked,
-  own_sum,
   unbroadcast,
 )
-from softmax_jax._typed import custom_vjp, linear_transpose, tree_map
-
-# What stands in place of the class index in a row whose label is out of range, and in a row that
-# does not count.
-INVALID, IGNORED = -1, -2
+from softmax_jax._rows import Axes, AxisName, Rows
 
 
 class Static(NamedTuple):
-  axis: int
-  num_classes: int  # on all devices
+  """What is known while tracing.
+
+  Attributes:
+    rows: the rows of the logits, along one class axis.
+    num_classes: the number of classes on all devices.
+    smoothed: whether the loss against the uniform label is needed.
+    ignores: whether there may be rows that do not count.
+  """
+
+  rows: Rows
+  num_classes: int
   smoothed: bool
-  ignores: bool  # whether there may be rows that do not count
-  axis_name: AxisName | None = None
-  is_block: bool = False  # whether the logits are a part of the rows only, in the backward rule
+  ignores: bool
 
 
 class Residuals(NamedTuple):
   logits: jax.Array
-  class_index: jax.Array
+  class_index: jax.Array  # of the label of each row, or INVALID or IGNORED
   mask: jax.Array | None
   weights: jax.Array | None
   normalizer: Normalizer
   uniform: UniformSums | None
 
 
-def class_index(function: str, labels: jax.Array, ignore_index: Any, num_classes: int) -> jax.Array:
-  """The labels as int32, with `INVALID` and `IGNORED` in place of those that are no class."""
-  index = jnp.where((labels >= 0) & (labels < num_classes), labels, INVALID)
-  if ignore_index is not None:
-    ignored = labels == arguments.as_ignore_index(function, ignore_index, labels.dtype)
-    index = jnp.where(ignored, IGNORED, index)
-  return index.astype(jnp.int32)
-
-
-class _Label(NamedTuple):
-  """Where the labels are in the slice of the classes that this device holds.
-
-  Attributes:
-    position: the index of the label in the slice, which may lie outside of it; where there is no
-      label, that of class 0.
-    here: whether the label is in the slice, or None where that is all classes.
-  """
-
-  position: jax.Array
-  here: jax.Array | None
-
-  @classmethod
-  def of(cls, index: jax.Array, size: int, axis_name: AxisName | None) -> _Label:
-    """Those in the slice of this device, of ``size`` classes."""
-    position = jnp.maximum(index, 0) - devices.first_entry(size, axis_name)
-    return cls(position, None if axis_name is None else (position >= 0) & (position < size))
-
-  def take(self, x: jax.Array, axis: int, elsewhere: float = 0) -> jax.Array:
-    """The entries of ``x`` at the labels, ``axis`` kept."""
-    if devices.explicit_sharding(x):  # where JAX does not index
-      found = jnp.where(devices.index_along(x, axis) == self.position, x, jnp.zeros_like(x))
-      x_t = jnp.sum(found, axis=axis, keepdims=True)
-    elif self.here is None:
-      return jnp.take_along_axis(x, self.position, axis=axis)
-    else:
-      x_t = jnp.take_along_axis(x, self.position, axis=axis, mode="clip")
-    return masked(x_t, self.here, elsewhere)
-
-  def take_weight(self, weights: jax.Array, axis: int, like: jax.Array | None) -> jax.Array:
-    """The weights of the labels, from an array with one weight per class along ``axis``.
-
-    ``like`` are the logits, whose shape the weights are brought to where JAX does not index.
-    """
-    if like is not None and devices.explicit_sharding(like):
-      return self.take(weights + jnp.zeros_like(like, weights.dtype), axis)
-    return masked(weights.ravel().at[self.position].get(mode="clip"), self.here, 0)
-
-
-def weight_of_label(
-  weights: jax.Array,
-  index: jax.Array,
-  axis: int,
-  axis_name: AxisName | None,
-  like: jax.Array | None = None,
-) -> jax.Array:
-  """The weight of the label of each row, from an array with one per class along ``axis``."""
-  label = _Label.of(index, weights.shape[axis], axis_name)
-  return devices.add_up(label.take_weight(weights, axis, like), axis_name)
-
-
-def _by_row(index: jax.Array, valid: jax.Array) -> jax.Array:
-  """``valid`` in rows with a label, NaN where that is invalid, 0 in rows that do not count."""
-  return jnp.where(index >= 0, valid, jnp.where(index == INVALID, jnp.nan, 0))
-
-
-def bar_by_row(index: jax.Array, bar: jax.Array) -> jax.Array:
-  """The cotangent that `_by_row` passes on, NaN where the label is invalid.
-
-  There 0 stays 0, for those who discard such a row with a select.
-  """
-
-  def by_row(residuals: Any, bars: Any) -> tuple[jax.Array]:
-    (index,), (bar,) = residuals, bars
-    poison = jnp.where((index == INVALID) & (bar != 0), jnp.nan, jnp.zeros_like(bar))
-    return (jnp.where(index >= 0, bar, poison),)
-
-  return linear_map("bar_by_row", by_row, by_row, [index], bar, like=bar)
-
-
-def _is_label(z: jax.Array, index: jax.Array, static: Static) -> jax.Array:
-  """Whether each entry of ``z`` is that of the label of its row."""
-  axis = static.axis
-  first = devices.first_entry(z.shape[axis], static.axis_name)
-  return devices.index_along(z, axis) == index - first
-
-
-def counted(x: jax.Array, index: jax.Array, static: Static) -> jax.Array:
-  """``x``; in derivatives by it 0 in rows that do not count, which may hold anything."""
-  return _if_counts(x, index != IGNORED) if static.ignores else x
-
-
-# The results of those rows are replaced by 0 at the end, which is faster than to do so here. That
-# is too late for derivatives: in their products 0 would meet NaN. (In a scan that JAX 0.10
-# differentiates twice it does, as that forgets this rule.)
-@jax.custom_jvp
-def _if_counts(x: jax.Array, counts: jax.Array) -> jax.Array:
-  return x
-
-
-@_if_counts.defjvp
-def _if_counts_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-  counts = primals[1]
-  return masked(primals[0], counts, 0), masked(tangents[0], counts, 0)
-
-
-def _primal(
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _rule(
   logits: jax.Array,
   index: jax.Array,
   mask: jax.Array | None,
@@ -188,11 +95,11 @@ def fwd(
   weights: jax.Array | None,
   static: Static,
 ) -> tuple[PerRow, Residuals]:
-  axis, axis_name = static.axis, static.axis_name
+  rows, (axis,) = static.rows, static.rows.axes
   dtype = arguments.compute_dtype(logits.dtype)
-  own = own_sum(logits, mask, (axis,), dtype, axis_name)
-  label = _Label.of(index, logits.shape[axis], axis_name)
-  z = counted(entries(logits, mask, own.any, dtype), index, static)
+  local = local_sum(logits, mask, rows, dtype)
+  label = Label.of(index, logits.shape[axis], rows)
+  z = _counted(entries(logits, mask, local.any, dtype), index, static)
   z_t = label.take(z, axis)
   w_t = None
   if weights is not None:
@@ -200,20 +107,20 @@ def fwd(
   uniform = None
   if static.smoothed:
     counts = index != IGNORED if static.ignores else None
-    uniform = uniform_sums(weights, z, mask, counts, own.shift, (axis,))
-  s, (z_t, w_t, uniform) = add_up(own, (z_t, w_t, uniform), axis_name)
+    uniform = uniform_sums(weights, z, mask, counts, local.shift, rows)
+  s, (z_t, w_t, uniform) = local.over_devices((z_t, w_t, uniform), rows)
   if s.any is not None:  # a row without any class does not count
     index = jnp.where(s.any, index, IGNORED)
   rest = masked(s.rest, index != IGNORED, 0) if static.ignores else s.rest
-  s = s._replace(shift=counted(s.shift, index, static), rest=rest)
-  s = differentiable(s, z, (axis,), axis_name)
+  s = s._replace(shift=_counted(s.shift, index, static), rest=rest)
+  s = differentiable(s, z, rows)
 
-  nll = _by_row(index, s.log_sum() - s.below(z_t))
+  nll = by_row(index, s.log_sum() - s.minus_shift(z_t))  # -log a_t = log S - (z_t - shift)
   lse = jnp.where(index == IGNORED, 0, s.shift + s.log_sum())
   weight = jnp.where(index == IGNORED, 0, jnp.ones_like(nll) if w_t is None else w_t)
   uniform_loss = None
   if uniform is not None:
-    uniform_loss = _by_row(index, uniform.loss(s, static.num_classes))
+    uniform_loss = by_row(index, uniform.loss(s, static.num_classes))  # -sum_k u_k log a_k
     uniform = uniform._replace(cost=None)
   per_row = PerRow(nll, lse, uniform_loss, batched_like(weight, lse))
   return per_row, Residuals(logits, index, mask, weights, s, uniform)
@@ -222,56 +129,84 @@ def fwd(
 # Seed step 6: nll = -log a_t, d nll/dz_j = a_j - delta_tj. Seed step 1: d lse/dz_j = a_j. And with
 # the uniform label u: uniform = -sum_k u_k log a_k, d uniform/dz_j = a_j sum_k u_k - u_j. Together,
 # with g = lse_bar + uniform_bar sum_k u_k,
-#   z_bar_j = a_j (g + nll_bar) - u_j uniform_bar                 for j != t,
-#   z_bar_t = a_t g - (1 - a_t) nll_bar - u_t uniform_bar,
-# and d uniform/du_j = -log a_j, d weight/dw_j = delta_tj.
+#   z_bar_j = a_j (g + nll_bar) - delta_tj nll_bar - u_j uniform_bar.
+# By the weights, d uniform/du_j = -log a_j and d weight/dw_j = delta_tj.
 def bwd(
   static: Static, residuals: Residuals, bars: PerRow
 ) -> tuple[jax.Array, None, None, jax.Array | None]:
-  axis = static.axis
+  rows = static.rows
   logits, index, mask, weights, s, uniform = residuals
-  z = counted(entries(logits, mask, s.any, s.shift.dtype), index, static)
-  if not static.is_block:
-    s = s._replace(shift=counted(s.shift, index, static))
-    s = differentiable(s, z, (axis,), static.axis_name)
-  inverse = inverse_sum(s)
-  nll_bar = bar_by_row(index, bars.nll)
-  g = bars.lse
-  label = _Label.of(index, z.shape[axis], static.axis_name)
-  is_label = _is_label(z, index, static)
-  weights_bar = None
-  if weights is not None:
-    weight_bar = jnp.where(index == IGNORED, 0, bars.weight)
-    weight_bar, _ = varying_alike(weight_bar, weights)
-    transposed = linear_transpose(lambda w: label.take_weight(w, axis, z), weights)
-    (weights_bar,) = transposed(weight_bar)
-  of_u = None
+  z = _counted(entries(logits, mask, s.any, s.shift.dtype), index, static)
+  s = s._replace(shift=_counted(s.shift, index, static))
+  s = differentiable(s, z, rows)
+  bars = bars._replace(
+    nll=bar_by_row(index, bars.nll),
+    uniform=None if uniform is None else bar_by_row(index, bars.uniform),
+  )
+
+  g, u = bars.lse, None
   if uniform is not None:
-    uniform_bar = bar_by_row(index, bars.uniform)
-    divisor = uniform.divisor(static.num_classes)
-    u = uniform_label(weights, mask, divisor, z)
-    g = g + uniform_bar * uniform.label_sum(static.num_classes)
-    of_u = u * uniform_bar
-    if weights is not None and weights_bar is not None:
-      weighted_cost = linear_times(uniform_bar, cost_of(u, minus_log_softmax(z, s)))
-      if static.ignores:
-        weighted_cost = masked(weighted_cost, index != IGNORED, 0)
-      weights_bar += unbroadcast(masked(weighted_cost, mask, 0) / divisor, weights.shape)
+    u = uniform_label(weights, mask, uniform.divisor(static.num_classes), z)
+    g = g + bars.uniform * uniform.label_sum(static.num_classes)
   # z may be NaN in a row that does not count. What it is multiplied by has passed a select, which
   # keeps NaN out of the derivatives by that.
   g = jnp.where(index == IGNORED, jnp.zeros_like(g), g)
-  z_t = label.take(z, axis, elsewhere=-jnp.inf)
-  e_t = s.exp(z_t)
-  # 1 for the largest entry, however XLA rounds it; with the derivative of e_t nevertheless.
-  e_t += lax.stop_gradient(jnp.where(s.below(z_t) == 0, 1 - e_t, jnp.zeros_like(e_t)))
-  at_label = (e_t * inverse) * g - (((1 - e_t) + s.rest) * inverse) * nll_bar
-  z_bar = jnp.where(is_label, at_label, s.exp(z) * ((g + nll_bar) * inverse))
-  if of_u is not None:
-    z_bar = z_bar - of_u
+  z_bar = logits_bar(z, index, s, g, bars.nll, rows)  # a_j (g + nll_bar) - delta_tj nll_bar
+  if u is not None:
+    z_bar = z_bar - u * bars.uniform  # - u_j uniform_bar
   # What does not count may hold anything, and has derivative 0 nevertheless.
   if static.ignores:
     z_bar = masked(z_bar, index != IGNORED, 0)
-  return masked(z_bar, mask, 0).astype(logits.dtype), None, None, weights_bar
+  z_bar = masked(z_bar, mask, 0).astype(logits.dtype)
+  return z_bar, None, None, _weights_bar(z, s, u, static, residuals, bars)
+
+
+# a_j (g + nll_bar) - delta_tj nll_bar, where the term of the label would cancel when a_t is close
+# to 1:
+#   a_t (g + nll_bar) - nll_bar = a_t g - (1 - a_t) nll_bar,   1 - a_t = ((1 - e_t) + rest) / S.
+def logits_bar(
+  z: jax.Array, index: jax.Array, s: Normalizer, g: jax.Array, nll_bar: jax.Array, rows: Rows
+) -> jax.Array:
+  """The cotangent of the logits without that of the uniform label."""
+  (axis,) = rows.axes
+  inverse = inverse_sum(s)
+  z_t = Label.of(index, z.shape[axis], rows).take(z, axis, elsewhere=-jnp.inf)
+  e_t = s.exp(z_t)
+  # 1 for the largest entry, however XLA rounds it; with the derivative of e_t nevertheless.
+  e_t += lax.stop_gradient(jnp.where(s.minus_shift(z_t) == 0, 1 - e_t, jnp.zeros_like(e_t)))
+  at_label = (e_t * inverse) * g - (((1 - e_t) + s.rest) * inverse) * nll_bar
+  elsewhere = s.exp(z) * ((g + nll_bar) * inverse)  # a_j (g + nll_bar)
+  return jnp.where(is_label(z, index, rows), at_label, elsewhere)
+
+
+def _weights_bar(
+  z: jax.Array,
+  s: Normalizer,
+  u: jax.Array | None,
+  static: Static,
+  residuals: Residuals,
+  bars: PerRow,
+) -> jax.Array | None:
+  """The cotangent of the class weights, by the weight of the label and by the uniform label."""
+  _, index, mask, weights, _, uniform = residuals
+  if weights is None:
+    return None
+  (axis,) = static.rows.axes
+  label = Label.of(index, z.shape[axis], static.rows)
+  weight_bar = jnp.where(index == IGNORED, 0, bars.weight)
+  weight_bar, _ = devices.varying_alike(weight_bar, weights)
+  # delta_tj weight_bar
+  (weights_bar,) = jax.linear_transpose(lambda w: label.take_weight(w, axis, z), weights)(
+    weight_bar
+  )
+  if u is None or uniform is None:
+    return weights_bar
+  # -log a_j uniform_bar, divided as the weights are in u
+  u_bar = linear_scale_or_zero(bars.uniform, cost_of(u, minus_log_softmax(z, s)))
+  if static.ignores:
+    u_bar = masked(u_bar, index != IGNORED, 0)
+  u_bar = masked(u_bar, mask, 0) / uniform.divisor(static.num_classes)
+  return weights_bar + unbroadcast(u_bar, weights.shape)
 
 
 # The same derivative along z_dot and weights_dot, in the form that keeps its digits near a_t = 1:
@@ -279,7 +214,7 @@ def bwd(
 #   lse_dot = sum_j a_j z_dot_j,
 #   uniform_dot = lse_dot sum_k u_k - sum_k u_k z_dot_k - sum_k u_dot_k log a_k.
 def tangent(static: Static, residuals: Residuals, args_dot: tuple[Any, ...]) -> PerRow:
-  axis, axis_name = static.axis, static.axis_name
+  rows, (axis,) = static.rows, static.rows.axes
   logits, index, mask, weights, s, uniform = residuals
   logits_dot, _, _, weights_dot = args_dot
   dtype = s.shift.dtype
@@ -287,42 +222,44 @@ def tangent(static: Static, residuals: Residuals, args_dot: tuple[Any, ...]) -> 
   if static.ignores:
     z, shift, rest = (masked(v, index != IGNORED, 0) for v in (z, s.shift, s.rest))
     s = s._replace(shift=shift, rest=rest)
-  s = differentiable(s, z, (axis,), axis_name)
-  label = _Label.of(index, z.shape[axis], axis_name)
+  s = differentiable(s, z, rows)
   z_dot = nll_dot = lse_dot = uniform_dot = weight_dot = None
   if logits_dot is not None:
     z_dot = masked(logits_dot.astype(dtype), mask, 0)
-    z_dot_t = devices.add_up(label.take(z_dot, axis), axis_name)
+    label = Label.of(index, z.shape[axis], rows)
+    z_dot_t = rows.sum_over_devices(label.take(z_dot, axis))
     a = s.exp(z) * inverse_sum(s)
-    others = jnp.where(_is_label(z, index, static), jnp.zeros_like(a), a)
-    terms = others * (z_dot - z_dot_t), a * z_dot
-    nll_dot, lse_dot = devices.add_up(
-      [jnp.sum(term, axis=axis, keepdims=True) for term in terms], axis_name
-    )
+    others = jnp.where(is_label(z, index, rows), jnp.zeros_like(a), a)
+    terms = others * (z_dot - z_dot_t), a * z_dot  # a_j (z_dot_j - z_dot_t), a_j z_dot_j
+    nll_dot, lse_dot = rows.sum_over_devices([rows.local_sum(term) for term in terms])
   if weights_dot is not None:
-    weight_dot = weight_of_label(weights_dot, index, axis, axis_name, z)
+    weight_dot = weight_of_label(weights_dot, index, rows, z)
     weight_dot = jnp.where(index == IGNORED, 0, weight_dot)
   if uniform is not None:
     divisor = uniform.divisor(static.num_classes)
     u = uniform_label(weights, mask, divisor, z)
-    own_dot = jnp.zeros((), dtype)
+    terms_dot = jnp.zeros((), dtype)
     if z_dot is not None:
-      own_dot -= u * z_dot
+      terms_dot -= u * z_dot  # - u_k z_dot_k
     if weights_dot is not None:
       u_dot = uniform_label(weights_dot, mask, divisor, z)
-      own_dot += linear_times(u_dot, cost_of(u, minus_log_softmax(z, s)))
-    uniform_dot = row_sum(jnp.broadcast_to(own_dot, z.shape), (axis,), axis_name)
+      cost = cost_of(u, minus_log_softmax(z, s))
+      terms_dot += linear_scale_or_zero(u_dot, cost)  # - u_dot_k log a_k
+    uniform_dot = rows.sum(jnp.broadcast_to(terms_dot, z.shape))
     if lse_dot is not None:
-      uniform_dot += lse_dot * uniform.label_sum(static.num_classes)
-    uniform_dot = _by_row(index, uniform_dot)
+      uniform_dot += lse_dot * uniform.label_sum(static.num_classes)  # lse_dot sum_k u_k
+    uniform_dot = by_row(index, uniform_dot)
   if nll_dot is not None and lse_dot is not None:
-    nll_dot, lse_dot = _by_row(index, nll_dot), jnp.where(index == IGNORED, 0, lse_dot)
+    nll_dot, lse_dot = by_row(index, nll_dot), jnp.where(index == IGNORED, 0, lse_dot)
   return PerRow(nll_dot, lse_dot, uniform_dot, weight_dot)
 
 
-_rule = custom_vjp(_primal, nondiff_argnums=(4,))
 _rule.defvjp(fwd, bwd)
 _integer_cross_entropy = compiled(enable_forward_mode(_rule, tangent=tangent), static_argnums=4)
+
+
+def _counted(x: jax.Array, index: jax.Array, static: Static) -> jax.Array:
+  return counted(x, index != IGNORED) if static.ignores else x
 
 
 @overload
@@ -514,13 +451,19 @@ def softmax_cross_entropy_with_integer_labels(
 
   (class_axis,) = axes
   size = logits.shape[class_axis]
-  num_classes = size * devices.count(axis_name)
-  index = class_index(name, labels, ignore_index, num_classes)
+  classes = Rows((class_axis,), axis_name)
+  num_classes = size * classes.num_devices()
+  if ignore_index is not None:
+    ignore_index = arguments.as_ignore_index(name, ignore_index, labels.dtype)
+  index = class_index(labels, ignore_index, num_classes)
   index = jnp.expand_dims(jnp.broadcast_to(index, rows), class_axis)
   logits = broadcast(logits, (*rows[:class_axis], size, *rows[class_axis:]))
   if weights is not None:
     weights = jnp.expand_dims(weights, [a for a in range(logits.ndim) if a != class_axis])
-  logits, index, mask, weights = devices.spread_alike(logits, index, mask, weights)
+  arrays = logits, index, mask, weights
+  logits, index, mask, weights = devices.align(*arrays, without=axis_name)
+  # Over the devices that classes are spread over, labels stay the same.
+  logits, mask, weights = devices.varying_alike(logits, mask, weights)
   if mask is not None and mask.shape[class_axis] != size:  # one value per row: index says it all
     index, mask = jnp.where(mask, index, IGNORED), None
 
@@ -528,19 +471,16 @@ def softmax_cross_entropy_with_integer_labels(
     per_row = PerRow(*[jnp.zeros(index.shape, dtype)] * 4)
   else:
     static = Static(
-      axis=class_axis,
+      rows=classes,
       num_classes=num_classes,
       smoothed=chosen.label_smoothing is not None,
       ignores=ignore_index is not None or where is not None,
-      axis_name=axis_name,
     )
-    logits, index, mask, weights = varying_alike(logits, index, mask, weights, without=axis_name)
-    logits, mask, weights = varying_alike(logits, mask, weights)
     per_row = _integer_cross_entropy(logits, index, mask, weights, static)
     if weights is not None:
-      per_row = per_row._replace(nll=times(per_row.weight, per_row.nll))
+      per_row = per_row._replace(nll=scale_or_zero(per_row.weight, per_row.nll))
 
-  per_row = tree_map(lambda x: jnp.squeeze(x, class_axis), per_row)
+  per_row = jax.tree.map(lambda x: jnp.squeeze(x, class_axis), per_row)
   loss, aux = options.combine(chosen, per_row)
   return (loss, aux) if return_aux else loss
 

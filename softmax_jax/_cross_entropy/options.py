@@ -1,4 +1,4 @@
-"""The options of the losses: plain JAX on arrays of one number per row."""
+"""The options of the losses: plain JAX on per-row scalars."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from softmax_jax import _arguments as arguments
-from softmax_jax._cross_entropy.rows import PerRow, times
+from softmax_jax._cross_entropy.per_row import PerRow, scale_or_zero
 
 Reduction = Literal["none", "sum", "mean"]
 
@@ -76,32 +76,30 @@ def _unless_zero(given: Any, coefficient: jax.Array) -> jax.Array | None:
   return None if not isinstance(given, jax.Array) and given == 0 else coefficient
 
 
-def combine(options: Options, rows: PerRow) -> tuple[jax.Array, CrossEntropyAux]:
-  """The loss and its aux, from the numbers per row."""
-  loss = rows.nll
+def combine(options: Options, per_row: PerRow) -> tuple[jax.Array, CrossEntropyAux]:
+  """The loss and its aux, from the per-row scalars."""
+  loss = per_row.nll
   if options.label_smoothing is not None:
-    loss = times(1 - options.label_smoothing, loss) + times(options.label_smoothing, rows.uniform)
+    alpha = options.label_smoothing
+    loss = scale_or_zero(1 - alpha, loss) + scale_or_zero(alpha, per_row.uniform)
   z_loss = jnp.zeros_like(loss)
   if options.z_loss is not None:
-    z_loss = times(options.z_loss, rows.lse**2)
+    z_loss = scale_or_zero(options.z_loss, per_row.lse**2)
     loss = loss + z_loss
-  total_weight = jnp.sum(rows.weight)
+  total_weight = jnp.sum(per_row.weight)
   reduce: dict[Reduction, Callable[[jax.Array], jax.Array]] = {
     "none": lambda x: x,
     "sum": jnp.sum,
     "mean": lambda x: mean(x, total_weight),
   }
   loss, z_loss = (reduce[options.reduction](x) for x in (loss, z_loss))
-  return loss, CrossEntropyAux(rows.nll, rows.lse, z_loss, total_weight)
+  return loss, CrossEntropyAux(per_row.nll, per_row.lse, z_loss, total_weight)
 
 
 def mean(x: jax.Array, weight: jax.Array) -> jax.Array:
   """The sum of ``x`` over ``weight``; 0 where that is 0, or so small that it is taken for it."""
   none = jnp.abs(weight) < np.finfo(weight.dtype).tiny
   return jnp.where(none, 0, _quotient(jnp.sum(x), jnp.where(none, 1, weight)))
-
-
-Pair = tuple[jax.Array, jax.Array]
 
 
 @jax.custom_jvp
@@ -114,15 +112,15 @@ def _inverse(y: jax.Array) -> jax.Array:
   return 1 / y
 
 
-# As JAX has them, the derivatives divide by y**2, which is 0 or infinite long before y is.
+# JAX's own derivatives divide by y**2, which is 0 or infinite long before y is.
 @_quotient.defjvp
-def _quotient_jvp(primals: Pair, tangents: Pair) -> Pair:
+def _quotient_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
   (x, y), (x_dot, y_dot) = primals, tangents
   ratio = _quotient(x, y)
   return ratio, (x_dot - ratio * y_dot) * _inverse(y)
 
 
 @_inverse.defjvp
-def _inverse_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> Pair:
+def _inverse_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
   inverse = _inverse(*primals)
   return inverse, -inverse * (inverse * tangents[0])

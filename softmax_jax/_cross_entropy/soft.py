@@ -12,40 +12,42 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from softmax_jax import _arguments as arguments
-from softmax_jax import _devices as devices
 from softmax_jax._arguments import Axis
 from softmax_jax._cross_entropy import options
 from softmax_jax._cross_entropy.options import CrossEntropyAux, Reduction
-from softmax_jax._cross_entropy.rows import (
+from softmax_jax._cross_entropy.per_row import (
   PerRow,
   UniformSums,
   batched_like,
   cost_of,
   inverse_sum,
-  linear_times,
+  linear_scale_or_zero,
   log_sum_from_constant,
   minus_log_softmax,
   uniform_label,
   uniform_sums,
 )
-from softmax_jax._devices import AxisName
-from softmax_jax._forward_mode import enable_forward_mode, varying_alike
+from softmax_jax._devices import align
+from softmax_jax._forward_mode import enable_forward_mode
 from softmax_jax._normalizer import (
-  Axes,
   Normalizer,
-  add_up,
   broadcast,
   compiled,
   difference,
   differentiable,
   entries,
-  few,
+  local_sum,
   masked,
-  own_sum,
   unbroadcast,
   where_needed,
 )
-from softmax_jax._typed import custom_vjp, tree_map
+from softmax_jax._rows import AxisName, Rows
+
+
+class _Static(NamedTuple):
+  rows: Rows
+  num_classes: int  # on all devices
+  smoothed: bool
 
 
 class _Residuals(NamedTuple):
@@ -54,64 +56,12 @@ class _Residuals(NamedTuple):
   mask: jax.Array | None
   weights: jax.Array | None
   normalizer: Normalizer
-  total: jax.Array | None
+  total: jax.Array | None  # the sum of the weighted label, where rows are spread over devices
   uniform: UniformSums | None
 
 
-class _Static(NamedTuple):
-  axes: Axes
-  num_classes: int  # on all devices
-  smoothed: bool
-  axis_name: AxisName | None = None
-
-
-def _weighted_label(
-  labels: jax.Array, mask: jax.Array | None, weights: jax.Array | None, dtype: jnp.dtype
-) -> jax.Array:
-  t = masked(labels.astype(dtype), mask, 0)
-  return t if weights is None else t * weights
-
-
-@functools.partial(compiled, static_argnums=5)
-def _likelihood(
-  logits: jax.Array,
-  labels: jax.Array,
-  mask: jax.Array | None,
-  weights: jax.Array | None,
-  s: Normalizer,
-  axes: Axes,
-) -> jax.Array:
-  """``-sum_k p_k log a_k`` with the weighted label p, in which 0 log 0 = 0."""
-
-  def likelihood(
-    careful: bool,
-    logits: jax.Array,
-    labels: jax.Array,
-    mask: jax.Array | None,
-    weights: jax.Array | None,
-    s: Normalizer,
-  ) -> jax.Array:
-    dtype = s.shift.dtype
-    p = _weighted_label(labels, mask, weights, dtype)
-    cost = minus_log_softmax(entries(logits, mask, s.any, dtype), s)
-    return jnp.sum(p * (cost_of(p, cost) if careful else cost), axis=axes, keepdims=True)
-
-  operands = logits, labels, mask, weights, s
-  careful = mask is not None or few(logits.shape, axes)
-  nll = likelihood(careful, *operands)
-  if careful:
-    return nll
-  # To see to labels of 0 at infinite costs in every sum would double its time.
-  return where_needed(
-    jnp.any(jnp.isnan(nll)),
-    lambda _, z, t, mask, w, s: likelihood(True, z, t, mask, w, s),
-    lambda nll, z, t, mask, w, s: nll,
-    nll,
-    *operands,
-  )
-
-
-def _primal(
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _rule(
   logits: jax.Array,
   labels: jax.Array,
   mask: jax.Array | None,
@@ -128,27 +78,26 @@ def _fwd(
   weights: jax.Array | None,
   static: _Static,
 ) -> tuple[PerRow, _Residuals]:
-  axes, axis_name = static.axes, static.axis_name
+  rows = static.rows
   dtype = arguments.compute_dtype(logits.dtype, labels.dtype)
-  own = own_sum(logits, mask, axes, dtype, axis_name)
+  local = local_sum(logits, mask, rows, dtype)
   nll = total = uniform = uniform_loss = None
-  z = entries(logits, mask, own.any, dtype)
-  if axis_name is not None:  # what there is without log S, which this device does not know yet
+  z = entries(logits, mask, local.any, dtype)
+  if rows.axis_name is not None:  # the sums without log S, which this device does not know yet
     p = jnp.broadcast_to(_weighted_label(labels, mask, weights, dtype), logits.shape)
-    cost = -difference(z, own.shift)
-    nll = jnp.sum(p * cost_of(p, cost), axis=axes, keepdims=True)
-    total = jnp.sum(p, axis=axes, keepdims=True)
+    nll = rows.local_sum(p * cost_of(p, -difference(z, local.shift)))  # sum_k p_k (shift - z_k)
+    total = rows.local_sum(p)
   if static.smoothed:
-    uniform = uniform_sums(weights, z, mask, None, own.shift, axes)
-  s, (nll, total, uniform) = add_up(own, (nll, total, uniform), axis_name)
-  s = differentiable(s, z, axes, axis_name)
+    uniform = uniform_sums(weights, z, mask, None, local.shift, rows)
+  s, (nll, total, uniform) = local.over_devices((nll, total, uniform), rows)
+  s = differentiable(s, z, rows)
 
   if nll is None or total is None:
-    nll = _likelihood(logits, labels, mask, weights, s, axes)
+    nll = _likelihood(logits, labels, mask, weights, s, rows)  # -sum_k p_k log a_k
   else:
     nll = nll + total * log_sum_from_constant(s)
   if uniform is not None:
-    uniform_loss = uniform.loss(s, static.num_classes)
+    uniform_loss = uniform.loss(s, static.num_classes)  # -sum_k u_k log a_k
     uniform = uniform._replace(cost=None)
   # A row without any class does not count; its labels are all 0.
   lse = masked(s.shift + s.log_sum(), s.any, 0)
@@ -161,15 +110,17 @@ def _fwd(
 # p, not only one that sums to 1, and uniform likewise with u. By seed steps 5 and 6
 #   d nll/dz_j = a_j sum_k p_k - p_j = ((e_j sum_k p_k - p_j) - p_j rest) / S,
 # whose right side loses nothing where t is one-hot and a_t close to 1: there e_t is 1 and the first
-# difference 0. Seed step 1: d lse/dz_j = a_j. And d nll/dp_j = -log a_j.
+# difference 0. Seed step 1: d lse/dz_j = a_j. With g = lse_bar + uniform_bar sum_k u_k,
+#   z_bar_j = nll_bar d nll/dz_j + a_j g - u_j uniform_bar.
+# And d nll/dp_j = -log a_j = d uniform/du_j.
 def _bwd(
   static: _Static, residuals: _Residuals, bars: PerRow
 ) -> tuple[jax.Array, jax.Array, None, jax.Array | None]:
-  axes, num_classes, _, _ = static
+  rows, num_classes, _ = static
   logits, labels, mask, weights, s, total, uniform = residuals
   dtype = s.shift.dtype
   z = entries(logits, mask, s.any, dtype)
-  s = differentiable(s, z, axes, static.axis_name)
+  s = differentiable(s, z, rows)
   p = jnp.broadcast_to(_weighted_label(labels, mask, weights, dtype), z.shape)
   cost = minus_log_softmax(z, s)
   e, inverse = s.exp(z), inverse_sum(s)
@@ -179,23 +130,24 @@ def _bwd(
     divisor = uniform.divisor(num_classes)
     u = uniform_label(weights, mask, divisor, z)
     g = g + bars.uniform * uniform.label_sum(num_classes)
-  scale = bars.nll * inverse
-  total = (jnp.sum(p, axis=axes, keepdims=True) if total is None else total) * scale
+  scale = bars.nll * inverse  # nll_bar / S
+  total = (rows.local_sum(p) if total is None else total) * scale
   # What is linear in another cotangent has its own barrier, as JAX cannot transpose half of one.
-  total, scale, rest = devices.barrier((total, scale, s.rest * scale), static.axis_name)
+  total, scale, rest = rows.barrier((total, scale, s.rest * scale))
   g = jax.lax.optimization_barrier(g * inverse)
+  # (e_j sum_k p_k - p_j) nll_bar / S and, added up, e_j g / S - p_j rest nll_bar / S
   z_bar = (e * total - p * scale) + (e * g - p * rest)
   if u is not None:
-    z_bar = z_bar - u * bars.uniform
+    z_bar = z_bar - u * bars.uniform  # - u_j uniform_bar
 
-  p_bar = masked(linear_times(bars.nll, cost_of(p, cost)), mask, 0)
+  p_bar = masked(linear_scale_or_zero(bars.nll, cost_of(p, cost)), mask, 0)  # -log a_j nll_bar
   labels_bar = p_bar if weights is None else p_bar * weights
   weights_bar = None
   if weights is not None:
     weights_bar = p_bar * masked(labels.astype(dtype), mask, 0)
     if u is not None:
-      weighted_cost = linear_times(bars.uniform, cost_of(u, cost))
-      weights_bar = weights_bar + masked(weighted_cost, mask, 0) / divisor
+      u_bar = linear_scale_or_zero(bars.uniform, cost_of(u, cost))  # -log a_j uniform_bar
+      weights_bar = weights_bar + masked(u_bar, mask, 0) / divisor
     weights_bar = unbroadcast(weights_bar, weights.shape)
   return (
     masked(z_bar, mask, 0).astype(logits.dtype),
@@ -209,21 +161,20 @@ def _bwd(
 # With lse_dot = sum_k a_k z_dot_k and v_j = z_dot_j - lse_dot,
 #   nll_dot = -sum_j p_j v_j - sum_j p_dot_j log a_j,
 #   uniform_dot = -sum_j u_j v_j - sum_j u_dot_j log a_j.
-# The rounding error of lse_dot is the same number in every v_j; as sum_k a_k v_k = 0, that sum is
-# the error, and is taken off, and so is the error of the error.
+# The rounding error of lse_dot is the same number in every v_j. As sum_k a_k v_k should be 0, that
+# sum is the error. We subtract it, and once more the error of the error.
 def _tangent(
   static: _Static, residuals: _Residuals, args_dot: tuple[jax.Array | None, ...]
 ) -> PerRow:
-  axes, num_classes, _, axis_name = static
+  rows, num_classes, _ = static
   logits, labels, mask, weights, s, _, uniform = residuals
   logits_dot, labels_dot, _, weights_dot = args_dot
   dtype = s.shift.dtype
   z = entries(logits, mask, s.any, dtype)
-  s = differentiable(s, z, axes, axis_name)
+  s = differentiable(s, z, rows)
 
   def sums(*xs: jax.Array) -> list[jax.Array]:
-    own = [jnp.sum(jnp.broadcast_to(x, z.shape), axis=axes, keepdims=True) for x in xs]
-    return devices.add_up(own, axis_name)
+    return rows.sum_over_devices([rows.local_sum(jnp.broadcast_to(x, z.shape)) for x in xs])
 
   nll_dot = uniform_dot = jnp.zeros_like(z)
   lse_dot = jnp.zeros_like(s.shift)
@@ -240,9 +191,9 @@ def _tangent(
     v = z_dot - lse_dot
     for _ in range(2):
       v = v - sums(a * v)[0]
-    nll_dot -= p * v
+    nll_dot -= p * v  # - p_j v_j
     if u is not None:
-      uniform_dot -= u * v
+      uniform_dot -= u * v  # - u_j v_j
   if labels_dot is not None or weights_dot is not None:
     cost = minus_log_softmax(z, s)
     p_dot = jnp.zeros_like(z)
@@ -250,17 +201,57 @@ def _tangent(
       p_dot += _weighted_label(labels_dot, mask, weights, dtype)
     if weights_dot is not None:
       p_dot += _weighted_label(labels, mask, weights_dot, dtype)
-    nll_dot += linear_times(masked(p_dot, mask, 0), cost_of(p, cost))
+    nll_dot += linear_scale_or_zero(masked(p_dot, mask, 0), cost_of(p, cost))  # - p_dot_j log a_j
     if u is not None and weights_dot is not None:
       u_dot = uniform_label(weights_dot, mask, divisor, z)
-      uniform_dot += linear_times(u_dot, cost_of(u, cost))
+      uniform_dot += linear_scale_or_zero(u_dot, cost_of(u, cost))  # - u_dot_j log a_j
   nll_dot, uniform_dot = sums(nll_dot, uniform_dot)
   return PerRow(nll_dot, lse_dot, None if u is None else uniform_dot, None)
 
 
-_rule = custom_vjp(_primal, nondiff_argnums=(4,))
 _rule.defvjp(_fwd, _bwd)
 _soft_cross_entropy = compiled(enable_forward_mode(_rule, tangent=_tangent), static_argnums=4)
+
+
+def _weighted_label(
+  labels: jax.Array, mask: jax.Array | None, weights: jax.Array | None, dtype: jnp.dtype
+) -> jax.Array:
+  """The label t times the class weights, 0 where masked."""
+  t = masked(labels.astype(dtype), mask, 0)
+  return t if weights is None else t * weights
+
+
+@functools.partial(compiled, static_argnums=5)
+def _likelihood(
+  logits: jax.Array,
+  labels: jax.Array,
+  mask: jax.Array | None,
+  weights: jax.Array | None,
+  s: Normalizer,
+  rows: Rows,
+) -> jax.Array:
+  """``-sum_k p_k log a_k`` with the weighted label p, in which 0 log 0 = 0."""
+  dtype = s.shift.dtype
+  careful = mask is not None or rows.are_short(logits.shape)
+
+  def likelihood(
+    careful: bool,
+    logits: jax.Array,
+    labels: jax.Array,
+    mask: jax.Array | None,
+    weights: jax.Array | None,
+    s: Normalizer,
+  ) -> jax.Array:
+    p = _weighted_label(labels, mask, weights, dtype)
+    cost = minus_log_softmax(entries(logits, mask, s.any, dtype), s)
+    return rows.local_sum(p * (cost_of(p, cost) if careful else cost))
+
+  operands = logits, labels, mask, weights, s
+  nll = likelihood(careful, *operands)
+  if careful:
+    return nll
+  # Looking for labels of 0 at infinite costs in every sum would double its time.
+  return where_needed(jnp.any(jnp.isnan(nll)), functools.partial(likelihood, True), nll, *operands)
 
 
 @overload
@@ -418,13 +409,13 @@ def softmax_cross_entropy(
   if axis_name is not None:
     arguments.check_axis_name(name, axis_name, "logits", logits)
 
-  num_classes = math.prod(shape[a] for a in axes) * devices.count(axis_name)
+  classes = Rows(axes, axis_name)
+  num_classes = math.prod(shape[a] for a in axes) * classes.num_devices()
   if num_classes == 0:  # then no row counts
     rows = tuple(1 if a in axes else size for a, size in enumerate(shape))
     per_row = PerRow(*[jnp.zeros(rows, dtype)] * 4)
   else:
-    static = _Static(axes, num_classes, chosen.label_smoothing is not None, axis_name)
-    args = varying_alike(*devices.spread_alike(logits, labels, mask, weights))
-    per_row = _soft_cross_entropy(*args, static)
-  loss, aux = options.combine(chosen, tree_map(lambda x: jnp.squeeze(x, axes), per_row))
+    static = _Static(classes, num_classes, chosen.label_smoothing is not None)
+    per_row = _soft_cross_entropy(*align(logits, labels, mask, weights), static)
+  loss, aux = options.combine(chosen, jax.tree.map(lambda x: jnp.squeeze(x, axes), per_row))
   return (loss, aux) if return_aux else loss

@@ -10,18 +10,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.export import is_symbolic_dim
 
-from softmax_jax._typed import checkpoint, fori_loop, tree_map
-
 Carry = TypeVar("Carry")
-Rows = TypeVar("Rows")
+Tokens = TypeVar("Tokens")
 Out = TypeVar("Out")
 
-# The least bytes that a tile may take, the logits of one chunk, where the caller does not say how
-# large a chunk is.
+# Default byte budget for a tile, the logits of one chunk.
 TILE_BYTES = 128 * 2**20
 
-# What is formed of the gradients of a chunk at a time is a block of classes: all where that takes
-# no more bytes than this, and never less than one part in `MOST_BLOCKS`.
+# Byte budget for the gradients of a block of classes, of which a chunk has at most `MOST_BLOCKS`.
 BLOCK_BYTES = 12 * 2**20
 MOST_BLOCKS = 16
 
@@ -32,8 +28,8 @@ def default_chunk_size(
   """The number of tokens in a chunk.
 
   A tile takes at most `TILE_BYTES` or, if that is more, a quarter of the bytes of the weight's
-  gradient: each chunk reads and writes that gradient, which small chunks would do too often. If it
-  can be had by no more than halving the chunk, the chunks are all of the same size.
+  gradient: each chunk reads and writes that gradient, and small chunks would do so too often. The
+  chunks are all of the same size if that does not halve them.
   """
   most = max(1, TILE_BYTES // (item_bytes * max(1, num_classes)), num_features // 4)
   if num_tokens <= most:
@@ -62,52 +58,54 @@ def over_blocks(
 
   The last block may be smaller.
   """
-  # The smaller block comes first: what follows an update of the carry is then a loop. XLA fuses
-  # other operations with an update, which does not happen in place then.
+  # The smaller block comes first, so that a loop follows the update of the carry. XLA would fuse
+  # other operations with that update, and then not do it in place.
   whole = num_classes // size
   if num_classes % size:
     carry = body(carry, whole * size, num_classes % size)
   if whole == 1:
     return body(carry, 0, size)
-  return fori_loop(0, whole, lambda i, carry: body(carry, i * size, size), carry)
+  return lax.fori_loop(0, whole, lambda i, carry: body(carry, i * size, size), carry)
 
 
 def over_chunks(
-  body: Callable[[Carry, Rows, Any], tuple[Carry, Out]], carry: Carry, rows: Rows, chunk_size: int
+  body: Callable[[Carry, Tokens, Any], tuple[Carry, Out]],
+  carry: Carry,
+  tokens: Tokens,
+  chunk_size: int,
 ) -> tuple[Carry, Out]:
   """`jax.lax.scan` over chunks of the leading axis, the last of which may be smaller.
 
   Args:
-    body: ``body(carry, rows_of_chunk, first_row) -> carry, outputs_of_chunk``, for a chunk of any
+    body: ``body(carry, tokens_of_chunk, first) -> carry, outputs_of_chunk``, for a chunk of any
       size.
     carry: what the first chunk starts from.
-    rows: a pytree of arrays ``[T, ...]``, with T > 0.
-    chunk_size: the number of rows of each chunk but the last.
+    tokens: a pytree of arrays ``[T, ...]``, with T > 0.
+    chunk_size: the number of tokens of each chunk but the last.
 
   Returns:
-    The last carry, and the outputs of all rows ``[T, ...]``.
+    The last carry, and the outputs of all tokens ``[T, ...]``.
   """
-  # Differentiated in reverse mode, a chunk is computed again: nothing of the size of its logits is
-  # kept.
-  body = checkpoint(body, prevent_cse=False)
-  num_rows = jax.tree.leaves(rows)[0].shape[0]
-  whole = num_rows // chunk_size
+  # Reverse mode recomputes a chunk: nothing of the size of its logits is saved.
+  body = jax.checkpoint(body, prevent_cse=False)
+  num_tokens = jax.tree.leaves(tokens)[0].shape[0]
+  whole = num_tokens // chunk_size
   split = whole * chunk_size
   parts: list[Out] = []
-  if split < num_rows:  # first, as in over_blocks
-    carry, out = body(carry, tree_map(lambda x: x[split:], rows), split)
+  if split < num_tokens:  # first, as in over_blocks
+    carry, out = body(carry, jax.tree.map(lambda x: x[split:], tokens), split)
     parts.append(out)
   if whole == 1:
-    carry, out = body(carry, tree_map(lambda x: x[:split], rows), 0)
+    carry, out = body(carry, jax.tree.map(lambda x: x[:split], tokens), 0)
     parts.insert(0, out)
   elif whole:
     # Cut out here: to split the rows beforehand would copy them.
     def chunk(carry: Carry, first: jax.Array) -> tuple[Carry, Out]:
-      cut = tree_map(lambda x: lax.dynamic_slice_in_dim(x, first, chunk_size), rows)
+      cut = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, chunk_size), tokens)
       return body(carry, cut, first)
 
     carry, out = lax.scan(chunk, carry, jnp.arange(0, split, chunk_size))
-    parts.insert(0, tree_map(lambda x: x.reshape(split, *x.shape[2:]), out))
+    parts.insert(0, jax.tree.map(lambda x: x.reshape(split, *x.shape[2:]), out))
   if len(parts) == 1:
     return carry, parts[0]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +12,14 @@ from jax.typing import ArrayLike
 from softmax_jax import _arguments as arguments
 from softmax_jax import _devices as devices
 from softmax_jax._cross_entropy import options
-from softmax_jax._cross_entropy.integer import IGNORED, class_index, weight_of_label
+from softmax_jax._cross_entropy.label import IGNORED, class_index, weight_of_label
 from softmax_jax._cross_entropy.options import Reduction
-from softmax_jax._cross_entropy.rows import PerRow, times
-from softmax_jax._devices import AxisName
-from softmax_jax._forward_mode import varying_alike
+from softmax_jax._cross_entropy.per_row import PerRow, scale_or_zero
 from softmax_jax._linear_cross_entropy import rules
-from softmax_jax._linear_cross_entropy.chunks import default_chunk_size
 from softmax_jax._linear_cross_entropy.mesh import Arrays, on_mesh
 from softmax_jax._linear_cross_entropy.projection import Inputs, Projection
-from softmax_jax._typed import unflatten_like
+from softmax_jax._linear_cross_entropy.rules import Static
+from softmax_jax._rows import AxisName, Rows
 
 T = TypeVar("T")
 
@@ -160,12 +158,14 @@ def linear_softmax_cross_entropy(
     weights = arguments.as_class_weights(name, class_weights, (size,)).astype(dtype)
   labels = arguments.as_class_indices(name, labels)
   arguments.check_labels_of_tokens(name, labels.shape, x.shape)
+  if ignore_index is not None:
+    ignore_index = arguments.as_ignore_index(name, ignore_index, labels.dtype)
   if chunk_size is not None:
     chunk_size = arguments.as_chunk_size(name, chunk_size)
   arguments.check_symbolic_sizes(name, math.prod(rows), size, chunk_size)
   if axis_name is not None:
     arguments.check_axis_name(name, axis_name, "weight", weight, labels=labels, x=x)
-  num_columns = size * devices.count(axis_name)
+  num_columns = size * Rows((), axis_name).num_devices()
   if num_classes is None:
     num_classes = num_columns
   else:
@@ -175,7 +175,7 @@ def linear_softmax_cross_entropy(
     return jnp.zeros(rows if reduction == "none" else (), dtype)
   arrays = Arrays(
     x=x,
-    index=class_index(name, labels, ignore_index, num_classes),
+    index=class_index(labels, ignore_index, num_classes),
     weight=weight,
     bias=None if bias is None else bias.astype(dtype),
     class_weights=weights,
@@ -183,92 +183,36 @@ def linear_softmax_cross_entropy(
     label_smoothing=chosen.label_smoothing,
     z_loss=chosen.z_loss,
   )
-  settings = _Settings(
+  static = Static(
     Projection(vocab_axis, dtype),
     chunk_size,
     num_classes,
     padded=num_classes != num_columns,
+    smoothed=chosen.label_smoothing is not None,
     ignores=ignore_index is not None,
     axis_name=axis_name,
   )
   if reduction == "none":
-    return on_mesh(name, _losses, arrays, settings, summed=False)
-  total, counted = on_mesh(name, _sums, arrays, settings, summed=True)
+    return on_mesh(name, _losses, arrays, static, summed=False)
+  total, counted = on_mesh(name, _sums, arrays, static, summed=True)
   return options.mean(total, counted) if reduction == "mean" else total
 
 
-class _Settings(NamedTuple):
-  """What is static, as in `rules.Static`; ``chunk_size`` may be None."""
-
-  projection: Projection
-  chunk_size: int | None
-  num_classes: int
-  padded: bool
-  ignores: bool
-  axis_name: AxisName | None
-
-
-class _Rows(NamedTuple):
-  """The arguments of the rules, and the weights of the rows, by which a mean divides."""
-
-  inputs: Inputs
-  class_index: jax.Array
-  weight: jax.Array
-  counted: jax.Array
-  static: rules.Static
-
-
-def _rows(arrays: Arrays, settings: _Settings) -> _Rows:
-  axis_name, dtype = settings.axis_name, settings.projection.dtype
-  num_features = arrays.x.shape[-1]
-  num_tokens = arrays.index.size
-  x, index = arrays.x.reshape(num_tokens, num_features), arrays.index.reshape(num_tokens, 1)
-  size = arrays.weight.shape[settings.projection.vocab_axis]
-  chunk_size = settings.chunk_size
-  if chunk_size is None:
-    chunk_size = default_chunk_size(num_tokens, num_features, size, dtype.itemsize)
-
-  weight = jnp.ones(index.shape, dtype)
-  spread = None
-  if arrays.class_weights is not None:
-    spread = arrays.class_weights[None]
-    weight = weight_of_label(spread, index, 1, axis_name)
-  if settings.padded:
-    classes = devices.first_entry(size, axis_name) + jnp.arange(size)[None]
-    spread = jnp.where(classes < settings.num_classes, 1 if spread is None else spread, 0)
-    spread = spread.astype(dtype)
-  smoothed = arrays.label_smoothing is not None
-  softcap = arrays.softcap
-  if softcap is not None:
-    # Far above all logits any bound is the same; y / c is 0 for the largest ones.
-    softcap = jnp.minimum(softcap, 2.0**100)
-  inputs = Inputs(x, arrays.weight, arrays.bias, softcap, spread if smoothed else None)
-  static = rules.Static(
-    settings.projection,
-    chunk_size,
-    settings.num_classes,
-    settings.padded,
-    smoothed,
-    settings.ignores,
-    axis_name,
-  )
-  return _Rows(inputs, index, weight, jnp.where(index == IGNORED, 0, weight), static)
-
-
-def _losses(arrays: Arrays, settings: _Settings) -> jax.Array:
+def _losses(arrays: Arrays, static: Static) -> jax.Array:
   """The loss of each token."""
-  inputs, index, weight, counted, static = _rows(arrays, settings)
-  inputs, index = _alike(inputs, index, static.axis_name)
-  per_row = rules.losses(inputs, index, static)._replace(weight=counted)
+  inputs, index, weight = _of_rules(arrays, static)
+  inputs, index = _varying_alike(inputs, index, static.axis_name)
+  per_row = rules.losses(inputs, index, static)._replace(weight=_counted(weight, index))
   if arrays.class_weights is not None:
-    per_row = per_row._replace(nll=times(weight, per_row.nll))
+    per_row = per_row._replace(nll=scale_or_zero(weight, per_row.nll))
   chosen = options.Options(arrays.label_smoothing, arrays.z_loss, "none")
   return options.combine(chosen, per_row)[0].reshape(arrays.index.shape)
 
 
-def _sums(arrays: Arrays, settings: _Settings) -> tuple[jax.Array, jax.Array]:
+def _sums(arrays: Arrays, static: Static) -> tuple[jax.Array, jax.Array]:
   """The sum of the losses and that of the weights of the tokens that count."""
-  inputs, index, weight, counted, static = _rows(arrays, settings)
+  inputs, index, weight = _of_rules(arrays, static)
+  counted = _counted(weight, index)
   shares = PerRow(nll=weight, lse=None, uniform=None, weight=None)
   if arrays.label_smoothing is not None:
     alpha = arrays.label_smoothing
@@ -277,25 +221,55 @@ def _sums(arrays: Arrays, settings: _Settings) -> tuple[jax.Array, jax.Array]:
     shares = shares._replace(lse=jnp.broadcast_to(arrays.z_loss, index.shape))
   unit = jnp.ones((), static.projection.dtype)
   if arrays.class_weights is not None:
-    # Gradients are summed before the sum of the weights divides them: they should be normal numbers
-    # then, in a unit that is a power of two.
+    # Gradients are summed before the sum of the weights divides them. In this unit, a power of two,
+    # they are normal numbers then.
     unit = jnp.where(jnp.max(jnp.abs(counted)) < 2.0**-64, unit * 2.0**-64, unit)
     shares = shares._replace(nll=shares.nll / unit)
     if shares.lse is not None:
       shares = shares._replace(lse=shares.lse / unit)
-    if inputs.spread is not None:
-      inputs = inputs._replace(spread=inputs.spread / unit)
-  inputs, (shares, index) = _alike(inputs, (shares, index), static.axis_name)
+    if inputs.class_weights is not None:
+      inputs = inputs._replace(class_weights=inputs.class_weights / unit)
+  inputs, (shares, index) = _varying_alike(inputs, (shares, index), static.axis_name)
   return unit * rules.sum_of_losses(inputs, shares, index, static), jnp.sum(counted)
 
 
-def _alike(inputs: Inputs, per_row: T, axis_name: AxisName | None) -> tuple[Inputs, T]:
+def _of_rules(arrays: Arrays, static: Static) -> tuple[Inputs, jax.Array, jax.Array]:
+  """What the rules take, for tokens along one axis, and the weights of the labels."""
+  dtype = static.projection.dtype
+  num_features = arrays.x.shape[-1]
+  num_tokens = arrays.index.size
+  x, index = arrays.x.reshape(num_tokens, num_features), arrays.index.reshape(num_tokens, 1)
+
+  weight = jnp.ones(index.shape, dtype)
+  class_weights = None
+  if arrays.class_weights is not None:
+    class_weights = arrays.class_weights[None]
+    weight = weight_of_label(class_weights, index, static.rows)
+  if static.padded:
+    size = arrays.weight.shape[static.projection.vocab_axis]
+    classes = static.rows.first_entry(size) + jnp.arange(size)[None]
+    class_weights = 1 if class_weights is None else class_weights
+    class_weights = jnp.where(classes < static.num_classes, class_weights, 0).astype(dtype)
+  softcap = arrays.softcap
+  if softcap is not None:
+    # Far above all logits any bound is the same; y / c is 0 for the largest ones.
+    softcap = jnp.minimum(softcap, 2.0**100)
+  class_weights = class_weights if static.smoothed else None
+  return Inputs(x, arrays.weight, arrays.bias, softcap, class_weights), index, weight
+
+
+def _counted(weight: jax.Array, index: jax.Array) -> jax.Array:
+  """The weights of the rows, by which a mean divides: 0 where a row does not count."""
+  return jnp.where(index == IGNORED, 0, weight)
+
+
+def _varying_alike(inputs: Inputs, per_row: T, axis_name: AxisName | None) -> tuple[Inputs, T]:
   """The arguments, varying over the same axes of a `jax.shard_map` as far as the rules need it.
 
   The inputs vary over ``axis_name`` too, over which the cotangents of those that are the same on
-  all devices are thereby summed; the numbers per row do not.
+  all devices are thereby summed; the per-row scalars do not.
   """
-  both = inputs, per_row
-  alike = varying_alike(*jax.tree.leaves(both), without=axis_name)
-  inputs, per_row = unflatten_like(both, alike)
-  return unflatten_like(inputs, varying_alike(*jax.tree.leaves(inputs))), per_row
+  leaves, tree = jax.tree.flatten((inputs, per_row))
+  inputs, per_row = jax.tree.unflatten(tree, devices.varying_alike(*leaves, without=axis_name))
+  leaves, tree = jax.tree.flatten(inputs)
+  return jax.tree.unflatten(tree, devices.varying_alike(*leaves)), per_row

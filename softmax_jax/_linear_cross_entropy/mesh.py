@@ -15,7 +15,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from softmax_jax import _arguments as arguments
 from softmax_jax import _devices as devices
-from softmax_jax._typed import psum, tree_map
+from softmax_jax._linear_cross_entropy.rules import Static
 
 
 class Arrays(NamedTuple):
@@ -41,9 +41,9 @@ class Arrays(NamedTuple):
 
 
 def on_mesh(
-  function: str, f: Callable[..., Any], arrays: Arrays, settings: Any, summed: bool
+  function: str, f: Callable[..., Any], arrays: Arrays, static: Static, summed: bool
 ) -> Any:
-  """``f(arrays, settings)``, on each device for its tokens and classes where these are spread.
+  """``f(arrays, static)``, on each device for its tokens and classes where these are spread.
 
   ``f`` returns one number per token or, if ``summed``, a pair of sums over the tokens.
   """
@@ -51,9 +51,9 @@ def on_mesh(
   if not any(any(s) for s in specs if s is not None):
     if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
       # The types of arrays that `jax.jit` is given may name no mesh, those of others do.
-      arrays = tree_map(_whole, arrays)
-    return f(arrays, settings)
-  names, vocab_axis = devices.mesh_axes, settings.projection.vocab_axis
+      arrays = jax.tree.map(_whole, arrays)
+    return f(arrays, static)
+  names, vocab_axis = devices.mesh_axes, static.projection.vocab_axis
   *rows, features = specs.x
   vocab, features_of_weight = specs.weight[vocab_axis], specs.weight[1 - vocab_axis]
   arguments.check_placement(function, features, features_of_weight, names(*rows), names(vocab))
@@ -77,11 +77,11 @@ def on_mesh(
   def placed(array: jax.Array, spec: PartitionSpec) -> jax.Array:
     return jax.sharding.reshard(array, spec)
 
-  settings = settings._replace(axis_name=over_classes or None)
+  static = static._replace(axis_name=over_classes or None)
   added_over = over_rows if summed else ()
   out_specs = (spec(), spec()) if summed else spec(*rows)
   arrays = jax.tree.map(placed, arrays, specs)
-  return _on_devices(arrays, f, settings, added_over, specs, out_specs)  # pyright: ignore[reportUnknownVariableType]
+  return _on_devices(arrays, f, static, added_over, specs, out_specs)  # pyright: ignore[reportUnknownVariableType]
 
 
 # One function, so that calls outside of `jax.jit` are compiled once.
@@ -89,14 +89,14 @@ def on_mesh(
 def _on_devices(
   arrays: Arrays,
   f: Callable[..., Any],
-  settings: Any,
+  static: Static,
   added_over: tuple[str, ...],
   specs: Arrays,
   out_specs: Any,
 ) -> Any:
   def on_device(arrays: Arrays) -> Any:
-    out = f(arrays, settings)
-    return psum(out, added_over) if added_over else out
+    out = f(arrays, static)
+    return jax.lax.psum(out, added_over) if added_over else out
 
   return jax.shard_map(on_device, in_specs=(specs,), out_specs=out_specs)(arrays)
 

@@ -24,14 +24,14 @@ class Inputs(NamedTuple):
     weight: ``[H, V]`` or ``[V, H]``.
     bias: ``[V]``.
     softcap: the bound c of the logits, a scalar.
-    spread: the weights of the classes in the uniform label, ``[1, V]``.
+    class_weights: the weights of the classes in the uniform label, ``[1, V]``.
   """
 
   x: Any
   weight: Any
   bias: Any
   softcap: Any
-  spread: Any
+  class_weights: Any
 
 
 class Projection(NamedTuple):

@@ -20,19 +20,23 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from softmax_jax import _devices as devices
 from softmax_jax._cross_entropy import integer
-from softmax_jax._cross_entropy.rows import (
+from softmax_jax._cross_entropy.label import IGNORED, INVALID, bar_by_row
+from softmax_jax._cross_entropy.per_row import (
   PerRow,
   UniformSums,
   cost_of,
-  linear_times,
+  linear_scale_or_zero,
   minus_log_softmax,
-  times,
+  scale_or_zero,
 )
-from softmax_jax._devices import AxisName
 from softmax_jax._forward_mode import enable_forward_mode, rule_with_loops
-from softmax_jax._linear_cross_entropy.chunks import block_size, over_blocks, over_chunks
+from softmax_jax._linear_cross_entropy.chunks import (
+  block_size,
+  default_chunk_size,
+  over_blocks,
+  over_chunks,
+)
 from softmax_jax._linear_cross_entropy.projection import (
   Inputs,
   Projection,
@@ -42,7 +46,7 @@ from softmax_jax._linear_cross_entropy.projection import (
   capped_tangent,
 )
 from softmax_jax._normalizer import Normalizer, differentiable
-from softmax_jax._typed import custom_jvp, custom_vjp, tree_map, vjp
+from softmax_jax._rows import AxisName, Rows
 
 
 class Static(NamedTuple):
@@ -50,7 +54,7 @@ class Static(NamedTuple):
 
   Attributes:
     projection: how features become logits.
-    chunk_size: the number of tokens whose logits are held at a time.
+    chunk_size: the number of tokens whose logits are held at a time, or None for the default.
     num_classes: the number of classes on all devices, without padding.
     padded: whether there are columns of the weight that are no class.
     smoothed: whether the loss against the uniform label is needed.
@@ -59,7 +63,7 @@ class Static(NamedTuple):
   """
 
   projection: Projection
-  chunk_size: int
+  chunk_size: int | None
   num_classes: int
   padded: bool
   smoothed: bool
@@ -67,15 +71,34 @@ class Static(NamedTuple):
   axis_name: AxisName | None
 
   @property
+  def rows(self) -> Rows:
+    """The rows of the logits ``[C, V]`` of a chunk."""
+    return Rows((1,), self.axis_name)
+
+  @property
   def dense(self) -> integer.Static:
     """The same for the rule of the dense loss; rows that do not count come to it as zeros."""
-    return integer.Static(
-      axis=1,
-      num_classes=self.num_classes,
-      smoothed=self.smoothed,
-      ignores=False,
-      axis_name=self.axis_name,
-    )
+    return integer.Static(self.rows, self.num_classes, self.smoothed, ignores=False)
+
+
+class Chunk(NamedTuple):
+  """Some of the tokens, and what is computed from them.
+
+  Attributes:
+    inputs: with the features x ``[C, H]`` of the tokens, 0 in rows that do not count.
+    class_index: that of their labels ``[C, 1]``.
+    y: the logits ``[C, V]`` before the softcap.
+    z: the logits ``[C, V]`` of the loss.
+    normalizer: that of the rows of z.
+    uniform_sum: ``sum_k u_k`` for each row, or None where labels are not smoothed.
+  """
+
+  inputs: Inputs
+  class_index: jax.Array
+  y: jax.Array
+  z: jax.Array
+  normalizer: Normalizer
+  uniform_sum: jax.Array | None
 
 
 @jax.tree_util.register_static
@@ -91,23 +114,23 @@ class _Wanted:
 
 
 def _values(tree: Any) -> Any:
-  return tree_map(lambda x: x.value, tree)
+  return jax.tree.map(lambda x: x.value, tree)
 
 
 def _features(x: jax.Array, index: jax.Array, static: Static) -> jax.Array:
   """The features, with 0 in rows that do not count: those may hold anything."""
-  return jnp.where(index == integer.IGNORED, jnp.zeros_like(x), x) if static.ignores else x
+  return jnp.where(index == IGNORED, jnp.zeros_like(x), x) if static.ignores else x
 
 
 def _poison(index: jax.Array, bars: PerRow) -> jax.Array:
   """NaN in rows whose label is invalid, unless their loss is discarded; 0 elsewhere."""
-  poison = integer.bar_by_row(index, bars.nll)
+  poison = bar_by_row(index, bars.nll)
   if bars.uniform is not None:
-    poison += integer.bar_by_row(index, bars.uniform)
-  return jnp.where(index == integer.INVALID, poison, jnp.zeros_like(poison))
+    poison += bar_by_row(index, bars.uniform)
+  return jnp.where(index == INVALID, poison, jnp.zeros_like(poison))
 
 
-def _chunk_logits(
+def _logits(
   inputs: Inputs, index: jax.Array, static: Static
 ) -> tuple[Inputs, jax.Array, jax.Array]:
   """The inputs of a chunk, and its logits before and after the softcap."""
@@ -116,7 +139,7 @@ def _chunk_logits(
   num_tokens, num_features = inputs.x.shape
   size = block_size(num_tokens, num_features, y.shape[1], y.dtype.itemsize)
 
-  # Written block by block, as otherwise XLA:CPU holds several versions of them for their users.
+  # Block by block, as XLA:CPU otherwise holds a version of the logits for each of their users.
   def add_bias(y: jax.Array, first: Any, size: int) -> jax.Array:
     bias = lax.dynamic_slice_in_dim(inputs.bias, first, size)
     y_block = lax.dynamic_slice_in_dim(y, first, size, 1)
@@ -129,7 +152,7 @@ def _chunk_logits(
   # Padding has the probability 0.
   def pad(z: jax.Array, first: Any, size: int) -> jax.Array:
     z_block = lax.dynamic_slice_in_dim(z, first, size, 1)
-    classes = devices.first_entry(z.shape[1], static.axis_name) + first + jnp.arange(size)
+    classes = static.rows.first_entry(z.shape[1]) + first + jnp.arange(size)
     z_block = jnp.where(classes[None] < static.num_classes, z_block, -jnp.inf)
     return lax.dynamic_update_slice_in_dim(z, z_block, first, 1)
 
@@ -166,19 +189,19 @@ def _scale(dtype: jnp.dtype, bars: PerRow, u: jax.Array | None) -> jax.Array | f
 Product = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def _rounded_product_primal(
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _rounded_product(
   product: Product, y_bar: jax.Array, factor: jax.Array, scale: jax.Array | float
 ) -> jax.Array:
   """``product(y_bar, factor)``, for which y_bar is rounded to the dtype of ``factor``."""
   return product((y_bar * scale).astype(factor.dtype), factor) / scale
 
 
-# Nothing is known of how large tangents of y_bar are, so that there is no scale for them. bfloat16,
-# with the range of float32, needs none; to float16 they are not rounded.
+# The size of tangents of y_bar is unknown, so that there is no scale for them. bfloat16, with the
+# range of float32, needs none; to float16 they are not rounded.
+@_rounded_product.defjvp
 def _rounded_product_jvp(
-  product: Product,
-  primals: tuple[jax.Array, jax.Array, jax.Array | float],
-  tangents: tuple[jax.Array, jax.Array, Any],
+  product: Product, primals: Any, tangents: Any
 ) -> tuple[jax.Array, jax.Array]:
   y_bar, factor, scale = primals
   y_bar_dot, factor_dot, _ = tangents
@@ -188,10 +211,6 @@ def _rounded_product_jvp(
   return _rounded_product(product, y_bar, factor, scale), dot
 
 
-_rounded_product = custom_jvp(_rounded_product_primal, nondiff_argnums=(0,))
-_rounded_product.defjvp(_rounded_product_jvp)
-
-
 # The logits of a chunk are cut into blocks of classes, so that nothing else of their size is held.
 # z_bar of a block is that of the dense loss, with u the weighted uniform label:
 #   z_bar_j = a_j (lse_bar + uniform_bar sum_k u_k + nll_bar) - delta_tj nll_bar - u_j uniform_bar.
@@ -199,30 +218,21 @@ _rounded_product.defjvp(_rounded_product_jvp)
 # with s = dz/dy,
 #   y_bar = s z_bar,   x_bar = y_bar W^T,   W_bar = x^T y_bar,   b_bar = sum_t y_bar_t,
 #   c_bar = sum z_bar dz/dc,   u_bar_j = sum_t uniform_bar (-log a_j).
-def _chunk_gradients(
-  wanted: Inputs,
-  static: Static,
-  inputs: Inputs,
-  index: jax.Array,
-  y: jax.Array,
-  z: jax.Array,
-  s: Normalizer,
-  uniform_sum: jax.Array | None,
-  bars: PerRow,
-  sums: Inputs,
-  first_row: Any,
+def _add_gradients(
+  sums: Inputs, chunk: Chunk, bars: PerRow, first_row: Any, wanted: Inputs, static: Static
 ) -> Inputs:
   """``sums`` with the part of a chunk added, which in that of x are its rows."""
+  inputs, index, y, z, s, uniform_sum = chunk
   projection = static.projection
   num_classes = y.shape[1]
-  s = differentiable(s, z, (1,), static.axis_name)
-  # A row without a valid label has no gradient here; what NaN there must be is put in at the end.
-  bars = tree_map(lambda bar: jnp.where(index >= 0, bar, jnp.zeros_like(bar)), bars)
-  label = jnp.maximum(index, 0) - devices.first_entry(num_classes, static.axis_name)
+  s = differentiable(s, z, static.rows)
+  # A row without a valid label has no gradient here. The NaN that belongs there comes at the end.
+  bars = jax.tree.map(lambda bar: jnp.where(index >= 0, bar, jnp.zeros_like(bar)), bars)
+  label = jnp.maximum(index, 0) - static.rows.first_entry(num_classes)
   g, u = bars.lse, None
   if static.smoothed:
     ones = jnp.ones((1, num_classes), y.dtype)
-    u = (ones if inputs.spread is None else inputs.spread) / static.num_classes
+    u = (ones if inputs.class_weights is None else inputs.class_weights) / static.num_classes
     g = g + bars.uniform * uniform_sum
   scale = _scale(inputs.x.dtype, bars._replace(lse=g), u)
 
@@ -235,44 +245,59 @@ def _chunk_gradients(
 
     y_block, z_block = cut(y), cut(z)
     here = (label >= first) & (label < first + size)
-    block_bars = PerRow(jnp.where(here, bars.nll, 0), jnp.where(here, g, g + bars.nll), None, None)
-    index = jnp.where(here, label - first, 0)
-    residuals = integer.Residuals(z_block, index, None, None, s, None)
-    z_bar = integer.bwd(
-      integer.Static(1, size, False, False, is_block=True), residuals, block_bars
-    )[0]
+    z_bar = integer.logits_bar(  # a_j (g + nll_bar) - delta_tj nll_bar
+      z_block,
+      jnp.where(here, label - first, 0),
+      s,
+      jnp.where(here, g, g + bars.nll),
+      jnp.where(here, bars.nll, 0),
+      Rows((1,)),
+    )
     if u is not None:
-      z_bar = z_bar - cut(u) * bars.uniform
+      z_bar = z_bar - cut(u) * bars.uniform  # - u_j uniform_bar
     y_bar = z_bar
     if inputs.softcap is not None:
-      y_bar = z_bar * cap_slope(y_block, inputs.softcap)
-    if u is not None and wanted.spread:
+      y_bar = z_bar * cap_slope(y_block, inputs.softcap)  # s z_bar
+    if u is not None and wanted.class_weights:  # sum_t uniform_bar (-log a_j)
       cost = cost_of(cut(u), minus_log_softmax(z_block, s))
-      u_bar = jnp.sum(linear_times(bars.uniform, cost), axis=0, keepdims=True)
-      sums = sums._replace(spread=add(sums.spread, u_bar / static.num_classes, 1))
-    if inputs.softcap is not None and wanted.softcap:
+      u_bar = jnp.sum(linear_scale_or_zero(bars.uniform, cost), axis=0, keepdims=True)
+      sums = sums._replace(class_weights=add(sums.class_weights, u_bar / static.num_classes, 1))
+    if inputs.softcap is not None and wanted.softcap:  # sum z_bar dz/dc
       c_bar = jnp.sum(z_bar * cap_slope_by_softcap(y_block, inputs.softcap))
       sums = sums._replace(softcap=sums.softcap + c_bar)
-    if wanted.bias:
+    if wanted.bias:  # sum_t y_bar_t
       sums = sums._replace(bias=add(sums.bias, jnp.sum(y_bar, axis=0), 0))
-    if wanted.weight:
+    if wanted.weight:  # x^T y_bar
       weight_bar = _rounded_product(projection.outer_product, y_bar, inputs.x, scale)
       sums = sums._replace(weight=add(sums.weight, weight_bar, projection.vocab_axis))
-    if wanted.x:
+    if wanted.x:  # y_bar W^T
       weight = cut(inputs.weight, projection.vocab_axis)
       x_bar = _rounded_product(projection.transposed_product, y_bar, weight, scale)
       sums = sums._replace(x=sums.x + x_bar)
     return sums
 
-  rows = sums.x
+  all_x_bar = sums.x
   if wanted.x:
     sums = sums._replace(x=jnp.zeros_like(inputs.x, projection.dtype))
   num_tokens, num_features = inputs.x.shape
   size = block_size(num_tokens, num_features, num_classes, y.dtype.itemsize)
   sums = over_blocks(block, sums, num_classes, size)
   if wanted.x:
-    sums = sums._replace(x=lax.dynamic_update_slice_in_dim(rows, sums.x, first_row, 0))
+    sums = sums._replace(x=lax.dynamic_update_slice_in_dim(all_x_bar, sums.x, first_row, 0))
   return sums
+
+
+def _over_chunks(
+  body: Callable[..., Any], carry: Any, tokens: Any, inputs: Inputs, static: Static
+) -> tuple[Any, Any]:
+  """`over_chunks` of the size that ``static`` says."""
+  size = static.chunk_size
+  if size is None:
+    num_tokens, num_features = inputs.x.shape
+    num_classes = inputs.weight.shape[static.projection.vocab_axis]
+    item_bytes = static.projection.dtype.itemsize
+    size = default_chunk_size(num_tokens, num_features, num_classes, item_bytes)
+  return over_chunks(body, carry, tokens, size)
 
 
 def _zeros(wanted: Inputs, inputs: Inputs, static: Static) -> Inputs:
@@ -301,25 +326,41 @@ def _as_gradients(gradients: Inputs, inputs: Inputs, poison: jax.Array) -> Input
 # compiled in every call, as its body is a new function each time.
 
 
-def _rows_primal(inputs: Inputs, index: jax.Array, static: Static) -> PerRow:
-  return _rows_forward(inputs, index, static)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _losses_rule(inputs: Inputs, index: jax.Array, static: Static) -> PerRow:
+  return _forward(inputs, index, static)[0]
+
+
+def _losses_fwd(inputs: Any, index: Any, static: Static) -> tuple[PerRow, Any]:
+  wanted = _Wanted.of(inputs)
+  inputs, index = _values((inputs, index))
+  per_row, normalizer, uniform_sum = _forward(inputs, index, static)
+  return per_row, (wanted, inputs, index, normalizer, uniform_sum)
+
+
+def _losses_bwd(static: Static, residuals: Any, bars: Any) -> tuple[Inputs, None]:
+  bars = jax.tree.map(
+    lambda bar: jnp.zeros(bar.shape, bar.dtype) if _is_zero(bar) else bar, bars, is_leaf=_is_zero
+  )
+  return _losses_gradients(static, residuals, bars), None
+
+
+def _is_zero(bar: Any) -> bool:
+  return type(bar) is SymbolicZero
 
 
 @functools.partial(rule_with_loops, static_argnums=2)
-def _rows_forward(
+def _forward(
   inputs: Inputs, index: jax.Array, static: Static
 ) -> tuple[PerRow, Normalizer, jax.Array | None]:
-  def body(carry: tuple[()], rows: Any, first: Any) -> tuple[tuple[()], Any]:
-    x, index = rows
-    chunk, _, z = _chunk_logits(inputs._replace(x=x), index, static)
-    per_row, residuals = integer.fwd(z, index, None, chunk.spread, static.dense)
-    return carry, (
-      per_row._replace(weight=None),
-      residuals.normalizer,
-      _uniform_sum(residuals, static),
-    )
+  def body(carry: tuple[()], tokens: Any, first: Any) -> tuple[tuple[()], Any]:
+    x, index = tokens
+    of_chunk, _, z = _logits(inputs._replace(x=x), index, static)
+    per_row, residuals = integer.fwd(z, index, None, of_chunk.class_weights, static.dense)
+    uniform_sum = _uniform_sum(residuals, static)
+    return carry, (per_row._replace(weight=None), residuals.normalizer, uniform_sum)
 
-  return over_chunks(body, (), (inputs.x, index), static.chunk_size)[1]
+  return _over_chunks(body, (), (inputs.x, index), inputs, static)[1]
 
 
 def _uniform_sum(residuals: integer.Residuals, static: Static) -> jax.Array | None:
@@ -330,68 +371,49 @@ def _uniform_sum(residuals: integer.Residuals, static: Static) -> jax.Array | No
   return jnp.broadcast_to(total, residuals.class_index.shape)
 
 
-def _rows_fwd(inputs: Any, index: Any, static: Static) -> tuple[PerRow, Any]:
-  wanted = _Wanted.of(inputs)
-  inputs, index = _values((inputs, index))
-  per_row, normalizer, uniform_sum = _rows_forward(inputs, index, static)
-  return per_row, (wanted, inputs, index, normalizer, uniform_sum)
-
-
-def _is_zero(bar: Any) -> bool:
-  return type(bar) is SymbolicZero
-
-
-def _rows_bwd(static: Static, residuals: Any, bars: Any) -> tuple[Inputs, None]:
-  bars = tree_map(
-    lambda bar: jnp.zeros(bar.shape, bar.dtype) if _is_zero(bar) else bar, bars, is_leaf=_is_zero
-  )
-  return _rows_gradients(static, residuals, bars), None
-
-
 @functools.partial(rule_with_loops, static_argnums=0)
-def _rows_gradients(static: Static, residuals: Any, bars: PerRow) -> Inputs:
+def _losses_gradients(static: Static, residuals: Any, bars: PerRow) -> Inputs:
   wanted, inputs, index, normalizer, uniform_sum = residuals
 
-  def body(sums: Inputs, rows: Any, first: Any) -> tuple[Inputs, None]:
-    x, index, s, uniform_sum, bars = rows
-    chunk, y, z = _chunk_logits(inputs._replace(x=x), index, static)
-    of_chunk = chunk, index, y, z, s, uniform_sum, bars
-    return _chunk_gradients(wanted.inputs, static, *of_chunk, sums, first), None
+  def body(sums: Inputs, tokens: Any, first: Any) -> tuple[Inputs, None]:
+    x, index, s, uniform_sum, bars = tokens
+    of_chunk, y, z = _logits(inputs._replace(x=x), index, static)
+    chunk = Chunk(of_chunk, index, y, z, s, uniform_sum)
+    return _add_gradients(sums, chunk, bars, first, wanted.inputs, static), None
 
   sums = _zeros(wanted.inputs, inputs, static)
-  rows = inputs.x, index, normalizer, uniform_sum, bars
-  gradients, _ = over_chunks(body, sums, rows, static.chunk_size)
+  tokens = inputs.x, index, normalizer, uniform_sum, bars
+  gradients, _ = _over_chunks(body, sums, tokens, inputs, static)
   return _as_gradients(gradients, inputs, _poison(index, bars))
 
 
 # The tangent of the logits goes through the tangent rule of the dense loss, chunk by chunk.
 @functools.partial(rule_with_loops, static_argnums=0)
-def _rows_tangent(static: Static, residuals: Any, args_dot: tuple[Any, ...]) -> PerRow:
+def _losses_tangent(static: Static, residuals: Any, args_dot: tuple[Any, ...]) -> PerRow:
   _, inputs, index, normalizer, uniform_sum = residuals
   dots = Inputs(*args_dot[0])
 
-  def body(carry: tuple[()], rows: Any, first: Any) -> tuple[tuple[()], PerRow]:
-    x, x_dot, index, normalizer, uniform_sum = rows
-    chunk, y, z = _chunk_logits(inputs._replace(x=x), index, static)
+  def body(carry: tuple[()], tokens: Any, first: Any) -> tuple[tuple[()], PerRow]:
+    x, x_dot, index, normalizer, uniform_sum = tokens
+    of_chunk, y, z = _logits(inputs._replace(x=x), index, static)
     chunk_dots = dots
     if x_dot is not None:
       chunk_dots = dots._replace(x=_features(x_dot, index, static))
-    y_dot = static.projection.linear_tangent(chunk, chunk_dots)
-    z_dot = capped_tangent(y, y_dot, chunk, chunk_dots)
-    uniform = (
-      None if uniform_sum is None else UniformSums(None, uniform_sum * static.num_classes, None)
-    )
-    dense = integer.Residuals(z, index, None, chunk.spread, normalizer, uniform)
-    per_row = integer.tangent(static.dense, dense, (z_dot, None, None, dots.spread))
+    y_dot = static.projection.linear_tangent(of_chunk, chunk_dots)
+    z_dot = capped_tangent(y, y_dot, of_chunk, chunk_dots)
+    uniform = None
+    if uniform_sum is not None:
+      uniform = UniformSums(None, uniform_sum * static.num_classes, None)
+    dense = integer.Residuals(z, index, None, of_chunk.class_weights, normalizer, uniform)
+    per_row = integer.tangent(static.dense, dense, (z_dot, None, None, dots.class_weights))
     return carry, per_row._replace(weight=None)
 
-  rows = (inputs.x, dots.x, index, normalizer, uniform_sum)
-  return over_chunks(body, (), rows, static.chunk_size)[1]
+  tokens = inputs.x, dots.x, index, normalizer, uniform_sum
+  return _over_chunks(body, (), tokens, inputs, static)[1]
 
 
-_rows_rule = custom_vjp(_rows_primal, nondiff_argnums=(2,))
-_rows_rule.defvjp(_rows_fwd, _rows_bwd, symbolic_zeros=True)
-losses = enable_forward_mode(_rows_rule, tangent=_rows_tangent)
+_losses_rule.defvjp(_losses_fwd, _losses_bwd, symbolic_zeros=True)
+losses = enable_forward_mode(_losses_rule, tangent=_losses_tangent)
 
 
 # Their weighted sum, sum_t p_t nll_t + q_t uniform_t + r_t lse_t^2, where `weights` holds p as nll,
@@ -399,16 +421,17 @@ losses = enable_forward_mode(_rows_rule, tangent=_rows_tangent)
 
 
 def _weighted_sum(weights: PerRow, per_row: PerRow) -> jax.Array:
-  total = jnp.sum(times(weights.nll, per_row.nll))
+  total = jnp.sum(scale_or_zero(weights.nll, per_row.nll))
   if weights.uniform is not None:
-    total += jnp.sum(times(weights.uniform, per_row.uniform))
+    total += jnp.sum(scale_or_zero(weights.uniform, per_row.uniform))
   if weights.lse is not None:
-    total += jnp.sum(times(weights.lse, per_row.lse**2))
+    total += jnp.sum(scale_or_zero(weights.lse, per_row.lse**2))
   return total
 
 
-def _sum_primal(inputs: Inputs, weights: PerRow, index: jax.Array, static: Static) -> jax.Array:
-  return _weighted_sum(weights, _rows_primal(inputs, index, static))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _sum_rule(inputs: Inputs, weights: PerRow, index: jax.Array, static: Static) -> jax.Array:
+  return _weighted_sum(weights, _forward(inputs, index, static)[0])
 
 
 # In the forward pass, for a cotangent of 1: nll_bar = p, uniform_bar = q, lse_bar = 2 r lse.
@@ -417,7 +440,7 @@ def _sum_fwd(inputs: Any, weights: Any, index: Any, static: Static) -> tuple[jax
   inputs, weights, index = _values((inputs, weights, index))
   gradients, per_row = _sum_gradients(inputs, weights, index, wanted, static)
   # Arrays of no elements stand for the dtypes that the gradients are to have.
-  likes = tree_map(lambda x: jnp.zeros(0, x.dtype), inputs)
+  likes = jax.tree.map(lambda x: jnp.zeros(0, x.dtype), inputs)
   return _weighted_sum(weights, per_row), (gradients, likes, per_row, weights, index)
 
 
@@ -425,28 +448,28 @@ def _sum_fwd(inputs: Any, weights: Any, index: Any, static: Static) -> tuple[jax
 def _sum_gradients(
   inputs: Inputs, weights: PerRow, index: jax.Array, wanted: _Wanted, static: Static
 ) -> tuple[Inputs, PerRow]:
-  def body(sums: Inputs, rows: Any, first: Any) -> tuple[Inputs, PerRow]:
-    x, weights, index = rows
-    chunk, y, z = _chunk_logits(inputs._replace(x=x), index, static)
-    per_row, dense = integer.fwd(z, index, None, chunk.spread, static.dense)
+  def body(sums: Inputs, tokens: Any, first: Any) -> tuple[Inputs, PerRow]:
+    x, weights, index = tokens
+    of_chunk, y, z = _logits(inputs._replace(x=x), index, static)
+    per_row, dense = integer.fwd(z, index, None, of_chunk.class_weights, static.dense)
     lse_bar = jnp.zeros_like(per_row.lse) if weights.lse is None else 2 * weights.lse * per_row.lse
     bars = weights._replace(lse=lse_bar)
-    of_chunk = chunk, index, y, z, dense.normalizer, _uniform_sum(dense, static), bars
-    sums = _chunk_gradients(wanted.inputs, static, *of_chunk, sums, first)
+    chunk = Chunk(of_chunk, index, y, z, dense.normalizer, _uniform_sum(dense, static))
+    sums = _add_gradients(sums, chunk, bars, first, wanted.inputs, static)
     return sums, per_row._replace(weight=None)
 
   sums = _zeros(wanted.inputs, inputs, static)
-  return over_chunks(body, sums, (inputs.x, weights, index), static.chunk_size)
+  return _over_chunks(body, sums, (inputs.x, weights, index), inputs, static)
 
 
 def _sum_bwd(static: Static, residuals: Any, bar: Any) -> tuple[Any, ...]:
   gradients, likes, per_row, weights, index = residuals
   if _is_zero(bar):
     return None, None, None
-  gradients = tree_map(lambda gradient: bar * gradient, gradients)
-  bars = tree_map(lambda weight: bar * weight, weights)
+  gradients = jax.tree.map(lambda gradient: bar * gradient, gradients)
+  bars = jax.tree.map(lambda weight: bar * weight, weights)
   inputs_bar = _as_gradients(gradients, likes, _poison(index, bars))
-  _, pull = vjp(lambda weights: _weighted_sum(weights, per_row), weights)
+  _, pull = jax.vjp(lambda weights: _weighted_sum(weights, per_row), weights)
   return inputs_bar, pull(bar)[0], None
 
 
@@ -461,7 +484,7 @@ def _sum_tangent(static: Static, residuals: Any, args_dot: tuple[Any, ...]) -> j
   for gradient, dot in zip(gradients, dots, strict=True):
     if dot is not None:
       total += jnp.sum(gradient * dot.astype(gradient.dtype))
-  total = devices.add_up(total, static.axis_name)
+  total = static.rows.sum_over_devices(total)
   if any(dot is not None for dot in dots):
     total += jnp.sum(_poison(index, weights))
   moving = [
@@ -475,6 +498,5 @@ def _sum_tangent(static: Static, residuals: Any, args_dot: tuple[Any, ...]) -> j
   return total + jax.jvp(weigh, (weights,), (PerRow(*moving),))[1]
 
 
-_sum_rule = custom_vjp(_sum_primal, nondiff_argnums=(3,))
 _sum_rule.defvjp(_sum_fwd, _sum_bwd, symbolic_zeros=True)
 sum_of_losses = enable_forward_mode(_sum_rule, tangent=_sum_tangent)

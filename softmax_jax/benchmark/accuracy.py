@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from softmax_jax._normalizer import few
+from softmax_jax._rows import Rows
 from softmax_jax.benchmark import oracle, programs
 from softmax_jax.benchmark.programs import FORWARD, GRADIENT, INTEGER, LOSS, OURS, VJP
 
@@ -64,7 +64,7 @@ class _Row(NamedTuple):
   mode: str
   rows: str
   at_label: bool = False  # Of a gradient only the entry at the label, by itself.
-  few: bool | None = None  # Only up to 16 classes, or only above; for softmax that differs on CPUs.
+  short: bool | None = None  # Only short rows, or only others: for softmax that differs on CPUs.
 
 
 _ROWS = (
@@ -73,11 +73,11 @@ _ROWS = (
   _Row("gradient at that label", INTEGER, GRADIENT, "confident 1e-10", at_label=True),
   _Row("loss", INTEGER, LOSS, "all"),
   _Row("loss gradient, in norm", INTEGER, GRADIENT, "all"),
-  _Row("softmax VJP, in norm, scale 10 up", "softmax", VJP, "large", few=False),
-  _Row("softmax VJP, up to 16 classes", "softmax", VJP, "large", few=True),
+  _Row("softmax VJP, in norm, scale 10 up", "softmax", VJP, "large", short=False),
+  _Row("softmax VJP, up to 16 classes", "softmax", VJP, "large", short=True),
   _Row("log_softmax", "log_softmax", FORWARD, "all"),
-  _Row("softmax", "softmax", FORWARD, "all", few=False),
-  _Row("softmax, up to 16 classes", "softmax", FORWARD, "all", few=True),
+  _Row("softmax", "softmax", FORWARD, "all", short=False),
+  _Row("softmax, up to 16 classes", "softmax", FORWARD, "all", short=True),
   _Row("logsumexp", "logsumexp", FORWARD, "all"),
 )
 
@@ -136,7 +136,7 @@ def measure(
     if at != dtype:
       title = "loss, 2^17 classes" if classes == _MANY else "loss"
       rows = (_Row(title, INTEGER, LOSS, "all"),)
-    rows = tuple(row for row in rows if row.few in (None, few((classes,), (0,))))
+    rows = tuple(row for row in rows if row.short in (None, Rows((0,)).are_short((classes,))))
     for function, mode in dict.fromkeys((row.function, row.mode) for row in rows):
       second = {VJP: [inputs.cotangents], FORWARD: []}.get(mode, [inputs.labels])
       outputs: dict[str, np.ndarray] = {}

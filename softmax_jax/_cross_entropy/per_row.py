@@ -1,6 +1,6 @@
-"""What the two rules share: masks, the uniform label, and numbers per row.
+"""What the rules share: their per-row outputs, products with 0 * inf = 0, and the uniform label.
 
-Arrays of one number per row keep the class axes with size 1, so that they broadcast against the
+Arrays of per-row scalars keep the class axes with size 1, so that they broadcast against the
 logits.
 """
 
@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from softmax_jax._forward_mode import linear_map, varying_alike
-from softmax_jax._normalizer import Axes, Normalizer, difference, masked, unbroadcast
+from softmax_jax._devices import varying_alike
+from softmax_jax._forward_mode import linear_map
+from softmax_jax._normalizer import Normalizer, difference, masked, unbroadcast
+from softmax_jax._rows import Rows
 
 
 class PerRow(NamedTuple):
@@ -33,9 +35,14 @@ class PerRow(NamedTuple):
   weight: Any
 
 
+# Products in which 0 * inf = 0: what has weight 0 adds nothing, even where it is infinite.
+
+
 @jax.custom_jvp
-def times(coefficient: jax.Array, x: jax.Array, counts: jax.Array | None = None) -> jax.Array:
-  """``coefficient * x`` with 0 * inf = 0: what has no weight adds nothing.
+def scale_or_zero(
+  coefficient: jax.Array, x: jax.Array, counts: jax.Array | None = None
+) -> jax.Array:
+  """``coefficient * x`` with 0 * inf = 0.
 
   Derivatives are 0 in rows outside of ``counts``, where x may be NaN.
   """
@@ -44,9 +51,31 @@ def times(coefficient: jax.Array, x: jax.Array, counts: jax.Array | None = None)
 
 
 @jax.custom_jvp
-def linear_times(bar: jax.Array, x: jax.Array, counts: None = None) -> jax.Array:
+def linear_scale_or_zero(bar: jax.Array, x: jax.Array) -> jax.Array:
   """The same, of the shape of ``x``; linear in the cotangent ``bar`` for `jax.linear_transpose`."""
   return _linear_product(bar, x, like=x)
+
+
+# Where the product is not 0 * inf, its derivatives of every order are those of a product: nothing
+# is dropped for a coefficient of 0 alone. Where it is, the derivative by the coefficient is 0 by
+# definition (it would be infinite), and so are the derivatives of that. The derivative by x is
+# stated without x, so that the gradient of a loss need not evaluate the loss.
+def _product_jvp(
+  product: Callable[..., jax.Array], primals: Any, tangents: Any
+) -> tuple[jax.Array, jax.Array]:
+  (coefficient, x, *rest), (coefficient_dot, x_dot, *_) = primals, tangents
+  nothing = (coefficient == 0) & jnp.isinf(x)
+  if rest and rest[0] is not None:  # rows that count
+    nothing |= ~rest[0]
+    x_dot = jnp.where(rest[0], x_dot, jnp.zeros_like(x_dot))
+  finite_x = jnp.where(nothing, jnp.zeros_like(x), x)
+  by_x = _linear_product(x_dot, coefficient, like=x)  # coefficient x_dot
+  by_coefficient = _linear_product(coefficient_dot, finite_x, like=x)  # coefficient_dot x
+  return product(*primals), by_x + by_coefficient
+
+
+scale_or_zero.defjvp(functools.partial(_product_jvp, scale_or_zero))
+linear_scale_or_zero.defjvp(functools.partial(_product_jvp, linear_scale_or_zero))
 
 
 def _linear_product(v: jax.Array, factor: jax.Array, like: jax.Array) -> jax.Array:
@@ -67,27 +96,6 @@ def _linear_product(v: jax.Array, factor: jax.Array, like: jax.Array) -> jax.Arr
   return linear_map("product", product, transpose, [factor], v, like=like)
 
 
-# Where the product is not 0 * inf, its derivatives of every order are those of a product: nothing
-# is dropped for a coefficient of 0 alone. Where it is, the derivative by the coefficient is 0 by
-# definition (it would be infinite), and so are the derivatives of that. The derivative by x does
-# not need x, which spares the gradient of a loss the computation of its value.
-def _product_jvp(
-  product: Callable[..., jax.Array], primals: Any, tangents: Any
-) -> tuple[jax.Array, jax.Array]:
-  (coefficient, x, counts), (coefficient_dot, x_dot, _) = primals, tangents
-  nothing = (coefficient == 0) & jnp.isinf(x)
-  if counts is not None:
-    nothing |= ~counts
-    x_dot = jnp.where(counts, x_dot, jnp.zeros_like(x_dot))
-  x_that_counts = jnp.where(nothing, jnp.zeros_like(x), x)
-  by_x = _linear_product(x_dot, coefficient, like=x)
-  return product(*primals), by_x + _linear_product(coefficient_dot, x_that_counts, like=x)
-
-
-times.defjvp(functools.partial(_product_jvp, times))
-linear_times.defjvp(functools.partial(_product_jvp, linear_times))
-
-
 def batched_like(weight: jax.Array, x: jax.Array) -> jax.Array:
   """``weight``, which `jax.vmap` takes to depend on ``x``.
 
@@ -104,13 +112,13 @@ def inverse_sum(s: Normalizer) -> jax.Array:
 
 def minus_log_softmax(z: jax.Array, s: Normalizer) -> jax.Array:
   """``-log a``, as a sum of two terms that are at least 0."""
-  # A shift that two sums along the row share is put into memory, repeated along it, on a CPU.
-  barrier = s._replace(shift=jax.lax.optimization_barrier(s.shift))
-  return s.log_sum() - barrier.difference(z)
+  # Without the barrier XLA:CPU materializes the broadcast shift that two sums along the row use.
+  behind = s._replace(shift=jax.lax.optimization_barrier(s.shift))
+  return s.log_sum() - behind.minus_shift_in_a_sum(z)
 
 
 def log_sum_from_constant(s: Normalizer) -> jax.Array:
-  """``log S``, to add to sums with a constant shift: it has the derivative by the shift as well."""
+  """``log S`` with the derivative by the shift as well, to add to sums with a constant shift."""
   return s.log_sum() + (s.shift - jax.lax.stop_gradient(s.shift))
 
 
@@ -149,21 +157,20 @@ def uniform_sums(
   mask: jax.Array | None,
   counts: jax.Array | None,
   shift: jax.Array,
-  axes: Axes,
+  rows: Rows,
 ) -> UniformSums:
   """The sums over the classes of one device, of the entries z and a constant shift.
 
-  ``counts`` says which rows do, or is None where all do that have an entry.
+  ``counts`` says which rows count, or is None where all do that have an entry.
   """
-  row_sum = functools.partial(jnp.sum, axis=axes, keepdims=True)
   cost = -difference(z, shift)
   if weights is None and mask is None:
-    return UniformSums(row_sum(cost), None, None)
+    return UniformSums(rows.local_sum(cost), None, None)
   w = masked(jnp.ones(()) if weights is None else weights, mask, 0)
   return UniformSums(
-    row_sum(times(w, cost, counts)),
-    None if weights is None else row_sum(w),
-    None if mask is None else row_sum(jnp.broadcast_to(mask, z.shape).astype(z.dtype)),
+    rows.local_sum(scale_or_zero(w, cost, counts)),
+    None if weights is None else rows.local_sum(w),
+    None if mask is None else rows.local_sum(jnp.broadcast_to(mask, z.shape).astype(z.dtype)),
   )
 
 
