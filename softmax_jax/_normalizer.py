@@ -322,7 +322,7 @@ def where_needed(
     return careful(*args)
 
   def branch(needed: jax.Array, quick: jax.Array, *args: *Args) -> jax.Array:
-    yes: Callable[..., jax.Array] = lambda _, *args: careful(*args)
+    yes = lambda _, *args: careful(*args)  # pyright: ignore[reportArgumentType]
     return lax.cond(needed, yes, lambda quick, *_: quick, quick, *args)
 
   def no_branch(needed: jax.Array, quick: jax.Array, *args: *Args) -> jax.Array:
