@@ -1,4 +1,4 @@
-"""Checks of arguments: the one home of the library's error messages.
+"""Checks of arguments, and the error messages of the library.
 
 Every message names the function, what it expected and what it got, and ends with the fix where
 there is one. Only what JAX knows while tracing is checked (types, shapes, dtypes, axes), never a
@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jax.export import is_symbolic_dim
 from jax.typing import DTypeLike
 
 from softmax_jax._devices import varying_axes
@@ -27,51 +26,343 @@ Axis = int | Sequence[int] | None
 _ARRAY_PROTOCOLS = ("__array__", "__jax_array__", "__cuda_array_interface__")
 
 
-def as_array(function: str, name: str, value: Any) -> jax.Array:
-  """``value`` as a JAX array; sequences and masked arrays are refused."""
-  if isinstance(value, np.ma.MaskedArray):
-    raise TypeError(
-      f"{function} expected {name} to be an array, got a NumPy masked array, whose mask JAX would "
-      f"drop. Pass {name}.data and where=~{name}.mask."
-    )
-  no_array = f"{function} expected {name} to be an array, got {type(value).__name__}."
-  if isinstance(value, Sequence):
-    raise TypeError(no_array + (f" Pass jnp.asarray({name})." if _is_sequence(value) else ""))
-  if isinstance(value, jax.Array):  # jnp.asarray would copy a traced one
-    if is_concrete(value) and value.is_deleted():
-      raise ValueError(
-        f"{function} expected {name} to be an array, got one that was deleted, as arrays are that "
-        "jax.jit is given with donate_argnums. Use what that call returned in its place."
-      )
-    return value
-  protocols = [p for p in _ARRAY_PROTOCOLS if hasattr(value, p)]
-  if not protocols and not isinstance(value, (bool, int, float, complex)):
-    raise TypeError(no_array)  # of some other things JAX makes booleans
-  try:
-    x = jnp.asarray(value)
-    exact = np.asarray(value) if protocols == ["__array__"] else None
-  except OverflowError as error:
-    raise _too_wide(function, name) from error
-  except Exception as error:  # of JAX, or of the method that makes an array of the value
-    if isinstance(value, (np.ndarray, np.generic)):
+class Arguments:
+  """The arguments of a public function, whose name every message begins with."""
+
+  def __init__(self, function: str) -> None:
+    self._function = function
+
+  def __str__(self) -> str:
+    return self._function
+
+  def as_array(self, name: str, value: Any) -> jax.Array:
+    """``value`` as a JAX array; sequences and masked arrays are refused."""
+    if isinstance(value, np.ma.MaskedArray):
       raise TypeError(
-        f"{function} expected {name} of a dtype that JAX has, got dtype {value.dtype}. Convert it "
-        "with astype."
+        f"{self} expected {name} to be an array, got a NumPy masked array, whose mask JAX would "
+        f"drop. Pass {name}.data and where=~{name}.mask."
+      )
+    no_array = f"{self} expected {name} to be an array, got {type(value).__name__}."
+    if isinstance(value, Sequence):
+      raise TypeError(no_array + (f" Pass jnp.asarray({name})." if _is_sequence(value) else ""))
+    if isinstance(value, jax.Array):  # jnp.asarray would copy a traced one
+      if is_concrete(value) and value.is_deleted():
+        raise ValueError(
+          f"{self} expected {name} to be an array, got one that was deleted, as arrays are that "
+          "jax.jit is given with donate_argnums. Use what that call returned in its place."
+        )
+      return value
+    protocols = [p for p in _ARRAY_PROTOCOLS if hasattr(value, p)]
+    if not protocols and not isinstance(value, (bool, int, float, complex)):
+      raise TypeError(no_array)  # of some other things JAX makes booleans
+    try:
+      x = jnp.asarray(value)
+      exact = np.asarray(value) if protocols == ["__array__"] else None
+    except OverflowError as error:
+      raise self._too_wide(name) from error
+    except Exception as error:  # of JAX, or of the method that makes an array of the value
+      if isinstance(value, (np.ndarray, np.generic)):
+        raise TypeError(
+          f"{self} expected {name} of a dtype that JAX has, got dtype {value.dtype}. Convert it "
+          "with astype."
+        ) from error
+      raise TypeError(no_array) from error
+    if exact is not None and exact.dtype.kind in "iu" and exact.dtype != x.dtype and exact.size:
+      info = jnp.iinfo(x.dtype)
+      if np.min(exact) < info.min or np.max(exact) > info.max:
+        raise self._too_wide(name)
+    return x
+
+  def _too_wide(self, name: str) -> TypeError:
+    bits = jnp.iinfo(jnp.result_type(int)).bits
+    return TypeError(
+      f"{self} expected integers of at most {bits} bits in {name}, got larger ones, which JAX "
+      "cannot hold."
+    )
+
+  def as_real(self, name: str, value: Any) -> jax.Array:
+    """``value`` as an array of a floating dtype; integers become what ``jnp.exp`` makes of them."""
+    x = self.as_array(name, value)
+    if jnp.issubdtype(x.dtype, jnp.integer):
+      return x.astype(jnp.float64 if jnp.iinfo(x.dtype).bits == 64 else jnp.float32)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise TypeError(f"{self} expected {name} of a real dtype, got dtype {x.dtype}.")
+    return self._of_sixteen_bits(name, x)
+
+  def _of_sixteen_bits(self, name: str, x: jax.Array) -> jax.Array:
+    """``x``, unless it is of a floating dtype of fewer than sixteen bits.
+
+    Those of eight bits hold few probabilities and gradients: most of these would be 0, and some
+    have no infinity for the logarithm of 0. For those of four and six bits XLA lacks operations.
+    """
+    if jnp.finfo(x.dtype).bits < 16:
+      raise TypeError(
+        f"{self} expected {name} of a dtype of at least 16 bits, got dtype {x.dtype}. "
+        f"Pass {name}.astype(jnp.bfloat16)."
+      )
+    return x
+
+  def promoted(
+    self, name: str, value: Any, other: str, other_value: Any
+  ) -> tuple[jax.Array, jax.Array]:
+    """Both values as arrays of their common floating dtype."""
+    arrays = self.as_array(name, value), self.as_array(other, other_value)
+    for array_name, array in zip((name, other), arrays, strict=True):
+      self.as_real(array_name, array)
+    try:
+      dtype = jnp.result_type(*arrays)
+    except ValueError as error:
+      raise TypeError(
+        f"{self} expected {name} and {other} of dtypes that promote to a common one, got "
+        f"{arrays[0].dtype} and {arrays[1].dtype}. Convert one with astype."
       ) from error
-    raise TypeError(no_array) from error
-  if exact is not None and exact.dtype.kind in "iu" and exact.dtype != x.dtype and exact.size:
-    info = jnp.iinfo(x.dtype)
-    if np.min(exact) < info.min or np.max(exact) > info.max:
-      raise _too_wide(function, name)
-  return x
+    x, y = (self.as_real(name, cast(array, dtype)) for array in arrays)
+    return x, y
 
+  def as_logits(self, name: str, value: Any) -> jax.Array:
+    """``value`` as an array of a floating dtype; anything else is refused."""
+    x = self.as_array(name, value)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      fix = f" Pass {name}.astype(jnp.float32)." if jnp.issubdtype(x.dtype, jnp.integer) else ""
+      raise TypeError(f"{self} expected {name} of a floating dtype, got dtype {x.dtype}.{fix}")
+    return self._of_sixteen_bits(name, x)
 
-def _too_wide(function: str, name: str) -> TypeError:
-  bits = jnp.iinfo(jnp.result_type(int)).bits
-  return TypeError(
-    f"{function} expected integers of at most {bits} bits in {name}, got larger ones, which JAX "
-    "cannot hold."
-  )
+  def as_class_indices(self, labels: Any) -> jax.Array:
+    """``labels`` as an array of a signed integer dtype of at least 32 bits."""
+    x = self.as_array("labels", _narrowed(labels))
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+      fix = (
+        " For one probability per class use softmax_cross_entropy."
+        if jnp.issubdtype(x.dtype, jnp.floating)
+        else ""
+      )
+      raise TypeError(f"{self} expected labels of an integer dtype, got dtype {x.dtype}.{fix}")
+    # Wide and signed, so that indices compare with any number of classes and with negative values.
+    return _saturated(x, jnp.int32 if jnp.iinfo(x.dtype).bits <= 32 else jnp.int64)
+
+  def as_ignore_index(self, ignore_index: Any, dtype: DTypeLike) -> jax.Array:
+    """``ignore_index`` as a scalar of the dtype of the labels."""
+    x = self.as_array("ignore_index", _narrowed(ignore_index))
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+      raise TypeError(f"{self} expected ignore_index of an integer dtype, got dtype {x.dtype}.")
+    if x.ndim:
+      raise ValueError(f"{self} expected ignore_index to be a scalar, got shape {x.shape}.")
+    return _saturated(x, dtype)
+
+  def as_coefficient(self, name: str, value: Any, dtype: DTypeLike) -> jax.Array:
+    """``value`` as a scalar of ``dtype``."""
+    x = self.as_real(name, value)
+    if x.ndim:
+      raise ValueError(f"{self} expected {name} to be a scalar, got shape {x.shape}.")
+    return x.astype(dtype)
+
+  def as_label_smoothing(self, value: Any, dtype: DTypeLike) -> jax.Array:
+    """``value`` as a scalar of ``dtype``, in [0, 1] if that can be known."""
+    x = self.as_coefficient("label_smoothing", value, dtype)
+    number = known_number(value)
+    if number is not None and not 0 <= number <= 1:
+      raise ValueError(f"{self} expected label_smoothing in [0, 1], got {number:g}.")
+    return x
+
+  def as_class_weights(self, value: Any, shape: tuple[int, ...]) -> jax.Array:
+    """``value`` as an array with one number per class."""
+    x = self.as_real("class_weights", value)
+    if x.shape != shape:
+      raise ValueError(
+        f"{self} expected one class weight per class, of shape {shape}, got shape {x.shape}."
+      )
+    return x
+
+  def as_probabilities(self, labels: Any) -> jax.Array:
+    """``labels`` as an array of a real dtype."""
+    x = self.as_array("labels", labels)
+    if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
+      raise TypeError(f"{self} expected labels of a real dtype, got dtype {x.dtype}.")
+    return x if jnp.issubdtype(x.dtype, jnp.integer) else self._of_sixteen_bits("labels", x)
+
+  def as_mask(self, where: Any, name: str, shape: tuple[int, ...]) -> jax.Array:
+    """``where`` as a boolean array of the rank of ``shape``, to which it broadcasts."""
+    mask = self._as_booleans(where)
+    if _broadcast_shapes(mask.shape, shape) != shape:
+      raise ValueError(
+        f"{self} expected where to broadcast to {name} of shape {shape}, got shape {mask.shape}."
+      )
+    return _with_rank(mask, len(shape))
+
+  def as_class_mask(
+    self,
+    where: Any,
+    logits: tuple[int, ...],
+    labels: tuple[int, ...],
+    shape: tuple[int, ...],
+    class_axes: tuple[int, ...],
+  ) -> jax.Array:
+    """``where`` as a boolean array of the rank of ``shape``, that of the logits beside the labels.
+
+    It broadcasts to that as an array of the rank of the logits that were given, of shape
+    ``logits``, or holds one value per row: then ``class_axes`` are inserted.
+    """
+    mask = self._as_booleans(where)
+    rows = tuple(size for a, size in enumerate(shape) if a not in class_axes)
+    of_logits = mask.ndim == len(logits) and _broadcast_shapes(mask.shape, shape) == shape
+    per_row = mask.ndim == len(rows) and not of_logits
+    expected = rows if per_row else shape
+    if _broadcast_shapes(mask.shape, expected) != expected:
+      beside = "" if logits == shape else f" with labels of shape {labels}"
+      raise ValueError(
+        f"{self} expected where to broadcast to logits of shape {logits}{beside}, or one value "
+        f"per row, of shape {rows}, got shape {mask.shape}."
+      )
+    if per_row:
+      mask = jnp.expand_dims(mask, class_axes)
+    return _with_rank(mask, len(shape))
+
+  def _as_booleans(self, where: Any) -> jax.Array:
+    mask = self.as_array("where", where)
+    if mask.dtype != jnp.bool_:
+      raise TypeError(
+        f"{self} expected where to be boolean, got dtype {mask.dtype}. Pass where != 0."
+      )
+    return mask
+
+  def common_shape(
+    self, name: str, shape: tuple[int, ...], other: str, other_shape: tuple[int, ...]
+  ) -> tuple[int, ...]:
+    """The shape that two arguments broadcast to."""
+    shape_of_both = _broadcast_shapes(shape, other_shape)
+    if shape_of_both is None:
+      raise ValueError(
+        f"{self} expected {name} and {other} to broadcast against each other, got shapes {shape} "
+        f"and {other_shape}."
+      )
+    return shape_of_both
+
+  def rows_of_labels(
+    self, labels: tuple[int, ...], rows: tuple[int, ...], logits: tuple[int, ...]
+  ) -> tuple[int, ...]:
+    """The shape of the losses, for labels of this shape and one row of logits per ``rows``."""
+    shape = _broadcast_shapes(labels, rows) if len(labels) == len(rows) else None
+    if shape is None:
+      raise ValueError(
+        f"{self} expected one label per row, of shape {rows} for logits of shape {logits}, got "
+        f"shape {labels}."
+      )
+    return shape
+
+  def as_axes(self, name: str, axis: Axis, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """``axis`` (an int, several, or None for all) as non-negative ints in the order given."""
+    ndim = len(shape)
+    if axis is None:
+      return tuple(range(ndim))
+    axes_given = tuple(axis) if _is_sequence(axis) else (axis,)
+    axes = tuple(self.as_axis(name, a, shape) for a in axes_given)
+    if len(set(axes)) < len(axes):
+      raise ValueError(
+        f"{self} expected distinct axes, got axis={axes_given} for {name} of shape {shape}."
+      )
+    return axes
+
+  def as_axis(self, name: str, axis: Any, shape: tuple[int, ...]) -> int:
+    """``axis`` as a non-negative int."""
+    ndim = len(shape)
+    index = self.as_static_int("axis", axis, "an int, a tuple of ints or None, all static")
+    if not -ndim <= index < ndim:
+      if ndim == 0:
+        raise ValueError(
+          f"{self} expected axis=None or axis=() for {name} of shape (), got axis={index}."
+        )
+      raise ValueError(
+        f"{self} expected axis in [{-ndim}, {ndim}) for {name} of shape {shape}, got axis={index}."
+      )
+    return index % ndim
+
+  def as_static_int(self, name: str, value: Any, expected: str) -> int:
+    """``value`` as an int that is known while tracing; ``expected`` says what else it may be."""
+    try:
+      if isinstance(value, (bool, np.bool_)):
+        raise TypeError("a bool is no index")
+      return operator.index(value)
+    except Exception as error:  # of JAX, or of the value's own __index__
+      got = type(value).__name__ if isinstance(value, (str, type(None))) else _described(value)
+      raise TypeError(f"{self} expected {name} to be {expected}, got {got}.") from error
+
+  def as_flag(self, name: str, value: Any) -> bool:
+    """``value`` as a bool that is known while tracing; 0 and 1 are such."""
+    if type(value) in (bool, np.bool_):
+      return bool(value)
+    expected = "True or False, static"
+    number = self.as_static_int(name, value, expected)
+    if number not in (0, 1):
+      raise ValueError(f"{self} expected {name} to be {expected}, got {number}.")
+    return bool(number)
+
+  def check_reduction(self, value: Any) -> None:
+    """Raises unless ``value`` names a reduction."""
+    if not isinstance(value, str) or value not in ("none", "sum", "mean"):
+      raise ValueError(
+        f'{self} expected reduction to be "none", "sum" or "mean", got {_described(value)}.'
+      )
+
+  def check_axis_name(
+    self,
+    axis_name: str | tuple[object, ...],
+    name: str,
+    array: jax.Array,
+    **same: jax.Array,
+  ) -> None:
+    """Raises unless ``axis_name`` is a mesh axis that ``array`` is spread over, ``same`` not."""
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if not names or not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
+      raise TypeError(
+        f"{self} expected axis_name to be the name of a mesh axis or a tuple of distinct names, "
+        f"got {_described(axis_name)}."
+      )
+    for n in names:
+      try:
+        index = lax.axis_index(n)
+      except NameError as error:
+        raise ValueError(
+          f"{self} expected axis_name={axis_name!r} to name an axis of a surrounding "
+          "jax.shard_map, but there is none of that name. Without shard_map leave axis_name out: "
+          "JAX partitions the plain function by itself."
+        ) from error
+      if n not in varying_axes(index):
+        raise ValueError(
+          f"{self} expected axis_name={axis_name!r} to name an axis of a jax.shard_map with "
+          "check_vma=True. Without that (or in jax.vmap and jax.pmap) JAX does not know which "
+          "values are the same on all devices, and a gradient taken outside would silently be too "
+          "large by the number of devices. Pass check_vma=True."
+        )
+      if n not in varying_axes(array):
+        raise ValueError(
+          f"{self} expected {name} to be spread over the mesh axis {n!r}, got the same {name} on "
+          f"all of its devices. Put {n!r} at the class axis in the in_specs of shard_map."
+        )
+      for other, value in same.items():
+        if n in varying_axes(value):
+          raise ValueError(
+            f"{self} expected the same {other} on all devices of the mesh axis {n!r}, got "
+            f"{other} that may differ. Leave {n!r} out of their in_specs; lax.pmax({other}, {n!r}) "
+            "tells JAX that they are the same."
+          )
+
+  def check_one_class_axis(self, axes: tuple[int, ...]) -> None:
+    """Raises unless the classes have one axis, as slices of them must."""
+    if len(axes) != 1:
+      raise ValueError(f"{self} expected one class axis where axis_name is given, got axis={axes}.")
+
+  def check_merged(self, axes: tuple[int, ...], parts: Sequence[Any]) -> None:
+    """Raises unless several class axes can be made one where their types say how they are spread.
+
+    ``parts`` are the mesh axes of each: None does not come before another.
+    """
+    whole = [part is None for part in parts]
+    if whole != sorted(whole):
+      raise ValueError(
+        f"{self} expected logits to be spread along the first of several class axes, "
+        f"axis={axes}, got these spread over the mesh axes {', '.join(map(repr, parts))}. Pass "
+        "jax.sharding.reshard(logits, ...)."
+      )
 
 
 def _is_sequence(value: Any) -> TypeGuard[Sequence[Any]]:
@@ -90,74 +381,9 @@ def _described(value: Any) -> str:
   return repr(value) if shown else type(value).__name__
 
 
-def as_real(function: str, name: str, value: Any) -> jax.Array:
-  """``value`` as an array of a floating dtype; integers become what ``jnp.exp`` makes of them."""
-  x = as_array(function, name, value)
-  if jnp.issubdtype(x.dtype, jnp.integer):
-    return x.astype(jnp.float64 if jnp.iinfo(x.dtype).bits == 64 else jnp.float32)
-  if not jnp.issubdtype(x.dtype, jnp.floating):
-    raise TypeError(f"{function} expected {name} of a real dtype, got dtype {x.dtype}.")
-  return _of_sixteen_bits(function, name, x)
-
-
-def _of_sixteen_bits(function: str, name: str, x: jax.Array) -> jax.Array:
-  """``x``, unless it is of a floating dtype of fewer than sixteen bits.
-
-  Those of eight bits hold few probabilities and gradients: most of these would be 0, and some have
-  no infinity for the logarithm of 0. For those of four and six bits XLA lacks operations.
-  """
-  if jnp.finfo(x.dtype).bits < 16:
-    raise TypeError(
-      f"{function} expected {name} of a dtype of at least 16 bits, got dtype {x.dtype}. "
-      f"Pass {name}.astype(jnp.bfloat16)."
-    )
-  return x
-
-
-def promoted(
-  function: str, name: str, value: Any, other: str, other_value: Any
-) -> tuple[jax.Array, jax.Array]:
-  """Both values as arrays of their common floating dtype."""
-  arrays = as_array(function, name, value), as_array(function, other, other_value)
-  for array_name, array in zip((name, other), arrays, strict=True):
-    as_real(function, array_name, array)
-  try:
-    dtype = jnp.result_type(*arrays)
-  except ValueError as error:
-    raise TypeError(
-      f"{function} expected {name} and {other} of dtypes that promote to a common one, got "
-      f"{arrays[0].dtype} and {arrays[1].dtype}. Convert one with astype."
-    ) from error
-  x, y = (as_real(function, name, cast(array, dtype)) for array in arrays)
-  return x, y
-
-
 def cast(x: jax.Array, dtype: DTypeLike) -> jax.Array:
   """``x`` in ``dtype``; itself, not a copy, where it has that already."""
   return x if x.dtype == dtype else x.astype(dtype)
-
-
-def as_logits(function: str, name: str, value: Any) -> jax.Array:
-  """``value`` as an array of a floating dtype; anything else is refused."""
-  x = as_array(function, name, value)
-  if not jnp.issubdtype(x.dtype, jnp.floating):
-    fix = f" Pass {name}.astype(jnp.float32)." if jnp.issubdtype(x.dtype, jnp.integer) else ""
-    raise TypeError(f"{function} expected {name} of a floating dtype, got dtype {x.dtype}.{fix}")
-  return _of_sixteen_bits(function, name, x)
-
-
-def as_class_indices(function: str, labels: Any) -> jax.Array:
-  """``labels`` as an array of a signed integer dtype of at least 32 bits."""
-  x = as_array(function, "labels", _narrowed(labels))
-  if not jnp.issubdtype(x.dtype, jnp.integer):
-    fix = (
-      " For one probability per class use softmax_cross_entropy."
-      if jnp.issubdtype(x.dtype, jnp.floating)
-      else ""
-    )
-    raise TypeError(f"{function} expected labels of an integer dtype, got dtype {x.dtype}.{fix}")
-  # Wide and signed, so that indices compare with any number of classes and with negative values.
-  return _saturated(x, jnp.int32 if jnp.iinfo(x.dtype).bits <= 32 else jnp.int64)
 
 
 def _narrowed(value: Any) -> Any:
@@ -183,109 +409,16 @@ def _saturated(x: jax.Array, dtype: DTypeLike) -> jax.Array:
   return x.astype(dtype)
 
 
-def as_ignore_index(function: str, ignore_index: Any, dtype: DTypeLike) -> jax.Array:
-  """``ignore_index`` as a scalar of the dtype of the labels."""
-  x = as_array(function, "ignore_index", _narrowed(ignore_index))
-  if not jnp.issubdtype(x.dtype, jnp.integer):
-    raise TypeError(f"{function} expected ignore_index of an integer dtype, got dtype {x.dtype}.")
-  if x.ndim:
-    raise ValueError(f"{function} expected ignore_index to be a scalar, got shape {x.shape}.")
-  return _saturated(x, dtype)
-
-
-def as_coefficient(function: str, name: str, value: Any, dtype: DTypeLike) -> jax.Array:
-  """``value`` as a scalar of ``dtype``."""
-  x = as_real(function, name, value)
-  if x.ndim:
-    raise ValueError(f"{function} expected {name} to be a scalar, got shape {x.shape}.")
-  return x.astype(dtype)
-
-
-def as_label_smoothing(function: str, value: Any, dtype: DTypeLike) -> jax.Array:
-  """``value`` as a scalar of ``dtype``, in [0, 1] if that can be known."""
-  x = as_coefficient(function, "label_smoothing", value, dtype)
-  number = _known_number(value)
-  if number is not None and not 0 <= number <= 1:
-    raise ValueError(f"{function} expected label_smoothing in [0, 1], got {number:g}.")
-  return x
-
-
-def as_class_weights(function: str, value: Any, shape: tuple[int, ...]) -> jax.Array:
-  """``value`` as an array with one number per class."""
-  x = as_real(function, "class_weights", value)
-  if x.shape != shape:
-    raise ValueError(
-      f"{function} expected one class weight per class, of shape {shape}, got shape {x.shape}."
-    )
-  return x
-
-
 def is_concrete(x: Any) -> bool:
   """Whether the value of ``x`` is known while tracing."""
   return not isinstance(x, Tracer)
 
 
-def _known_number(scalar: Any) -> float | None:
+def known_number(scalar: Any) -> float | None:
   """The number that ``scalar`` is, or None where that is not known while tracing."""
   as_jax = getattr(scalar, "__jax_array__", None)
   x = scalar if as_jax is None else as_jax()
   return float(np.asarray(x)) if is_concrete(x) else None
-
-
-def as_probabilities(function: str, labels: Any) -> jax.Array:
-  """``labels`` as an array of a real dtype."""
-  x = as_array(function, "labels", labels)
-  if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
-    raise TypeError(f"{function} expected labels of a real dtype, got dtype {x.dtype}.")
-  return x if jnp.issubdtype(x.dtype, jnp.integer) else _of_sixteen_bits(function, "labels", x)
-
-
-def as_mask(function: str, where: Any, name: str, shape: tuple[int, ...]) -> jax.Array:
-  """``where`` as a boolean array of the rank of ``shape``, to which it broadcasts."""
-  mask = _as_booleans(function, where)
-  if _broadcast_shapes(mask.shape, shape) != shape:
-    raise ValueError(
-      f"{function} expected where to broadcast to {name} of shape {shape}, got shape {mask.shape}."
-    )
-  return _with_rank(mask, len(shape))
-
-
-def as_class_mask(
-  function: str,
-  where: Any,
-  logits: tuple[int, ...],
-  labels: tuple[int, ...],
-  shape: tuple[int, ...],
-  class_axes: tuple[int, ...],
-) -> jax.Array:
-  """``where`` as a boolean array of the rank of ``shape``, that of the logits beside the labels.
-
-  It broadcasts to that as an array of the rank of the logits that were given, of shape ``logits``,
-  or holds one value per row: then ``class_axes`` are inserted.
-  """
-  mask = _as_booleans(function, where)
-  rows = tuple(size for a, size in enumerate(shape) if a not in class_axes)
-  of_logits = mask.ndim == len(logits) and _broadcast_shapes(mask.shape, shape) == shape
-  per_row = mask.ndim == len(rows) and not of_logits
-  expected = rows if per_row else shape
-  if _broadcast_shapes(mask.shape, expected) != expected:
-    beside = "" if logits == shape else f" with labels of shape {labels}"
-    raise ValueError(
-      f"{function} expected where to broadcast to logits of shape {logits}{beside}, or one value "
-      f"per row, of shape {rows}, got shape {mask.shape}."
-    )
-  if per_row:
-    mask = jnp.expand_dims(mask, class_axes)
-  return _with_rank(mask, len(shape))
-
-
-def _as_booleans(function: str, where: Any) -> jax.Array:
-  mask = as_array(function, "where", where)
-  if mask.dtype != jnp.bool_:
-    raise TypeError(
-      f"{function} expected where to be boolean, got dtype {mask.dtype}. Pass where != 0."
-    )
-  return mask
 
 
 def _with_rank(x: jax.Array, ndim: int) -> jax.Array:
@@ -293,278 +426,11 @@ def _with_rank(x: jax.Array, ndim: int) -> jax.Array:
   return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
 
-def common_shape(
-  function: str, name: str, shape: tuple[int, ...], other: str, other_shape: tuple[int, ...]
-) -> tuple[int, ...]:
-  """The shape that two arguments broadcast to."""
-  shape_of_both = _broadcast_shapes(shape, other_shape)
-  if shape_of_both is None:
-    raise ValueError(
-      f"{function} expected {name} and {other} to broadcast against each other, got shapes {shape} "
-      f"and {other_shape}."
-    )
-  return shape_of_both
-
-
-def rows_of_labels(
-  function: str, labels: tuple[int, ...], rows: tuple[int, ...], logits: tuple[int, ...]
-) -> tuple[int, ...]:
-  """The shape of the losses, for labels of shape ``labels`` and one row of logits per ``rows``."""
-  shape = _broadcast_shapes(labels, rows) if len(labels) == len(rows) else None
-  if shape is None:
-    raise ValueError(
-      f"{function} expected one label per row, of shape {rows} for logits of shape {logits}, got "
-      f"shape {labels}."
-    )
-  return shape
-
-
 def _broadcast_shapes(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
   try:
     return jnp.broadcast_shapes(*shapes)
   except ValueError:
     return None
-
-
-def as_axes(function: str, name: str, axis: Axis, shape: tuple[int, ...]) -> tuple[int, ...]:
-  """``axis`` (an int, several, or None for all) as non-negative ints in the order given."""
-  ndim = len(shape)
-  if axis is None:
-    return tuple(range(ndim))
-  axes_given = tuple(axis) if _is_sequence(axis) else (axis,)
-  axes = tuple(as_axis(function, name, a, shape) for a in axes_given)
-  if len(set(axes)) < len(axes):
-    raise ValueError(
-      f"{function} expected distinct axes, got axis={axes_given} for {name} of shape {shape}."
-    )
-  return axes
-
-
-def as_axis(function: str, name: str, axis: Any, shape: tuple[int, ...]) -> int:
-  """``axis`` as a non-negative int."""
-  ndim = len(shape)
-  index = _static_int(function, "axis", axis, "an int, a tuple of ints or None, all static")
-  if not -ndim <= index < ndim:
-    if ndim == 0:
-      raise ValueError(
-        f"{function} expected axis=None or axis=() for {name} of shape (), got axis={index}."
-      )
-    raise ValueError(
-      f"{function} expected axis in [{-ndim}, {ndim}) for {name} of shape {shape}, got "
-      f"axis={index}."
-    )
-  return index % ndim
-
-
-def _static_int(function: str, name: str, value: Any, expected: str) -> int:
-  """``value`` as an int that is known while tracing; ``expected`` says what else it may be."""
-  try:
-    if isinstance(value, (bool, np.bool_)):
-      raise TypeError("a bool is no index")
-    return operator.index(value)
-  except Exception as error:  # of JAX, or of the value's own __index__
-    got = type(value).__name__ if isinstance(value, (str, type(None))) else _described(value)
-    raise TypeError(f"{function} expected {name} to be {expected}, got {got}.") from error
-
-
-def as_flag(function: str, name: str, value: Any) -> bool:
-  """``value`` as a bool that is known while tracing; 0 and 1 are such."""
-  if type(value) in (bool, np.bool_):
-    return bool(value)
-  expected = "True or False, static"
-  number = _static_int(function, name, value, expected)
-  if number not in (0, 1):
-    raise ValueError(f"{function} expected {name} to be {expected}, got {number}.")
-  return bool(number)
-
-
-def check_reduction(function: str, value: Any) -> None:
-  """Raises unless ``value`` names a reduction."""
-  if not isinstance(value, str) or value not in ("none", "sum", "mean"):
-    raise ValueError(
-      f'{function} expected reduction to be "none", "sum" or "mean", got {_described(value)}.'
-    )
-
-
-def check_axis_name(
-  function: str,
-  axis_name: str | tuple[object, ...],
-  name: str,
-  spread: jax.Array,
-  **same: jax.Array,
-) -> None:
-  """Raises unless ``axis_name`` is a mesh axis that ``spread`` is spread over, and ``same`` not."""
-  names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-  if not names or not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
-    raise TypeError(
-      f"{function} expected axis_name to be the name of a mesh axis or a tuple of distinct names, "
-      f"got {_described(axis_name)}."
-    )
-  for n in names:
-    try:
-      index = lax.axis_index(n)
-    except NameError as error:
-      raise ValueError(
-        f"{function} expected axis_name={axis_name!r} to name an axis of a surrounding "
-        "jax.shard_map, but there is none of that name. Without shard_map leave axis_name out: JAX "
-        "partitions the plain function by itself."
-      ) from error
-    if n not in varying_axes(index):
-      raise ValueError(
-        f"{function} expected axis_name={axis_name!r} to name an axis of a jax.shard_map with "
-        "check_vma=True. Without that (or in jax.vmap and jax.pmap) JAX does not know which values "
-        "are the same on all devices, and a gradient taken outside would silently be too large by "
-        "the number of devices. Pass check_vma=True."
-      )
-    if n not in varying_axes(spread):
-      raise ValueError(
-        f"{function} expected {name} to be spread over the mesh axis {n!r}, got the same {name} on "
-        f"all of its devices. Put {n!r} at the class axis in the in_specs of shard_map."
-      )
-    for other, value in same.items():
-      if n in varying_axes(value):
-        raise ValueError(
-          f"{function} expected the same {other} on all devices of the mesh axis {n!r}, got "
-          f"{other} that may differ. Leave {n!r} out of their in_specs; lax.pmax({other}, {n!r}) "
-          "tells JAX that they are the same."
-        )
-
-
-def check_one_class_axis(function: str, axes: tuple[int, ...]) -> None:
-  """Raises unless the classes have one axis, as slices of them must."""
-  if len(axes) != 1:
-    raise ValueError(
-      f"{function} expected one class axis where axis_name is given, got axis={axes}."
-    )
-
-
-def as_vocab_axis(function: str, axis: Any, shape: tuple[int, ...]) -> int:
-  """``axis`` of a weight of ``shape`` as 0 or 1."""
-  index = _static_int(function, "vocab_axis", axis, "a static int")
-  if len(shape) != 2 or not -2 <= index < 2:
-    raise ValueError(
-      f"{function} expected weight [H, V] with vocab_axis=-1, or [V, H] with vocab_axis=0, got "
-      f"shape {shape} with vocab_axis={index}."
-    )
-  return index % 2
-
-
-def check_features(
-  function: str, x: tuple[int, ...], weight: tuple[int, ...], vocab_axis: int
-) -> None:
-  """Raises unless arrays of shapes ``x`` and ``weight`` can be multiplied."""
-  features = weight[1 - vocab_axis]
-  if x and x[-1] == features:
-    return
-  fix = ""
-  if x and x[-1] == weight[vocab_axis]:
-    stored = "[V, H]" if vocab_axis == 1 else "[H, V]"
-    fix = f" For a weight {stored} pass vocab_axis={0 if vocab_axis == 1 else -1}."
-  raise ValueError(
-    f"{function} expected x of shape [..., {features}] for weight of shape {weight} with "
-    f"vocab_axis={vocab_axis}, got shape {x}.{fix}"
-  )
-
-
-def check_labels_of_tokens(function: str, labels: tuple[int, ...], x: tuple[int, ...]) -> None:
-  """Raises unless there is one label per token."""
-  if labels != x[:-1]:
-    raise ValueError(
-      f"{function} expected one label per token, of shape {x[:-1]} for x of shape {x}, got shape "
-      f"{labels}."
-    )
-
-
-def check_placement(
-  function: str, x: Any, weight: Any, rows: tuple[str, ...], classes: tuple[str, ...]
-) -> None:
-  """Raises unless tokens and classes are spread over different mesh axes, and features over none.
-
-  ``x`` and ``weight`` are the mesh axes of the features of each.
-  """
-  for name, spread in (("x", x), ("weight", weight)):
-    if spread is not None:
-      raise ValueError(
-        f"{function} expected all features of {name} on each device, got them spread over the mesh "
-        f"axis {spread!r}. Pass jax.sharding.reshard({name}, ...)."
-      )
-  both = set(rows) & set(classes)
-  if both:
-    raise ValueError(
-      f"{function} expected the rows of x and the classes of weight on different mesh axes, got "
-      f"both on {', '.join(map(repr, sorted(both)))}. Pass jax.sharding.reshard(x, ...)."
-    )
-
-
-def check_merged(function: str, axes: tuple[int, ...], spread: Sequence[Any]) -> None:
-  """Raises unless several class axes can be made one where their types say how they are spread.
-
-  ``spread`` are the mesh axes of each: None does not come before another.
-  """
-  whole = [part is None for part in spread]
-  if whole != sorted(whole):
-    raise ValueError(
-      f"{function} expected logits to be spread along the first of several class axes, "
-      f"axis={axes}, got these spread over the mesh axes {', '.join(map(repr, spread))}. Pass "
-      "jax.sharding.reshard(logits, ...)."
-    )
-
-
-def as_bias(function: str, value: Any, shape: tuple[int, ...]) -> jax.Array:
-  """``value`` as an array with one number per class."""
-  x = as_logits(function, "bias", value)
-  if x.shape != shape:
-    raise ValueError(
-      f"{function} expected one bias per class, of shape {shape}, got shape {x.shape}."
-    )
-  return x
-
-
-def as_softcap(function: str, value: Any, dtype: DTypeLike) -> jax.Array:
-  """``value`` as a scalar of ``dtype``, positive and finite if that can be known."""
-  x = as_coefficient(function, "softcap", value, dtype)
-  number, limits = _known_number(value), np.finfo(dtype)
-  if number is not None and not float(limits.tiny) <= number <= float(limits.max):
-    raise ValueError(
-      f"{function} expected softcap to be positive and finite in {limits.dtype}, got {number:g}. "
-      "Pass None for no softcap."
-    )
-  return x
-
-
-def as_chunk_size(function: str, value: Any) -> int:
-  """``value`` as a positive int."""
-  size = _static_int(function, "chunk_size", value, "a static int or None")
-  if size < 1:
-    raise ValueError(f"{function} expected chunk_size to be at least 1, got {size}.")
-  return size
-
-
-def check_symbolic_sizes(
-  function: str, num_tokens: Any, num_classes: Any, chunk_size: int | None
-) -> None:
-  """Raises unless sizes that `jax.export` leaves open make whole chunks of a known size."""
-  if is_symbolic_dim(num_tokens) and (chunk_size is None or num_tokens % chunk_size != 0):
-    raise ValueError(
-      f"{function} expected a chunk_size that divides the symbolic number of tokens, {num_tokens}, "
-      f"got {chunk_size}. Pass chunk_size=512 for jax.export.symbolic_shape('512*n'), say."
-    )
-  if is_symbolic_dim(num_classes) and chunk_size is None:
-    raise ValueError(
-      f"{function} expected a chunk_size for the symbolic number of classes, {num_classes}, got "
-      "None. Pass chunk_size=512, say: the memory is that of the logits of as many tokens."
-    )
-
-
-def as_num_classes(function: str, value: Any, num_columns: int) -> int:
-  """``value`` as an int in [0, num_columns]."""
-  size = _static_int(function, "num_classes", value, "a static int or None")
-  if not 0 <= size <= num_columns:
-    raise ValueError(
-      f"{function} expected num_classes in [0, {num_columns}], the number of columns of the weight "
-      f"on all devices, got {size}."
-    )
-  return size
 
 
 def compute_dtype(*dtypes: DTypeLike) -> np.dtype:

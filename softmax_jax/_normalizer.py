@@ -6,7 +6,8 @@ Notation, for the entries x_k of one row (those along the axes that are reduced)
 
 where ``shift`` is the largest x_k. Every formula built on it holds for any number in its place, so
 that the derivative of ``shift`` may be chosen: it is that of the dominant entry of the row, or 0
-where there is none (`differentiable`), which keeps the digits of second derivatives.
+where there is none (`differentiable`), which keeps the digits of second derivatives. "Seed step 1"
+to "seed step 6" are the steps of the derivation in `softmax_jax.derivatives`.
 """
 
 from __future__ import annotations

@@ -14,8 +14,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from softmax_jax import _arguments as arguments
-from softmax_jax._arguments import Axis
+from softmax_jax._arguments import Arguments, Axis, compute_dtype
 from softmax_jax._devices import align
 from softmax_jax._forward_mode import enable_forward_mode
 from softmax_jax._normalizer import (
@@ -48,7 +47,7 @@ def _softmax_rule(x: jax.Array, mask: jax.Array | None, rows: Rows) -> jax.Array
 def _softmax_fwd(
   x: jax.Array, mask: jax.Array | None, rows: Rows
 ) -> tuple[jax.Array, _SoftmaxResiduals]:
-  z, top, _ = entries_and_largest(x, mask, rows, arguments.compute_dtype(x.dtype))
+  z, top, _ = entries_and_largest(x, mask, rows, compute_dtype(x.dtype))
   y = masked(_normalized(z, top, rows).astype(x.dtype), mask, 0)
   return y, _SoftmaxResiduals(y, mask)
 
@@ -65,7 +64,7 @@ def _softmax_bwd(
   rows: Rows, residuals: _SoftmaxResiduals, y_bar: jax.Array
 ) -> tuple[jax.Array, None]:
   y, mask = residuals
-  dtype = arguments.compute_dtype(y.dtype)
+  dtype = compute_dtype(y.dtype)
   a, c = y.astype(dtype), masked(y_bar, mask, 0).astype(dtype)
   a = jnp.minimum(a * (1 + np.finfo(dtype).eps), 1)
   for _ in range(2):
@@ -161,7 +160,7 @@ def softmax(
 
   Source: seed steps 1 (value) and 5 (derivative).
   """
-  return _softmax(*_as_input("softmax", "x", x, axis, where, axis_name))
+  return _softmax(*_as_input(Arguments("softmax"), "x", x, axis, where, axis_name))
 
 
 # --- log_softmax ----------------------------------------------------------------------------------
@@ -180,7 +179,7 @@ def _log_softmax_rule(x: jax.Array, mask: jax.Array | None, rows: Rows) -> jax.A
 def _log_softmax_fwd(
   x: jax.Array, mask: jax.Array | None, rows: Rows
 ) -> tuple[jax.Array, _LogSoftmaxResiduals]:
-  dtype = arguments.compute_dtype(x.dtype)
+  dtype = compute_dtype(x.dtype)
   s = normalizer(x, mask, rows, dtype)
   z = entries(x, mask, s.any, dtype)
   # A row with +inf is NaN, as in the softmax.
@@ -202,7 +201,7 @@ def _log_softmax_bwd(
   rows: Rows, residuals: _LogSoftmaxResiduals, y_bar: jax.Array
 ) -> tuple[jax.Array, None]:
   y, mask = residuals
-  dtype = arguments.compute_dtype(y.dtype)
+  dtype = compute_dtype(y.dtype)
   a, x_bar = jnp.exp(y.astype(dtype)), masked(y_bar, mask, 0).astype(dtype)
   for _ in range(2):
     x_bar = x_bar - a * rows.sum(x_bar)  # y_bar_j - a_j sum_i y_bar_i
@@ -215,7 +214,7 @@ def _log_softmax_tangent(
   rows: Rows, residuals: _LogSoftmaxResiduals, args_dot: tuple[jax.Array, None]
 ) -> jax.Array:
   y, mask = residuals
-  dtype = arguments.compute_dtype(y.dtype)
+  dtype = compute_dtype(y.dtype)
   a, y_dot = jnp.exp(y.astype(dtype)), masked(args_dot[0], mask, 0).astype(dtype)
   for _ in range(2):
     y_dot = y_dot - rows.sum(a * y_dot)  # x_dot_i - sum_j a_j x_dot_j
@@ -277,7 +276,7 @@ def log_softmax(
   Source: seed steps 1 and 5; Blanchard, Higham and Higham, "Accurately computing the log-sum-exp
   and softmax functions", IMA Journal of Numerical Analysis (2021).
   """
-  return _log_softmax(*_as_input("log_softmax", "x", x, axis, where, axis_name))
+  return _log_softmax(*_as_input(Arguments("log_softmax"), "x", x, axis, where, axis_name))
 
 
 # --- logsumexp ------------------------------------------------------------------------------------
@@ -297,7 +296,7 @@ def _logsumexp_rule(a: jax.Array, mask: jax.Array | None, rows: Rows) -> jax.Arr
 def _logsumexp_fwd(
   a: jax.Array, mask: jax.Array | None, rows: Rows
 ) -> tuple[jax.Array, _LogSumExpResiduals]:
-  s = normalizer(a, mask, rows, arguments.compute_dtype(a.dtype))
+  s = normalizer(a, mask, rows, compute_dtype(a.dtype))
   lse = masked(s.shift + s.log_sum(), s.any, -jnp.inf)  # shift + log S
   return lse.astype(a.dtype), _LogSumExpResiduals(a, mask, s)
 
@@ -386,7 +385,7 @@ def _scaled_entries(
   a: jax.Array, b: jax.Array, mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
   """The entries and their coefficients; -inf and 0 where masked, or where 0 meets no number."""
-  dtype = arguments.compute_dtype(a.dtype)
+  dtype = compute_dtype(a.dtype)
   w = masked(jnp.broadcast_to(b, a.shape).astype(dtype), mask, 0)
   z = masked(a.astype(dtype), mask, -jnp.inf)
   return jnp.where((w == 0) & ~jnp.isfinite(z), -jnp.inf, z), w
@@ -514,14 +513,14 @@ def logsumexp(
   Source: seed step 1 (S and its derivative); Blanchard, Higham and Higham, "Accurately computing
   the log-sum-exp and softmax functions", IMA Journal of Numerical Analysis (2021).
   """
-  name = "logsumexp"
+  arguments = Arguments("logsumexp")
   if b is not None:
-    a, b = arguments.promoted(name, "a", a, "b", b)
-    a = broadcast(a, arguments.common_shape(name, "a", a.shape, "b", b.shape))
+    a, b = arguments.promoted("a", a, "b", b)
+    a = broadcast(a, arguments.common_shape("a", a.shape, "b", b.shape))
     b = b.reshape((1,) * (a.ndim - b.ndim) + b.shape)
-  a, mask, rows = _as_input(name, "a", a, axis, where, axis_name)
-  keepdims = arguments.as_flag(name, "keepdims", keepdims)
-  return_sign = arguments.as_flag(name, "return_sign", return_sign)
+  a, mask, rows = _as_input(arguments, "a", a, axis, where, axis_name)
+  keepdims = arguments.as_flag("keepdims", keepdims)
+  return_sign = arguments.as_flag("return_sign", return_sign)
   if b is None:
     out = _logsumexp(a, mask, rows)
     sign = jnp.where(jnp.isnan(out), out, jnp.where(out == -jnp.inf, 0, 1).astype(out.dtype))
@@ -539,11 +538,11 @@ def logsumexp(
 
 
 def _as_input(
-  function: str, name: str, value: Any, axis: Axis, where: Any, axis_name: Any
+  arguments: Arguments, name: str, value: Any, axis: Axis, where: Any, axis_name: Any
 ) -> tuple[jax.Array, jax.Array | None, Rows]:
-  x = arguments.as_real(function, name, value)
-  axes = arguments.as_axes(function, name, axis, x.shape)
-  mask = None if where is None else arguments.as_mask(function, where, name, x.shape)
+  x = arguments.as_real(name, value)
+  axes = arguments.as_axes(name, axis, x.shape)
+  mask = None if where is None else arguments.as_mask(where, name, x.shape)
   if axis_name is not None:
-    arguments.check_axis_name(function, axis_name, name, x)
+    arguments.check_axis_name(axis_name, name, x)
   return *align(x, mask), Rows(axes, axis_name)

@@ -1,13 +1,23 @@
 r"""The closed forms: the derivatives of softmax and of the losses built on it.
 
-Notation: z is a row of K logits and a its softmax (seed step 1), which always run along the last
-axis; any axes before it are batch axes ``*B``. Seed steps 2 to 5 give the Jacobian
+Notation: z is a row of K logits and a its softmax, which always run along the last axis; any axes
+before it are batch axes ``*B``. The code of the whole package cites these steps as "seed step 1" to
+"seed step 6":
 
-    J_ij = da_i/dz_j = a_i (delta_ij - a_j),    J = diag(a) - a a^T = J^T = diag(a) P,
-    P = I - 1 a^T,
+1. The definition: ``a_j = e^{z_j} / S`` with the normalizer ``S = sum_k e^{z_k}``.
+2. The aim: da_i/dz_j for all i and j, as each a_i depends on every z_j through S.
+3. For i = j, by the quotient rule: ``da_i/dz_i = e^{z_i} (S - e^{z_i}) / S^2 = a_i (1 - a_i)``.
+4. For i != j: ``da_i/dz_j = -e^{z_i} e^{z_j} / S^2 = -a_i a_j``.
+5. Both in one formula: ``J_ij = da_i/dz_j = a_i (delta_ij - a_j)``.
+6. With the cross-entropy ``L = -sum_i t_i log a_i`` of a label t that sums to 1, the chain rule
+   ``dL/dz_j = sum_i (-t_i / a_i) J_ij`` leaves ``dL/dz_j = a_j - t_j``.
 
-and everything here is made of J and P: log softmax has the Jacobian P, logsumexp the gradient a and
-the Hessian J, and cross-entropy the gradient a - t (seed step 6) and again the Hessian J.
+Step 5 as a matrix, and the projection P that it holds, are all that the functions here are made of:
+
+    J = diag(a) - a a^T = J^T = diag(a) P,    P = I - 1 a^T.
+
+log softmax has the Jacobian P, logsumexp the gradient a and the Hessian J, and cross-entropy the
+gradient a - t and again the Hessian J.
 
 The functions named after a matrix return it; the products with a vector (``*_jvp``, ``*_vjp``,
 ``*_hvp``) never build a K x K matrix. All are plain JAX, differentiable further in both modes, and
@@ -26,7 +36,6 @@ For every function:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -34,8 +43,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from softmax_jax import _arguments as arguments
 from softmax_jax import _devices as devices
+from softmax_jax._arguments import Arguments, compute_dtype
 
 __all__ = [
   "cross_entropy_gradient",
@@ -81,7 +90,7 @@ def softmax_jacobian(x: ArrayLike) -> jax.Array:
 
   Source: seed steps 2 to 5; step 3 is the diagonal, step 4 the rest.
   """
-  x = _as_rows("softmax_jacobian", "x", x)
+  x = _Arguments("softmax_jacobian").as_rows("x", x)
   return _jacobian(_softmax(x)).astype(x.dtype)
 
 
@@ -109,8 +118,9 @@ def softmax_jvp(x: ArrayLike, x_dot: ArrayLike) -> jax.Array:
 
   Source: seed step 5.
   """
-  x = _as_rows("softmax_jvp", "x", x)
-  x_dot = _as_vector("softmax_jvp", "x_dot", x_dot, "x", x)
+  arguments = _Arguments("softmax_jvp")
+  x = arguments.as_rows("x", x)
+  x_dot = arguments.as_vector("x_dot", x_dot, "x", x)
   x, x_dot = devices.align(x, x_dot)
   return _times_jacobian(_softmax(x, x_dot), x_dot).astype(x.dtype)
 
@@ -142,8 +152,9 @@ def softmax_vjp(x: ArrayLike, y_bar: ArrayLike) -> jax.Array:
 
   Source: seed step 5.
   """
-  x = _as_rows("softmax_vjp", "x", x)
-  y_bar = _as_vector("softmax_vjp", "y_bar", y_bar, "x", x)
+  arguments = _Arguments("softmax_vjp")
+  x = arguments.as_rows("x", x)
+  y_bar = arguments.as_vector("y_bar", y_bar, "x", x)
   x, y_bar = devices.align(x, y_bar)
   return _times_jacobian(_softmax(x, y_bar), y_bar).astype(x.dtype)
 
@@ -189,9 +200,10 @@ def softmax_hvp(x: ArrayLike, y_bar: ArrayLike, x_dot: ArrayLike) -> jax.Array:
 
   Source: seed step 5, applied twice.
   """
-  x = _as_rows("softmax_hvp", "x", x)
-  y_bar = _as_vector("softmax_hvp", "y_bar", y_bar, "x", x)
-  x_dot = _as_vector("softmax_hvp", "x_dot", x_dot, "x", x)
+  arguments = _Arguments("softmax_hvp")
+  x = arguments.as_rows("x", x)
+  y_bar = arguments.as_vector("y_bar", y_bar, "x", x)
+  x_dot = arguments.as_vector("x_dot", x_dot, "x", x)
   x, y_bar, x_dot = devices.align(x, y_bar, x_dot)
   row = _softmax(x, y_bar, x_dot)
   return _times_jacobian(row, _center(row, y_bar) * _center(row, x_dot)).astype(x.dtype)
@@ -229,7 +241,7 @@ def log_softmax_jacobian(x: ArrayLike) -> jax.Array:
 
   Source: seed step 5, and the chain rule of step 6.
   """
-  x = _as_rows("log_softmax_jacobian", "x", x)
+  x = _Arguments("log_softmax_jacobian").as_rows("x", x)
   row = _softmax(x)
   return _matrix(row.complement, -_across(row.a)).astype(x.dtype)
 
@@ -264,7 +276,7 @@ def logsumexp_hessian(x: ArrayLike) -> jax.Array:
 
   Source: seed steps 1 (the gradient) and 5.
   """
-  x = _as_rows("logsumexp_hessian", "x", x)
+  x = _Arguments("logsumexp_hessian").as_rows("x", x)
   # The select comes before the formula, so that no NaN meets further derivatives.
   empty = jnp.all(x == -jnp.inf, axis=-1, keepdims=True)
   jacobian = _jacobian(_softmax(jnp.where(empty, jnp.zeros_like(x), x)))
@@ -311,9 +323,9 @@ def cross_entropy_gradient(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
 
   Source: seed step 6.
   """
-  name = "cross_entropy_gradient"
-  x = _as_rows(name, "logits", logits, arguments.as_logits)
-  x, t = devices.align(x, _as_label_rows(name, labels, x))
+  arguments = _Arguments("cross_entropy_gradient")
+  x = arguments.as_rows("logits", logits, floating=True)
+  x, t = devices.align(x, arguments.as_label_rows(labels, x))
   a, complement, largest = _softmax(x, t)
   # At the largest probability a_k sum(t) - t_k = a_k (sum of the other t) - (1 - a_k) t_k, where
   # nothing is lost if a_k or t_k rounds to 1. All other a_j are at most 1/2 and need no such care.
@@ -352,7 +364,7 @@ def cross_entropy_hessian(logits: ArrayLike) -> jax.Array:
 
   Source: seed steps 5 and 6.
   """
-  x = _as_rows("cross_entropy_hessian", "logits", logits, arguments.as_logits)
+  x = _Arguments("cross_entropy_hessian").as_rows("logits", logits, floating=True)
   return _jacobian(_softmax(x)).astype(x.dtype)
 
 
@@ -384,8 +396,9 @@ def cross_entropy_hvp(logits: ArrayLike, x_dot: ArrayLike) -> jax.Array:
 
   Source: seed steps 5 and 6.
   """
-  x = _as_rows("cross_entropy_hvp", "logits", logits, arguments.as_logits)
-  x_dot = _as_vector("cross_entropy_hvp", "x_dot", x_dot, "logits", x)
+  arguments = _Arguments("cross_entropy_hvp")
+  x = arguments.as_rows("logits", logits, floating=True)
+  x_dot = arguments.as_vector("x_dot", x_dot, "logits", x)
   x, x_dot = devices.align(x, x_dot)
   return _times_jacobian(_softmax(x, x_dot), x_dot).astype(x.dtype)
 
@@ -407,7 +420,7 @@ class _Softmax(NamedTuple):
 # derivatives are as exact as the formulas.
 def _softmax(x: jax.Array, *vectors: jax.Array) -> _Softmax:
   """The softmax of x [*B, K] in the dtype to compute in, which the vectors have a say in."""
-  x = x.astype(arguments.compute_dtype(x.dtype, *(v.dtype for v in vectors)))
+  x = x.astype(compute_dtype(x.dtype, *(v.dtype for v in vectors)))
   if x.shape[-1] == 0:
     return _Softmax(x, x, jnp.zeros(x.shape, bool))
   column = devices.index_along(x, x.ndim - 1)
@@ -477,48 +490,46 @@ def _subtract(p: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
 # --- the arguments -------------------------------------------------------------------------------
 
 
-def _as_rows(
-  function: str,
-  name: str,
-  value: Any,
-  convert: Callable[[str, str, Any], jax.Array] = arguments.as_real,
-) -> jax.Array:
-  x = convert(function, name, value)
-  if x.ndim == 0:
-    raise ValueError(
-      f"{function} expected {name} of shape [*B, K] with at least one axis, got shape (). "
-      f"Pass {name}.reshape(1)."
-    )
-  return x
+class _Arguments(Arguments):
+  """Those of the closed forms, which have the classes along the last axis."""
 
-
-def _as_vector(function: str, name: str, value: Any, of: str, x: jax.Array) -> jax.Array:
-  v = arguments.as_real(function, name, value)
-  if v.shape != x.shape:
-    raise ValueError(
-      f"{function} expected {name} of the shape of {of}, {x.shape}, got shape {v.shape}. "
-      f"Broadcast it with jnp.broadcast_to({name}, {of}.shape)."
-    )
-  return v
-
-
-def _as_label_rows(function: str, labels: Any, x: jax.Array) -> jax.Array:
-  """The labels as rows t [*B, K]; NaN for a class that does not exist."""
-  t = arguments.as_array(function, "labels", labels)
-  if not jnp.issubdtype(t.dtype, jnp.integer):
-    t = arguments.as_probabilities(function, t)
-    if t.shape != x.shape:
+  def as_rows(self, name: str, value: Any, floating: bool = False) -> jax.Array:
+    """``value`` as rows [*B, K]; if it must be ``floating`` integers are refused."""
+    x = self.as_logits(name, value) if floating else self.as_real(name, value)
+    if x.ndim == 0:
       raise ValueError(
-        f"{function} expected probabilities as labels to have the shape of logits, {x.shape}, got "
-        f"shape {t.shape}. Class indices need an integer dtype."
+        f"{self} expected {name} of shape [*B, K] with at least one axis, got shape (). "
+        f"Pass {name}.reshape(1)."
       )
-    return t
-  t = arguments.as_class_indices(function, t)
-  if t.shape != x.shape[:-1]:
-    raise ValueError(
-      f"{function} expected integer labels of shape {x.shape[:-1]}, one class index per row of "
-      f"logits of shape {x.shape}, got shape {t.shape}. Probabilities need a floating dtype."
-    )
-  x, t = devices.align(x, t[..., None])
-  one_hot = (devices.index_along(x, x.ndim - 1, t.dtype) == t).astype(x.dtype)
-  return jnp.where((t >= 0) & (t < x.shape[-1]), one_hot, jnp.nan)
+    return x
+
+  def as_vector(self, name: str, value: Any, of: str, x: jax.Array) -> jax.Array:
+    """``value`` as an array of the shape of ``x``, the argument named ``of``."""
+    v = self.as_real(name, value)
+    if v.shape != x.shape:
+      raise ValueError(
+        f"{self} expected {name} of the shape of {of}, {x.shape}, got shape {v.shape}. "
+        f"Broadcast it with jnp.broadcast_to({name}, {of}.shape)."
+      )
+    return v
+
+  def as_label_rows(self, labels: Any, x: jax.Array) -> jax.Array:
+    """The labels as rows t [*B, K]; NaN for a class that does not exist."""
+    t = self.as_array("labels", labels)
+    if not jnp.issubdtype(t.dtype, jnp.integer):
+      t = self.as_probabilities(t)
+      if t.shape != x.shape:
+        raise ValueError(
+          f"{self} expected probabilities as labels to have the shape of logits, {x.shape}, got "
+          f"shape {t.shape}. Class indices need an integer dtype."
+        )
+      return t
+    t = self.as_class_indices(t)
+    if t.shape != x.shape[:-1]:
+      raise ValueError(
+        f"{self} expected integer labels of shape {x.shape[:-1]}, one class index per row of "
+        f"logits of shape {x.shape}, got shape {t.shape}. Probabilities need a floating dtype."
+      )
+    x, t = devices.align(x, t[..., None])
+    one_hot = (devices.index_along(x, x.ndim - 1, t.dtype) == t).astype(x.dtype)
+    return jnp.where((t >= 0) & (t < x.shape[-1]), one_hot, jnp.nan)

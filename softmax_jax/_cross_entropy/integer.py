@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from softmax_jax import _arguments as arguments
 from softmax_jax import _devices as devices
-from softmax_jax._arguments import Axis
+from softmax_jax._arguments import Arguments, Axis, compute_dtype
 from softmax_jax._cross_entropy import options
 from softmax_jax._cross_entropy.label import (
   IGNORED,
@@ -96,7 +95,7 @@ def fwd(
   static: Static,
 ) -> tuple[PerRow, Residuals]:
   rows, (axis,) = static.rows, static.rows.axes
-  dtype = arguments.compute_dtype(logits.dtype)
+  dtype = compute_dtype(logits.dtype)
   local = local_sum(logits, mask, rows, dtype)
   label = Label.of(index, logits.shape[axis], rows)
   z = _counted(entries(logits, mask, local.any, dtype), index, static)
@@ -411,36 +410,36 @@ def softmax_cross_entropy_with_integer_labels(
   softmax functions", IMA Journal of Numerical Analysis (2021), for the sum without the largest
   class; Szegedy et al. (2016) for label smoothing; t5x for the z-loss.
   """
-  name = "softmax_cross_entropy_with_integer_labels"
-  logits = arguments.as_logits(name, "logits", logits)
-  dtype = arguments.compute_dtype(logits.dtype)
-  labels = arguments.as_class_indices(name, labels)
-  axes = arguments.as_axes(name, "logits", axis, logits.shape)
-  chosen = options.checked(name, dtype, label_smoothing, z_loss, reduction)
-  return_aux = arguments.as_flag(name, "return_aux", return_aux)
+  arguments = Arguments("softmax_cross_entropy_with_integer_labels")
+  logits = arguments.as_logits("logits", logits)
+  dtype = compute_dtype(logits.dtype)
+  labels = arguments.as_class_indices(labels)
+  axes = arguments.as_axes("logits", axis, logits.shape)
+  chosen = options.checked(arguments, dtype, label_smoothing, z_loss, reduction)
+  return_aux = arguments.as_flag("return_aux", return_aux)
   weights = None
   if class_weights is not None:
     class_shape = tuple(logits.shape[a] for a in axes)
-    weights = arguments.as_class_weights(name, class_weights, class_shape).astype(dtype)
+    weights = arguments.as_class_weights(class_weights, class_shape).astype(dtype)
     if len(axes) != 1 and (sharding := devices.explicit_sharding(weights)):
       weights = devices.put(weights, sharding, *[None] * weights.ndim)
     weights = weights.ravel()
   rows = tuple(size for a, size in enumerate(logits.shape) if a not in axes)
-  rows = arguments.rows_of_labels(name, labels.shape, rows, logits.shape)
+  rows = arguments.rows_of_labels(labels.shape, rows, logits.shape)
   sizes = iter(rows)
   shape = tuple(size if a in axes else next(sizes) for a, size in enumerate(logits.shape))
   mask = None
   if where is not None:
-    mask = arguments.as_class_mask(name, where, logits.shape, labels.shape, shape, axes)
+    mask = arguments.as_class_mask(where, logits.shape, labels.shape, shape, axes)
   if axis_name is not None:
-    arguments.check_one_class_axis(name, axes)
+    arguments.check_one_class_axis(axes)
     same = {"labels": labels}
     if mask is not None and mask.shape[axes[0]] != logits.shape[axes[0]]:
       same["where"] = mask
-    arguments.check_axis_name(name, axis_name, "logits", logits, **same)
+    arguments.check_axis_name(axis_name, "logits", logits, **same)
   if len(axes) != 1:
     spec = jax.typeof(logits).sharding.spec
-    arguments.check_merged(name, axes, [spec[a] for a in axes if logits.shape[a] != 1])
+    arguments.check_merged(axes, [spec[a] for a in axes if logits.shape[a] != 1])
     if mask is not None:
       mask = jnp.broadcast_to(mask, shape)
       if sharding := devices.explicit_sharding(logits) or devices.explicit_sharding(mask):
@@ -454,7 +453,7 @@ def softmax_cross_entropy_with_integer_labels(
   classes = Rows((class_axis,), axis_name)
   num_classes = size * classes.num_devices()
   if ignore_index is not None:
-    ignore_index = arguments.as_ignore_index(name, ignore_index, labels.dtype)
+    ignore_index = arguments.as_ignore_index(ignore_index, labels.dtype)
   index = class_index(labels, ignore_index, num_classes)
   index = jnp.expand_dims(jnp.broadcast_to(index, rows), class_axis)
   logits = broadcast(logits, (*rows[:class_axis], size, *rows[class_axis:]))

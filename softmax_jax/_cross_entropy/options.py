@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softmax_jax import _arguments as arguments
+from softmax_jax._arguments import Arguments
 from softmax_jax._cross_entropy.per_row import PerRow, scale_or_zero
 
 Reduction = Literal["none", "sum", "mean"]
@@ -62,12 +62,12 @@ class Options(NamedTuple):
 
 
 def checked(
-  function: str, dtype: np.dtype, label_smoothing: Any, z_loss: Any, reduction: Any
+  arguments: Arguments, dtype: np.dtype, label_smoothing: Any, z_loss: Any, reduction: Any
 ) -> Options:
-  """The options of ``function``, with coefficients of ``dtype``."""
-  arguments.check_reduction(function, reduction)
-  smoothing = arguments.as_label_smoothing(function, label_smoothing, dtype)
-  penalty = arguments.as_coefficient(function, "z_loss", z_loss, dtype)
+  """The options, with coefficients of ``dtype``."""
+  arguments.check_reduction(reduction)
+  smoothing = arguments.as_label_smoothing(label_smoothing, dtype)
+  penalty = arguments.as_coefficient("z_loss", z_loss, dtype)
   return Options(_unless_zero(label_smoothing, smoothing), _unless_zero(z_loss, penalty), reduction)
 
 

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from softmax_jax import _arguments as arguments
-from softmax_jax._arguments import Axis
+from softmax_jax._arguments import Arguments, Axis, compute_dtype
 from softmax_jax._cross_entropy import options
 from softmax_jax._cross_entropy.options import CrossEntropyAux, Reduction
 from softmax_jax._cross_entropy.per_row import (
@@ -79,7 +78,7 @@ def _fwd(
   static: _Static,
 ) -> tuple[PerRow, _Residuals]:
   rows = static.rows
-  dtype = arguments.compute_dtype(logits.dtype, labels.dtype)
+  dtype = compute_dtype(logits.dtype, labels.dtype)
   local = local_sum(logits, mask, rows, dtype)
   nll = total = uniform = uniform_loss = None
   z = entries(logits, mask, local.any, dtype)
@@ -386,28 +385,28 @@ def softmax_cross_entropy(
   softmax functions", IMA Journal of Numerical Analysis (2021), for the sum without the largest
   class; Szegedy et al. (2016) for label smoothing; t5x for the z-loss.
   """
-  name = "softmax_cross_entropy"
-  logits = arguments.as_logits(name, "logits", logits)
-  labels = arguments.as_probabilities(name, labels)
-  dtype = arguments.compute_dtype(logits.dtype, labels.dtype)
-  axes = arguments.as_axes(name, "logits", axis, logits.shape)
-  chosen = options.checked(name, dtype, label_smoothing, z_loss, reduction)
-  return_aux = arguments.as_flag(name, "return_aux", return_aux)
-  shape = arguments.common_shape(name, "logits", logits.shape, "labels", labels.shape)
+  arguments = Arguments("softmax_cross_entropy")
+  logits = arguments.as_logits("logits", logits)
+  labels = arguments.as_probabilities(labels)
+  dtype = compute_dtype(logits.dtype, labels.dtype)
+  axes = arguments.as_axes("logits", axis, logits.shape)
+  chosen = options.checked(arguments, dtype, label_smoothing, z_loss, reduction)
+  return_aux = arguments.as_flag("return_aux", return_aux)
+  shape = arguments.common_shape("logits", logits.shape, "labels", labels.shape)
   axes = tuple(a + len(shape) - logits.ndim for a in axes)
   weights = None
   if class_weights is not None:
     class_shape = tuple(shape[a] for a in axes)
-    weights = arguments.as_class_weights(name, class_weights, class_shape).astype(dtype)
+    weights = arguments.as_class_weights(class_weights, class_shape).astype(dtype)
     weights = jnp.transpose(weights, tuple(np.argsort(axes)))
     weights = jnp.expand_dims(weights, [a for a in range(len(shape)) if a not in axes])
   mask = None
   if where is not None:
-    mask = arguments.as_class_mask(name, where, logits.shape, labels.shape, shape, axes)
+    mask = arguments.as_class_mask(where, logits.shape, labels.shape, shape, axes)
   logits = broadcast(logits, shape)
   labels = labels.reshape((1,) * (len(shape) - labels.ndim) + labels.shape)
   if axis_name is not None:
-    arguments.check_axis_name(name, axis_name, "logits", logits)
+    arguments.check_axis_name(axis_name, "logits", logits)
 
   classes = Rows(axes, axis_name)
   num_classes = math.prod(shape[a] for a in axes) * classes.num_devices()

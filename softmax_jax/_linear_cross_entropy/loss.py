@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from softmax_jax import _arguments as arguments
 from softmax_jax import _devices as devices
+from softmax_jax._arguments import cast, compute_dtype
 from softmax_jax._cross_entropy import options
 from softmax_jax._cross_entropy.label import IGNORED, class_index, weight_of_label
 from softmax_jax._cross_entropy.options import Reduction
 from softmax_jax._cross_entropy.per_row import PerRow, scale_or_zero
 from softmax_jax._linear_cross_entropy import rules
+from softmax_jax._linear_cross_entropy.arguments import LinearArguments
 from softmax_jax._linear_cross_entropy.mesh import Arrays, on_mesh
 from softmax_jax._linear_cross_entropy.projection import Inputs, Projection
 from softmax_jax._linear_cross_entropy.rules import Static
@@ -138,38 +139,38 @@ def linear_softmax_cross_entropy(
   Gemma 2 (Gemma Team, 2024). Digits and the other options are those of
   `softmax_cross_entropy_with_integer_labels`.
   """
-  name = "linear_softmax_cross_entropy"
-  x, weight = arguments.as_logits(name, "x", x), arguments.as_logits(name, "weight", weight)
-  x, weight = arguments.promoted(name, "x", x, "weight", weight)
-  vocab_axis = arguments.as_vocab_axis(name, vocab_axis, weight.shape)
-  arguments.check_features(name, x.shape, weight.shape, vocab_axis)
+  arguments = LinearArguments("linear_softmax_cross_entropy")
+  x, weight = arguments.as_logits("x", x), arguments.as_logits("weight", weight)
+  x, weight = arguments.promoted("x", x, "weight", weight)
+  vocab_axis = arguments.as_vocab_axis(vocab_axis, weight.shape)
+  arguments.check_features(x.shape, weight.shape, vocab_axis)
   rows, size = x.shape[:-1], weight.shape[vocab_axis]
   dtypes = [x.dtype]
   if bias is not None:
-    bias = arguments.as_bias(name, bias, (size,))
+    bias = arguments.as_bias(bias, (size,))
     dtypes.append(bias.dtype)
-  dtype = arguments.compute_dtype(*dtypes)
-  x, weight = (arguments.cast(a, dtype) if dtype == jnp.float64 else a for a in (x, weight))
-  chosen = options.checked(name, dtype, label_smoothing, z_loss, reduction)
+  dtype = compute_dtype(*dtypes)
+  x, weight = (cast(a, dtype) if dtype == jnp.float64 else a for a in (x, weight))
+  chosen = options.checked(arguments, dtype, label_smoothing, z_loss, reduction)
   if softcap is not None:
-    softcap = arguments.as_softcap(name, softcap, dtype)
+    softcap = arguments.as_softcap(softcap, dtype)
   weights = None
   if class_weights is not None:
-    weights = arguments.as_class_weights(name, class_weights, (size,)).astype(dtype)
-  labels = arguments.as_class_indices(name, labels)
-  arguments.check_labels_of_tokens(name, labels.shape, x.shape)
+    weights = arguments.as_class_weights(class_weights, (size,)).astype(dtype)
+  labels = arguments.as_class_indices(labels)
+  arguments.check_labels_of_tokens(labels.shape, x.shape)
   if ignore_index is not None:
-    ignore_index = arguments.as_ignore_index(name, ignore_index, labels.dtype)
+    ignore_index = arguments.as_ignore_index(ignore_index, labels.dtype)
   if chunk_size is not None:
-    chunk_size = arguments.as_chunk_size(name, chunk_size)
-  arguments.check_symbolic_sizes(name, math.prod(rows), size, chunk_size)
+    chunk_size = arguments.as_chunk_size(chunk_size)
+  arguments.check_symbolic_sizes(math.prod(rows), size, chunk_size)
   if axis_name is not None:
-    arguments.check_axis_name(name, axis_name, "weight", weight, labels=labels, x=x)
+    arguments.check_axis_name(axis_name, "weight", weight, labels=labels, x=x)
   num_columns = size * Rows((), axis_name).num_devices()
   if num_classes is None:
     num_classes = num_columns
   else:
-    num_classes = arguments.as_num_classes(name, num_classes, num_columns)
+    num_classes = arguments.as_num_classes(num_classes, num_columns)
 
   if math.prod(rows) == 0 or num_classes == 0:
     return jnp.zeros(rows if reduction == "none" else (), dtype)
@@ -193,8 +194,8 @@ def linear_softmax_cross_entropy(
     axis_name=axis_name,
   )
   if reduction == "none":
-    return on_mesh(name, _losses, arrays, static, summed=False)
-  total, counted = on_mesh(name, _sums, arrays, static, summed=True)
+    return on_mesh(arguments, _losses, arrays, static, summed=False)
+  total, counted = on_mesh(arguments, _sums, arrays, static, summed=True)
   return options.mean(total, counted) if reduction == "mean" else total
 
 

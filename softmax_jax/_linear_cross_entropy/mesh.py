@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-from softmax_jax import _arguments as arguments
 from softmax_jax import _devices as devices
+from softmax_jax._linear_cross_entropy.arguments import LinearArguments
 from softmax_jax._linear_cross_entropy.rules import Static
 
 
@@ -41,7 +41,7 @@ class Arrays(NamedTuple):
 
 
 def on_mesh(
-  function: str, f: Callable[..., Any], arrays: Arrays, static: Static, summed: bool
+  arguments: LinearArguments, f: Callable[..., Any], arrays: Arrays, static: Static, summed: bool
 ) -> Any:
   """``f(arrays, static)``, on each device for its tokens and classes where these are spread.
 
@@ -56,7 +56,7 @@ def on_mesh(
   names, vocab_axis = devices.mesh_axes, static.projection.vocab_axis
   *rows, features = specs.x
   vocab, features_of_weight = specs.weight[vocab_axis], specs.weight[1 - vocab_axis]
-  arguments.check_placement(function, features, features_of_weight, names(*rows), names(vocab))
+  arguments.check_placement(features, features_of_weight, names(*rows), names(vocab))
   # x and the weight say how tokens and classes are spread; where they do not, the others.
   of_classes = [(*rows, *s) for s in (specs.bias, specs.class_weights) if s is not None]
   *rows, vocab = devices.filled((*rows, vocab), (*specs.index, None), *of_classes)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softmax_jax import _arguments as arguments
+from softmax_jax._arguments import Arguments
 
 Arrays = list[np.ndarray]
 # Of arrays, tracers or types of arrays: whatever JAX traces a function with.
@@ -87,7 +87,7 @@ class Problem:
     paths, self.tree = _flattened(tuple(args))
     names = [f"args{jax.tree_util.keystr(path)}" for path, _ in paths]
     self.leaves = [
-      arguments.as_array("check_derivatives", name, leaf) if _is_array(leaf) else leaf
+      Arguments("check_derivatives").as_array(name, leaf) if _is_array(leaf) else leaf
       for name, (_, leaf) in zip(names, paths, strict=True)
     ]  # in the dtypes that JAX gives them
     dtypes = [leaf.dtype if isinstance(leaf, jax.Array) else None for leaf in self.leaves]
