@@ -158,16 +158,16 @@ def entries_and_largest(
 # With z_t the dominant entry of a row, shift_dot = z_dot_t, and the derivatives of
 #   e_k = exp(z_k - shift)     are   e_dot_k = e_k (z_dot_k - z_dot_t),  exactly 0 for k = t,
 #   rest = sum_{k != t} e_k          rest_dot = sum_{k != t} e_dot_k.
-# No term is larger than what is left of the row beside t, so that second derivatives of a row whose
-# t has nearly all of the probability keep their digits: with a constant shift t's own e_dot_t would
-# have to cancel. Without a dominant entry, shift_dot = 0 and rest_dot = S_dot = sum_k e_dot_k.
+# All terms are as small as the entries beside t, so that second derivatives keep their digits when
+# a_t is close to 1. (With a constant shift e_dot_t would have to cancel.) Without a dominant entry,
+# shift_dot = 0 and rest_dot = S_dot = sum_k e_dot_k.
 #
-# JAX 0.10 forgets the rules of custom_jvp functions for what it computes beforehand in a scan that
-# it differentiates twice. The derivatives are those of their code there, here of `local_sum` with a
-# constant shift. So a backward rule calls `differentiable` again: it has both, the rule for the
-# normalizer and those for the functions of it below, or neither.
+# In a scan that is differentiated twice, JAX 0.10 drops the rules of custom_jvp functions whose
+# arguments it knows beforehand, and differentiates their code: here `local_sum`, with a constant
+# shift. So a backward rule calls `differentiable` again. Then either both the normalizer and the
+# functions of it below have their rules, or neither has.
 def differentiable(s: Normalizer, z: jax.Array, rows: Rows) -> Normalizer:
-  """``s`` with its derivative by the entries z of which it is made."""
+  """``s``, computed from the entries z, with its derivative by them."""
   shift, rest = _differentiable(z, s.shift, s.rest, rows)
   return Normalizer(shift, rest, s.any)
 
@@ -347,7 +347,7 @@ def masked(x: jax.Array, mask: jax.Array | None, fill: float) -> jax.Array:
 def entries(
   x: jax.Array, mask: jax.Array | None, any_: jax.Array | None, dtype: DTypeLike
 ) -> jax.Array:
-  """``x`` in ``dtype``, with -inf where masked; 0 in rows without ``any_``, which spares NaNs."""
+  """``x`` in ``dtype``, with -inf where masked; 0 in rows without ``any_``, which avoids NaN."""
   z = x.astype(dtype)
   if mask is None or any_ is None:
     return z

@@ -135,7 +135,7 @@ def softmax(
     axis_name: inside `jax.shard_map`, the name (or names) of the mesh axis over whose devices the
       rows are spread: each holds a slice of every row along ``axis``, and gets that slice of the
       result. The order of several names does not matter. It takes one reduction of one or two
-      numbers per row for the largest entries, one for the sums, and three in the backward pass.
+      scalars per row for the largest entries, one for the sums, and three in the backward pass.
 
   Returns:
     Array of the shape and (floating) dtype of ``x``. An entry of -inf gives 0. A row that contains
@@ -253,7 +253,7 @@ def log_softmax(
     axis_name: inside `jax.shard_map`, the name (or names) of the mesh axis over whose devices the
       rows are spread: each holds a slice of every row along ``axis``, and gets that slice of the
       result. The order of several names does not matter. It takes one reduction of one or two
-      numbers per row for the largest entries, one for the sums, and two in the backward pass.
+      scalars per row for the largest entries, one for the sums, and two in the backward pass.
 
   Returns:
     Array of the shape and (floating) dtype of ``x``. An entry of -inf gives -inf. A row that
@@ -469,7 +469,7 @@ def logsumexp(
     \frac{\partial \operatorname{lse}}{\partial b_j} = \frac{e^{a_j}}{\sum_k b_k e^{a_k}}
 
   A drop-in replacement for `jax.nn.logsumexp` on real numbers, differentiable in both modes.
-  Without ``b`` the derivative is `softmax`. Only the inputs and two numbers per row are saved for
+  Without ``b`` the derivative is `softmax`. Only the inputs and two scalars per row are saved for
   the backward pass.
 
   Args:

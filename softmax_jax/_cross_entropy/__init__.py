@@ -3,10 +3,10 @@ r"""Softmax cross-entropy with integer and with soft labels.
 Notation, for the logits z_k of one row: shift, e_k, S and the softmax a_k = e_k / S are those of
 `softmax_jax._normalizer`; ``rest`` is S - 1 to its own last digits, and t is the label.
 
-Each kind of label has one rule, whose outputs are a few numbers per row: the negative
+Each kind of label has one rule, whose outputs are a few scalars per row: the negative
 log-likelihood, the log-normalizer and, where labels are smoothed, the loss against the uniform
 distribution. The cotangent of each is honored, so that every option and every coefficient is plain
-JAX on arrays of one number per row (`options`), differentiable without a rule of its own.
+JAX on these scalars (`options`), differentiable without a rule of its own.
 
 Near a_t = 1, where training ends, the textbook terms ``lse - z_t`` and ``a_t - 1`` lose all their
 digits. Here they are sums of terms of one sign,

@@ -147,13 +147,12 @@ def bwd(
   if uniform is not None:
     u = uniform_label(weights, mask, uniform.divisor(static.num_classes), z)
     g = g + bars.uniform * uniform.label_sum(static.num_classes)
-  # z may be NaN in a row that does not count. What it is multiplied by has passed a select, which
-  # keeps NaN out of the derivatives by that.
+  # z may be NaN in a row that does not count. The select keeps that NaN out of the derivatives by g.
   g = jnp.where(index == IGNORED, jnp.zeros_like(g), g)
   z_bar = logits_bar(z, index, s, g, bars.nll, rows)  # a_j (g + nll_bar) - delta_tj nll_bar
   if u is not None:
     z_bar = z_bar - u * bars.uniform  # - u_j uniform_bar
-  # What does not count may hold anything, and has derivative 0 nevertheless.
+  # What does not count may hold anything. Its derivative is 0.
   if static.ignores:
     z_bar = masked(z_bar, index != IGNORED, 0)
   z_bar = masked(z_bar, mask, 0).astype(logits.dtype)
@@ -171,7 +170,7 @@ def logits_bar(
   inverse = inverse_sum(s)
   z_t = Label.of(index, z.shape[axis], rows).take(z, axis, elsewhere=-jnp.inf)
   e_t = s.exp(z_t)
-  # 1 for the largest entry, however XLA rounds it; with the derivative of e_t nevertheless.
+  # Exactly 1 for the largest entry, however XLA rounds it, but with the derivative of e_t.
   e_t += lax.stop_gradient(jnp.where(s.minus_shift(z_t) == 0, 1 - e_t, jnp.zeros_like(e_t)))
   at_label = (e_t * inverse) * g - (((1 - e_t) + s.rest) * inverse) * nll_bar
   elsewhere = s.exp(z) * ((g + nll_bar) * inverse)  # a_j (g + nll_bar)
@@ -333,7 +332,7 @@ def softmax_cross_entropy_with_integer_labels(
 
   A drop-in replacement for the function of this name in `optax.losses`, differentiable in both
   modes. Unlike there, loss and gradient keep all digits where the correct class has probability
-  close to 1. No one-hot array is built, and only the inputs and two numbers per row are saved for
+  close to 1. No one-hot array is built, and only the inputs and two scalars per row are saved for
   the backward pass, whatever the options. With all options, the loss of a row is
 
   .. math:: L = (1 - \alpha)\, w_t\, (-\log a_t) + \frac{\alpha}{K} \sum_k w_k\, (-\log a_k)
@@ -369,7 +368,7 @@ def softmax_cross_entropy_with_integer_labels(
       of the `jax.sharding.PartitionSpec` that spreads the classes, ``("a", "b")`` for ``P(("a",
       "b"))``: labels count in that order. In another order the loss is that of other classes; JAX
       does not tell a function how its arguments are spread, so that this is no error. One reduction
-      of one or two numbers per row and one of three to six make the loss, and none its gradient.
+      of one or two scalars per row and one of three to six make the loss, and none its gradient.
       Where the number of classes is no multiple of that of the devices, pad the logits and leave
       out the padding with ``where``.
     return_aux: whether to return a `CrossEntropyAux` with the log-normalizer, the part that the

@@ -118,12 +118,12 @@ def minus_log_softmax(z: jax.Array, s: Normalizer) -> jax.Array:
 
 
 def log_sum_from_constant(s: Normalizer) -> jax.Array:
-  """``log S`` with the derivative by the shift as well, to add to sums with a constant shift."""
+  """``log S``, to add to sums with a constant shift: it carries the derivative by the shift too."""
   return s.log_sum() + (s.shift - jax.lax.stop_gradient(s.shift))
 
 
 class UniformSums(NamedTuple):
-  """Sums over the unmasked classes k of a row, of which the loss of the uniform label is made.
+  """Sums over the unmasked classes k of a row, which make the loss against the uniform label.
 
   Attributes:
     cost: ``sum_k w_k (shift - z_k)`` with a constant shift, w_k being the weights of the classes;

@@ -131,7 +131,7 @@ def _bwd(
     g = g + bars.uniform * uniform.label_sum(num_classes)
   scale = bars.nll * inverse  # nll_bar / S
   total = (rows.local_sum(p) if total is None else total) * scale
-  # What is linear in another cotangent has its own barrier, as JAX cannot transpose half of one.
+  # Terms in another cotangent have a barrier of their own: JAX cannot transpose half of a barrier.
   total, scale, rest = rows.barrier((total, scale, s.rest * scale))
   g = jax.lax.optimization_barrier(g * inverse)
   # (e_j sum_k p_k - p_j) nll_bar / S and, added up, e_j g / S - p_j rest nll_bar / S
@@ -322,7 +322,7 @@ def softmax_cross_entropy(
 
   A drop-in replacement for the function of this name in `optax.losses`, differentiable in both
   modes and in both arguments. Unlike there, loss and gradient keep all digits where the softmax is
-  close to a one-hot label. Only the inputs and two numbers per row are saved for the backward pass,
+  close to a one-hot label. Only the inputs and two scalars per row are saved for the backward pass,
   whatever the options. With all options, the loss of a row is
 
   .. math:: L = -\sum_k w_k \Bigl((1 - \alpha)\, t_k + \frac{\alpha}{K}\Bigr) \log a_k
@@ -349,7 +349,7 @@ def softmax_cross_entropy(
     axis_name: inside `jax.shard_map`, the name (or names) of the mesh axis over whose devices the
       classes are spread: each device holds a slice of the logits, of the labels, of ``where`` and
       of ``class_weights``. The loss is the same on all of these devices. The order of several
-      names does not matter. One reduction of one or two numbers per row and one of four to seven
+      names does not matter. One reduction of one or two scalars per row and one of four to seven
       make it, and none its gradient.
     return_aux: whether to return a `CrossEntropyAux` with the log-normalizer, the part that the
       z-loss adds and the number of rows that count too. They are differentiable like the loss.

@@ -15,7 +15,7 @@ from jax import lax
 
 
 class Inputs(NamedTuple):
-  """What the loss can be differentiated by; also their tangents, gradients, or what is wanted.
+  """The differentiable inputs of the loss; also their tangents, or their gradients.
 
   All but x and weight are in the dtype of the losses, or None where there is no such input.
 
@@ -35,7 +35,7 @@ class Inputs(NamedTuple):
 
 
 class Projection(NamedTuple):
-  """What is static about the way from features to logits.
+  """How features become logits.
 
   Attributes:
     vocab_axis: the axis of the classes in the weight, 0 or 1.

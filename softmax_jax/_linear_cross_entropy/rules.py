@@ -1,11 +1,11 @@
 """The two rules: the losses of all rows, and a weighted sum of them.
 
-The sum has the cheaper rule. Its cotangent is one number, so that all gradients are known, but for
-that factor, as soon as the logits of a chunk are: they are formed in the forward pass, with three
-products altogether. The losses of all rows have one cotangent per row, which the backward pass
-alone knows: it computes the logits again, with four products altogether.
+The sum has the cheaper rule. Its cotangent is one number, so that the gradients are known up to
+that factor as soon as the logits of a chunk are. They are formed in the forward pass, with three
+matrix products altogether. The losses of all rows have one cotangent per row, known only in the
+backward pass. That recomputes the logits, with four products altogether.
 
-Both know which inputs are differentiated, and form no product for the others.
+Both rules know which inputs are differentiated, and form no product for the others.
 """
 
 from __future__ import annotations
@@ -167,11 +167,11 @@ def _logits(
 
 
 def _scale(dtype: jnp.dtype, bars: PerRow, u: jax.Array | None) -> jax.Array | float:
-  """What to multiply y_bar by before it is rounded to ``dtype``: 1 where it is not.
+  """The factor of y_bar before it is rounded to ``dtype``; 1 where it is not rounded.
 
   In float16 most probabilities over a large vocabulary, and all y_bar of a mean over many tokens,
   would be below the smallest normal number. And where all tokens have the same share of the loss,
-  y_bar at the labels is close to -1 times that, the rounding error of which they would all have.
+  y_bar at the labels is close to -1 times that share, and they would all have its rounding error.
   """
   if jnp.finfo(dtype).bits > 16:
     return 1.0
@@ -181,8 +181,8 @@ def _scale(dtype: jnp.dtype, bars: PerRow, u: jax.Array | None) -> jax.Array | f
   largest = jnp.maximum(largest, jnp.abs(bars.lse))
   # A row of inf or NaN keeps that for itself.
   largest = jnp.max(jnp.where(jnp.isfinite(largest), largest, 0))
-  # |y_bar| is at most twice `largest`, which becomes an eighth of the largest float16. The bound
-  # keeps the scale finite where all is next to 0; that of the largest float32 is 2**-115.
+  # |y_bar| is at most twice `largest`, which becomes an eighth of the largest float16. The lower
+  # bound keeps the scale finite where all cotangents are nearly 0.
   return lax.stop_gradient(2.0**13 / jnp.maximum(largest, 2.0**-112))
 
 
