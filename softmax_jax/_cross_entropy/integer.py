@@ -147,7 +147,7 @@ def bwd(
   if uniform is not None:
     u = uniform_label(weights, mask, uniform.divisor(static.num_classes), z)
     g = g + bars.uniform * uniform.label_sum(static.num_classes)
-  # z may be NaN in a row that does not count. The select keeps that NaN out of the derivatives by g.
+  # z may be NaN in a row that does not count. The select keeps that NaN out of derivatives by g.
   g = jnp.where(index == IGNORED, jnp.zeros_like(g), g)
   z_bar = logits_bar(z, index, s, g, bars.nll, rows)  # a_j (g + nll_bar) - delta_tj nll_bar
   if u is not None:
