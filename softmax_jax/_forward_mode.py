@@ -24,7 +24,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, ParamSpec, Protocol, TypeVar, TypeVarTuple
+from typing import Any, ParamSpec, TypeVar, TypeVarTuple
 
 import jax
 from jax.core import Tracer
@@ -39,23 +39,7 @@ from jax.extend.core import (
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters.partial_eval import JaxprTracer
 
-P = ParamSpec("P")
-R = TypeVar("R")
-R_co = TypeVar("R_co", covariant=True)
-
-
-class CustomVJP(Protocol[P, R_co]):
-  """A function with a backward rule, such as `jax.custom_vjp` returns."""
-
-  def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
-    """What the function computes."""
-    ...
-
-  def defvjp(
-    self, fwd: Callable[..., Any], bwd: Callable[..., Any], *, symbolic_zeros: bool = False
-  ) -> Any:
-    """Gives the function its rule."""
-
+from softmax_jax._typed import CustomVJP
 
 # What a function raises that needs the value of a traced array.
 _CONCRETE = (
@@ -65,6 +49,8 @@ _CONCRETE = (
   jax.errors.TracerIntegerConversionError,
 )
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Args = TypeVarTuple("Args")
 
 Values = Sequence[Any]  # arrays or what JAX traces in their place, and their types
