@@ -102,14 +102,14 @@ def _transpose(
 
 
 def nonzero(tangents: Values) -> list[int]:
-  """The numbers of the tangents that JAX does not know to be 0."""
+  """Which of the tangents JAX does not know to be 0."""
   return [i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
 
 
-def replaced(values: Values, numbers: Sequence[int], new: Values) -> list[Any]:
-  """The values, with ``new`` ones at ``numbers``."""
+def replaced(values: Values, where: Sequence[int], new: Values) -> list[Any]:
+  """The values, with ``new`` ones in the places ``where``."""
   result = list(values)
-  for i, value in zip(numbers, new, strict=True):
+  for i, value in zip(where, new, strict=True):
     result[i] = value
   return result
 

@@ -36,6 +36,7 @@ rule_p.multiple_results = True
 
 
 def _bind(f: Function, *xs: Any) -> Values:
+  """``f(*xs)``, as a call of `rule_p`."""
   out_types = tuple(jax.make_jaxpr(f)(*xs).out_avals)
   return rule_p.bind(*xs, f=f, out_types=out_types)
 

@@ -110,11 +110,12 @@ def enable_forward_mode(
       f"enable_forward_mode expected tangent to be a function, got {_describe(tangent)}."
     )
   name = getattr(f, "__name__", "f")
-  # Not differentiated, it needs no rule; an eager shard_map refuses those with symbolic zeros.
+  # Around the plain function: without differentiation g needs no rule, and an eager jax.shard_map
+  # refuses custom_vjp functions with symbolic zeros.
   g = jax.custom_jvp(f.fun, nondiff_argnums=f.nondiff_argnums)
   g.defjvp(_Rules(name, f, tangent).jvp, symbolic_zeros=True)
 
-  # A function and not `g` itself, which cannot be pickled by its name.
+  # A function, because `g` itself cannot be pickled by its name.
   @functools.wraps(f, updated=())
   def forward_mode(*args: P.args, **kwargs: P.kwargs) -> R:
     # jax.custom_jvp stops the gradient of a tracer among the nondiff_argnums, where f refuses it.
@@ -198,7 +199,7 @@ class _Rules:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class _Arguments:
-  """The arguments of one call. The ``moving`` ones of their leaves are differentiated."""
+  """The arguments of one call. Those of their leaves that are ``moving`` are differentiated."""
 
   leaves: Values
   tree: Any
@@ -219,8 +220,8 @@ class _Arguments:
 def _linearization_suspended(x_dots: Values) -> Generator[None, None, None]:
   """Computes with primal values as if JAX were not linearizing, if it is.
 
-  While JAX linearizes it partially evaluates, and control flow that is partially evaluated is
-  compiled again in every call, also where all its operands are known.
+  While JAX linearizes, it partially evaluates every operation. Control flow that is partially
+  evaluated is compiled again in every call, even where all its operands are known.
   """
   with take_current_trace() as trace:
     linearizing = any(isinstance(x, JaxprTracer) and x._trace is trace for x in x_dots)  # pyright: ignore[reportPrivateUsage]
@@ -229,10 +230,10 @@ def _linearization_suspended(x_dots: Values) -> Generator[None, None, None]:
 
 
 class _Watch(threading.local):
-  """The identity of several arrays, which notes which cotangents arrive in the backward pass.
+  """The identity on several arrays, which notes the cotangents that arrive in the backward pass.
 
   `jax.vjp` returns zeros where a backward rule has no cotangent. JAX has to know the difference,
-  because the backward pass of a plain custom_vjp function stops there.
+  because the backward pass of a plain `jax.custom_vjp` function stops there.
   """
 
   arrived: Sequence[int] = ()
@@ -269,16 +270,16 @@ class _Derivative:
   """The derivative of one call, as two linear maps. It holds no array, only structures and types.
 
   Attributes:
-    name: of the function.
-    tangent: the rule of the user's own, with its ``nondiff_argnums`` filled in.
+    name: the name of the function.
+    tangent: the user's tangent rule, with its ``nondiff_argnums`` filled in.
     args_tree: the structure of the arguments.
-    moving: the numbers of their leaves that are differentiated.
+    moving: which of their leaves are differentiated.
     x_types: the types of the cotangents of those.
     out_tree: the structure of the output.
     out_types: the types of the tangents of its leaves.
-    differentiable: the numbers of its leaves that have tangents, which integers do not.
+    differentiable: which of its leaves have tangents; those of integers do not.
     residuals_tree: the structure of the pullback and of the residuals that ``tangent`` takes.
-    watch: notes which cotangents the pullback has.
+    watch: tells which cotangents the pullback returned.
   """
 
   name: str
