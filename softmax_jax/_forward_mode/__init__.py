@@ -1,0 +1,34 @@
+"""Forward-mode differentiation for `jax.custom_vjp` functions.
+
+JAX refuses `jvp`, `linearize` and `jacfwd` on a `jax.custom_vjp` function. Yet its backward rule
+y_bar -> J^T y_bar is linear and already contains the forward one: the transpose of J^T is J. What
+JAX lacks is a linear call that can be batched and whose transpose is *given*, so that reverse mode
+still runs exactly the hand-derived rule.
+
+- `linear` defines that call, the primitive `linear_map`.
+- `transform` builds `enable_forward_mode` on it.
+- `loops` defines the primitive `rule`, for rules that loop inside `jax.shard_map`.
+- `varying` tells and changes over which mesh axes an array varies inside `jax.shard_map`.
+
+This is the one package of the library that goes beyond JAX's documented public API. It uses
+
+- `jax.extend.core`: `Primitive`, `jaxpr_as_fun`, `unmapped_aval`, and the current trace
+  (`take_current_trace`, `set_current_trace`) with its `parent_trace`;
+- `jax.interpreters`: `ad`, `batching`, `mlir` and `partial_eval.JaxprTracer` with its `_trace`;
+- of the types that `jax.typeof` returns: `manual_axis_type`, `to_tangent_aval`, `to_ct_aval`,
+  `str_short` and `update`;
+- of a `jax.custom_vjp` object: `fun`, `fwd`, `bwd`, `symbolic_zeros` and `nondiff_argnums`.
+"""
+
+from softmax_jax._forward_mode.linear import linear_map
+from softmax_jax._forward_mode.loops import rule_with_loops
+from softmax_jax._forward_mode.transform import enable_forward_mode
+from softmax_jax._forward_mode.varying import varying_alike, varying_axes
+
+__all__ = [
+  "enable_forward_mode",
+  "linear_map",
+  "rule_with_loops",
+  "varying_alike",
+  "varying_axes",
+]
