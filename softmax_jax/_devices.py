@@ -77,6 +77,11 @@ def varying_over(axes: frozenset[str], x: Any) -> Any:
   return lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
 
 
+def varying_as(like: Any, x: Any) -> Any:
+  """``x``, varying over the axes of the type ``like`` too."""
+  return varying_over(like.manual_axis_type.varying, x)
+
+
 def varying_alike(*arrays: *Args, without: AxisName | None = None) -> tuple[*Args]:
   """The arrays, varying over the same manual axes, as a rule for several arrays needs.
 

@@ -8,9 +8,9 @@ still runs exactly the hand-derived rule.
 - `linear` defines that call, the primitive `linear_map`.
 - `transform` builds `enable_forward_mode` on it.
 - `loops` defines the primitive `rule`, for rules that loop inside `jax.shard_map`.
-- `varying` tells and changes over which mesh axes an array varies inside `jax.shard_map`.
 
-This is the one package of the library that goes beyond JAX's documented public API. It uses
+This is the one package of the library that goes beyond JAX's documented public API, but for
+`softmax_jax._devices`, which reads the `manual_axis_type` of types. It uses
 
 - `jax.extend.core`: `Primitive`, `jaxpr_as_fun`, `unmapped_aval`, and the current trace
   (`take_current_trace`, `set_current_trace`) with its `parent_trace`;
@@ -23,12 +23,5 @@ This is the one package of the library that goes beyond JAX's documented public 
 from softmax_jax._forward_mode.linear import linear_map
 from softmax_jax._forward_mode.loops import rule_with_loops
 from softmax_jax._forward_mode.transform import enable_forward_mode
-from softmax_jax._forward_mode.varying import varying_alike, varying_axes
 
-__all__ = [
-  "enable_forward_mode",
-  "linear_map",
-  "rule_with_loops",
-  "varying_alike",
-  "varying_axes",
-]
+__all__ = ["enable_forward_mode", "linear_map", "rule_with_loops"]

@@ -25,7 +25,7 @@ from jax.core import Tracer
 from jax.extend.core import Primitive, jaxpr_as_fun, unmapped_aval
 from jax.interpreters import ad, batching, mlir
 
-from softmax_jax._forward_mode.varying import type_varying_over, varying_axes
+from softmax_jax._devices import varying_axes
 
 Values = Sequence[Any]  # arrays or what JAX traces in their place, and their types
 Linear = Callable[[Values, Values], Values]
@@ -155,11 +155,17 @@ def _batch(
     apply=over_batch(apply),
     transpose=over_batch(transpose),
     out_types=tuple(
-      type_varying_over(axes, unmapped_aval(size, 0, y_type, axis_data.explicit_mesh_axis))
+      _type_varying_over(axes, unmapped_aval(size, 0, y_type, axis_data.explicit_mesh_axis))
       for y_type in out_types
     ),
   )
   return ys, [0] * len(ys)
+
+
+def _type_varying_over(axes: frozenset[str], x_type: Any) -> Any:
+  """The type of an array that varies over ``axes`` too."""
+  manual = x_type.manual_axis_type
+  return x_type.update(manual_axis_type=manual.update(varying=manual.varying | axes))
 
 
 def axes_of_batch(axis_data: Any, args: Values) -> frozenset[str]:

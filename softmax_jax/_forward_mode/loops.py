@@ -18,6 +18,7 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from softmax_jax._devices import varying_as, varying_axes, varying_over
 from softmax_jax._forward_mode.linear import (
   Values,
   axes_of_batch,
@@ -25,7 +26,6 @@ from softmax_jax._forward_mode.linear import (
   nonzero,
   replaced,
 )
-from softmax_jax._forward_mode.varying import varying_as, varying_axes, varying_over
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -17,8 +17,8 @@ from jax.extend.core import set_current_trace, take_current_trace
 from jax.interpreters import ad
 from jax.interpreters.partial_eval import JaxprTracer
 
+from softmax_jax._devices import varying_as
 from softmax_jax._forward_mode.linear import Values, linear_map_p, replaced
-from softmax_jax._forward_mode.varying import varying_as
 
 P = ParamSpec("P")
 R = TypeVar("R")
