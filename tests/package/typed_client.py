@@ -1,4 +1,4 @@
-"""A user's program with types: tests/test_types.py has it checked by pyright, and runs it.
+"""A user's program with types: tests/package/test_types.py has it checked by pyright, and runs it.
 
 What JAX's own transformations return has no type, so the program gives them theirs.
 """

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "notebooks"
+FOLDER = Path(__file__).parents[2] / "notebooks"
 if not FOLDER.exists():
   pytest.skip("the notebooks are not beside the tests", allow_module_level=True)
 

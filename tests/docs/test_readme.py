@@ -8,7 +8,7 @@ import pytest
 import softmax_jax
 from softmax_jax import derivatives
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 TEXT = README.read_text(encoding="utf-8") if README.exists() else ""
 
 pytestmark = pytest.mark.skipif(not TEXT, reason="the README is not beside the tests")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import typed_client
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # JAX leaves parameters of jnp.ones, jax.jit and others without a type.
 STRICT = {"typeCheckingMode": "strict", "reportUnknownMemberType": False}
 # A program where each line with a comment is wrong, and what pyright calls that.

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "train_on_several_machines.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "train_on_several_machines.py"
 if not SCRIPT.exists():
   pytest.skip("the example is not beside the tests", allow_module_level=True)
 

@@ -11,7 +11,7 @@ import pytest
 import softmax_jax
 from softmax_jax import verify
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 if not README.exists():
   pytest.skip("the README is not beside the tests", allow_module_level=True)
 

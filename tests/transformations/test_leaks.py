@@ -1,6 +1,6 @@
 """Many calls need no more memory than a few, and compile nothing after the first.
 
-`python tests/test_leaks.py 1000000` makes a million calls and prints what they hold on the way.
+`PYTHONPATH=tests/helpers python tests/transformations/leak_steps.py 1000000` makes a million calls and prints what they hold on the way.
 Eager calls each make new functions: a cache that outlives them would grow.
 """
 

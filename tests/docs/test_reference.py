@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 if not DOCS.exists():
   pytest.skip("the sources of the reference are not beside the tests", allow_module_level=True)
 pytestmark = pytest.mark.skipif(sys.flags.optimize == 2, reason="python -OO drops docstrings")

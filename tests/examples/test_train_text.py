@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "train_text.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "train_text.py"
 if not SCRIPT.exists():
   pytest.skip("the example is not beside the tests", allow_module_level=True)
 _spec = importlib.util.spec_from_file_location("train_text", SCRIPT)

@@ -19,7 +19,7 @@ import pytest
 
 import softmax_jax
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 if not (ROOT / "pyproject.toml").exists():
   pytest.skip("the repository is not around the tests", allow_module_level=True)
 for tool in ("build", "hatchling", "twine"):
@@ -158,7 +158,8 @@ def test_tests_run_from_the_sdist(built, tmp_path):
   with tarfile.open(built.gz) as archive:
     archive.extractall(tmp_path, filter="data")
   folder = tmp_path / NAME
-  tests = "tests/test_links.py", "tests/test_docstrings.py", "tests/test_public_api.py"
+  files = "docs/test_links.py", "docs/test_docstrings.py", "package/test_public_api.py"
+  tests = [f"tests/{file}" for file in files]
   environment = {**os.environ, "PYTHONPATH": str(folder)}
   report = run(sys.executable, "-m", "pytest", "-n", "0", *tests, cwd=folder, env=environment)
   assert re.fullmatch(r"=+ \d+ passed in .* =+", report.strip().splitlines()[-1]), report

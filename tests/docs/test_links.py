@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MARKDOWN = [path for path in (*ROOT.glob("*.md"), *ROOT.glob("notebooks/*.md"))]
 NOTEBOOKS = list(ROOT.glob("notebooks/*.ipynb"))
 SOURCES = [
   *ROOT.glob("softmax_jax/**/*.py"),
-  *ROOT.glob("tests/*.py"),
+  *ROOT.glob("tests/**/*.py"),
   *ROOT.glob("examples/*.py"),
   *ROOT.glob("docs/*.*"),
 ]

@@ -24,7 +24,7 @@ from softmax_jax.__main__ import main
 from softmax_jax.benchmark import accuracy, oracle, programs, report, suites, timing
 from softmax_jax.benchmark.programs import GRADIENT, INTEGER, LINEAR, OURS, SOFT, VJP
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 JAX_PEERS = ("jax.nn", "optax", "products")
 
 
