@@ -10,101 +10,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from linear_errors import ERRORS
+from linear_programs import (
+  CHUNK,
+  LABELS,
+  PRODUCTS,
+  WEIGHT,
+  H,
+  V,
+  X,
+  compiled,
+  dense,
+  gradient,
+  hessian_product,
+  shapes,
+  tangent,
+)
 from oracle import random, relative_error
 
 from softmax_jax import linear_softmax_cross_entropy as linear
-from softmax_jax import softmax_cross_entropy_with_integer_labels as cross_entropy
 from softmax_jax._linear_cross_entropy import chunks
 
 pytestmark = pytest.mark.without("disable_jit")
-
-
-def shapes(num_tokens, num_features, num_classes, vocab_axis=-1):
-  """Types of x, weight, labels and bias."""
-  weight = (num_features, num_classes)
-  return (
-    jax.ShapeDtypeStruct((num_tokens, num_features), jnp.float32),
-    jax.ShapeDtypeStruct(weight if vocab_axis == -1 else weight[::-1], jnp.float32),
-    jax.ShapeDtypeStruct((num_tokens,), jnp.int32),
-    jax.ShapeDtypeStruct((num_classes,), jnp.float32),
-  )
-
-
-def compiled(f, *args):
-  return jax.jit(f).lower(*args).compile()
-
-
-def dense(x, weight, labels, reduction="mean"):
-  return cross_entropy(x @ weight, labels, reduction=reduction)
-
-
-CHUNK = 32
-
-
-def gradient(argnums, f=linear, **options):
-  return lambda x, weight, labels, bias: jax.value_and_grad(f, argnums)(
-    x, weight, labels, **options
-  )
-
-
-def gradient_of_losses(argnums):
-  f = lambda *args: jnp.sum(jnp.sin(linear(*args, reduction="none", chunk_size=CHUNK)))
-  return lambda x, weight, labels, bias: jax.grad(f, argnums)(x, weight, labels)
-
-
-def tangent(argnums, **options):
-  def f(x, weight, labels, bias):
-    args = x, weight
-    loss = lambda *moving: linear(
-      *(moving[argnums.index(i)] if i in argnums else args[i] for i in range(2)), labels, **options
-    )
-    moving = tuple(args[i] for i in argnums)
-    return jax.jvp(loss, moving, tuple(map(jnp.cos, moving)))
-
-  return f
-
-
-def hessian_product(x, weight, labels, bias):
-  f = lambda x, weight: linear(x, weight, labels)
-  return jax.jvp(jax.grad(f, (0, 1)), (x, weight), (jnp.cos(x), jnp.cos(weight)))
-
-
-def gradient_by(option):
-  def f(x, weight, labels, bias):
-    value = {"bias": bias, "z_loss": 0.1}[option]
-    return jax.grad(lambda v: linear(x, weight, labels, chunk_size=CHUNK, **{option: v}))(value)
-
-  return f
-
-
-def gradient_with_frozen_weight(x, weight, labels, bias):
-  f = lambda p: linear(p[0], jax.lax.stop_gradient(p[1]), labels, chunk_size=CHUNK)
-  return jax.grad(f)((x, weight))[0]
-
-
-def value(**options):
-  return lambda x, weight, labels, bias: linear(x, weight, labels, chunk_size=CHUNK, **options)
-
-
-# What is computed, and how many products of a chunk that takes.
-PRODUCTS = {
-  "the loss": (value(), 1),
-  "the losses": (value(reduction="none"), 1),
-  "the gradient by x": (gradient(0, chunk_size=CHUNK), 2),
-  "the gradient by weight": (gradient(1, chunk_size=CHUNK), 2),
-  "both gradients": (gradient((0, 1), chunk_size=CHUNK), 3),
-  "the gradient by bias": (gradient_by("bias"), 1),
-  "the gradient by z_loss": (gradient_by("z_loss"), 1),
-  "the gradient by x with a frozen weight": (gradient_with_frozen_weight, 2),
-  "the losses, the gradient by x": (gradient_of_losses(0), 3),
-  "the losses, the gradient by weight": (gradient_of_losses(1), 3),
-  "the losses, both gradients": (gradient_of_losses((0, 1)), 4),
-  "the tangent by x": (tangent((0,), chunk_size=CHUNK), 2),
-  "both tangents": (tangent((0, 1), chunk_size=CHUNK), 3),
-  "the losses, the tangent by x": (tangent((0,), reduction="none", chunk_size=CHUNK), 3),
-  "the losses, both tangents": (tangent((0, 1), reduction="none", chunk_size=CHUNK), 4),
-  "the dense loss of both chunks, both gradients": (gradient((0, 1), dense), 2 * 3),
-}
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
@@ -177,10 +104,6 @@ def test_no_copy_of_the_weight(vocab_axis, reduction):
   assert re.search(pattern, careless)
 
 
-# How it composes.
-
-T, H, V = 6, 4, 20
-X, WEIGHT, LABELS = random(0, (T, H)), random(1, (H, V)), np.array([0, 3, 19, 7, 7, 2])
 reductions = pytest.mark.parametrize("reduction", ["mean", "none"])
 
 
@@ -303,103 +226,6 @@ def test_coefficients_may_be_traced_and_the_loss_may_be_scaled():
     static = jax.grad(lambda x, values=values: linear(x, WEIGHT, LABELS, **values))(X)
     assert relative_error(f(1.0, **values), static) < 1e-6
   assert f._cache_size() == 1
-
-
-# Errors: call, type, message.
-
-NAME = "linear_softmax_cross_entropy"
-ERRORS = {
-  "integer x": (
-    lambda: linear(X.astype(np.int32), WEIGHT, LABELS),
-    TypeError,
-    f"{NAME} expected x of a floating dtype, got dtype int32. Pass x.astype(jnp.float32).",
-  ),
-  "float labels": (
-    lambda: linear(X, WEIGHT, LABELS.astype(np.float32)),
-    TypeError,
-    f"{NAME} expected labels of an integer dtype, got dtype float32. For one probability per "
-    "class use softmax_cross_entropy.",
-  ),
-  "shape of the weight": (
-    lambda: linear(X, WEIGHT.T, LABELS),
-    ValueError,
-    f"{NAME} expected x of shape [..., 20] for weight of shape (20, 4) with vocab_axis=1, got "
-    "shape (6, 4). For a weight [V, H] pass vocab_axis=0.",
-  ),
-  "three axes": (
-    lambda: linear(X, WEIGHT[None], LABELS),
-    ValueError,
-    f"{NAME} expected weight [H, V] with vocab_axis=-1, or [V, H] with vocab_axis=0, got shape "
-    "(1, 4, 20) with vocab_axis=-1.",
-  ),
-  "vocab_axis": (
-    lambda: linear(X, WEIGHT, LABELS, vocab_axis=2),
-    ValueError,
-    f"{NAME} expected weight [H, V] with vocab_axis=-1, or [V, H] with vocab_axis=0, got shape "
-    "(4, 20) with vocab_axis=2.",
-  ),
-  "vocab_axis None": (
-    lambda: linear(X, WEIGHT, LABELS, vocab_axis=None),
-    TypeError,
-    f"{NAME} expected vocab_axis to be a static int, got NoneType.",
-  ),
-  "number of labels": (
-    lambda: linear(X, WEIGHT, LABELS[1:]),
-    ValueError,
-    f"{NAME} expected one label per token, of shape (6,) for x of shape (6, 4), got shape (5,).",
-  ),
-  "shape of the bias": (
-    lambda: linear(X, WEIGHT, LABELS, bias=jnp.ones(4)),
-    ValueError,
-    f"{NAME} expected one bias per class, of shape (20,), got shape (4,).",
-  ),
-  "integer bias": (
-    lambda: linear(X, WEIGHT, LABELS, bias=np.ones(20, np.int32)),
-    TypeError,
-    f"{NAME} expected bias of a floating dtype, got dtype int32. Pass bias.astype(jnp.float32).",
-  ),
-  "softcap 0": (
-    lambda: linear(X, WEIGHT, LABELS, softcap=0),
-    ValueError,
-    f"{NAME} expected softcap to be positive and finite in float32, got 0. Pass None for no "
-    "softcap.",
-  ),
-  "softcap per row": (
-    lambda: linear(X, WEIGHT, LABELS, softcap=jnp.ones(6)),
-    ValueError,
-    f"{NAME} expected softcap to be a scalar, got shape (6,).",
-  ),
-  "chunk_size 0": (
-    lambda: linear(X, WEIGHT, LABELS, chunk_size=0),
-    ValueError,
-    f"{NAME} expected chunk_size to be at least 1, got 0.",
-  ),
-  "traced chunk_size": (
-    lambda: jax.jit(lambda n: linear(X, WEIGHT, LABELS, chunk_size=n))(2),
-    TypeError,
-    f"{NAME} expected chunk_size to be a static int or None, got a traced value.",
-  ),
-  "chunk_size 2.0": (
-    lambda: linear(X, WEIGHT, LABELS, chunk_size=2.0),
-    TypeError,
-    f"{NAME} expected chunk_size to be a static int or None, got float.",
-  ),
-  "class weights": (
-    lambda: linear(X, WEIGHT, LABELS, class_weights=jnp.ones(6)),
-    ValueError,
-    f"{NAME} expected one class weight per class, of shape (20,), got shape (6,).",
-  ),
-  "reduction": (
-    lambda: linear(X, WEIGHT, LABELS, reduction="average"),
-    ValueError,
-    f'{NAME} expected reduction to be "none", "sum" or "mean", got \'average\'.',
-  ),
-  "label_smoothing": (
-    lambda: linear(X, WEIGHT, LABELS, label_smoothing=2),
-    ValueError,
-    f"{NAME} expected label_smoothing in [0, 1], got 2.",
-  ),
-}
 
 
 @pytest.mark.parametrize("name", ERRORS)

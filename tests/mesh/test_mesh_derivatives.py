@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from oracle import random, relative_error
-from test_mesh import (
+from mesh_cases import (
   CASES,
   LABELS,
   LOGITS,
@@ -22,6 +21,7 @@ from test_mesh import (
   mesh,
   soft,
 )
+from oracle import random, relative_error
 
 from softmax_jax import log_softmax, logsumexp, softmax
 

@@ -3,49 +3,18 @@
 They are built without isolation, by the hatchling of the extra `dev`, which needs no network.
 """
 
-import importlib.metadata
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
-import zipfile
-from email import message_from_string
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from builds import DIST_INFO, NAME, ROOT, build, clean_copy, contents, run
 
 import softmax_jax
 
-ROOT = Path(__file__).parents[2]
-if not (ROOT / "pyproject.toml").exists():
-  pytest.skip("the repository is not around the tests", allow_module_level=True)
-for tool in ("build", "hatchling", "twine"):
-  try:
-    importlib.metadata.version(tool)
-  except importlib.metadata.PackageNotFoundError:
-    pytest.skip(f"{tool}, of the extra `dev`, is not installed", allow_module_level=True)
-
 pytestmark = pytest.mark.long
-
-NAME = f"softmax_jax-{softmax_jax.__version__}"
-DIST_INFO = f"{NAME}.dist-info"
-
-
-def run(*command, **options):
-  done = subprocess.run(command, capture_output=True, text=True, **options)
-  assert done.returncode == 0, done.stdout + done.stderr
-  return done.stdout
-
-
-def build(source, *options, **environment):
-  """Builds an sdist, and from that a wheel, or what the options say; returns them by suffix."""
-  out = source.parent / "dist" / "-".join(["both", *options])
-  command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, *options, source]
-  run(*command, **environment)
-  return SimpleNamespace(**{path.suffix[1:]: path for path in out.iterdir()})
 
 
 @pytest.fixture(scope="module")
@@ -61,17 +30,6 @@ def tracked(tmp_path_factory):
     return {name.partition("/")[2] for name in archive.getnames()} - {"PKG-INFO"}
 
 
-def clean_copy(names, folder, mode, time):
-  """A copy of these files alone, with these permissions and time of the last change."""
-  for name in names:
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(ROOT / name, path)
-    path.chmod(mode)
-    os.utime(path, (time, time))
-  return folder
-
-
 @pytest.fixture(scope="module")
 def source(tracked, tmp_path_factory):
   return clean_copy(sorted(tracked), tmp_path_factory.mktemp("one") / "source", 0o644, 1e9)
@@ -84,18 +42,7 @@ def built(source):
 
 @pytest.fixture(scope="module")
 def wheel(built, tmp_path_factory):
-  """What the wheel holds: the names of its files and its metadata."""
-  folder = tmp_path_factory.mktemp("wheel")
-  with zipfile.ZipFile(built.whl) as archive:
-    names = archive.namelist()
-    archive.extractall(folder)
-  assert len(names) == len(set(names))
-  metadata = (folder / DIST_INFO / "METADATA").read_text(encoding="utf-8")
-  return SimpleNamespace(
-    names=set(names),
-    metadata=message_from_string(metadata),
-    distribution=importlib.metadata.Distribution.at(folder / DIST_INFO),
-  )
+  return contents(built.whl, tmp_path_factory.mktemp("wheel"))
 
 
 def test_a_second_build_gives_the_same_bytes(tracked, built, tmp_path):

@@ -26,9 +26,6 @@ USED = {
   "jax.interpreters.partial_eval.JaxprTracer",
 }
 NOT_DOCUMENTED = ("jax._src", "jax.extend", "jax.interpreters", "jaxlib")
-COMMANDS = tuple(
-  f"softmax_jax.{name}" for name in ("_command_line", "benchmark", "train", "verify.command")
-)
 ATTRIBUTES = {"fun", "fwd", "bwd", "symbolic_zeros", "nondiff_argnums"}  # of a jax.custom_vjp
 
 
@@ -109,6 +106,11 @@ def test_importing_the_other_parts_loads_nothing_of_the_extras():
   assert "softmax_jax.verify" in loaded
   others = {name.split(".")[0] for name in loaded} - {"softmax_jax", "jax"}
   assert others <= set(sys.stdlib_module_names)
+
+
+COMMANDS = tuple(
+  f"softmax_jax.{name}" for name in ("_command_line", "benchmark", "train", "verify.command")
+)
 
 
 def test_every_module_but_the_commands_can_be_imported_without_the_extras():
