@@ -105,8 +105,11 @@ def test_tests_run_from_the_sdist(built, tmp_path):
   with tarfile.open(built.gz) as archive:
     archive.extractall(tmp_path, filter="data")
   folder = tmp_path / NAME
-  files = "docs/test_links.py", "docs/test_docstrings.py", "package/test_public_api.py"
-  tests = [f"tests/{file}" for file in files]
+  tests = (
+    "tests/docs/test_links.py",
+    "tests/docs/test_docstrings.py",
+    "tests/package/test_public_api.py",
+  )
   environment = {**os.environ, "PYTHONPATH": str(folder)}
   report = run(sys.executable, "-m", "pytest", "-n", "0", *tests, cwd=folder, env=environment)
   assert re.fullmatch(r"=+ \d+ passed in .* =+", report.strip().splitlines()[-1]), report
