@@ -1,11 +1,13 @@
 """What hypothesis draws for the properties, and how often."""
 
+import collections
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
+from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
 SHAPES = [(3, 2), (2, 5), (1, 17)]
@@ -29,17 +31,23 @@ def logits(draw):
 
 EXAMPLES = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 MANY = settings(max_examples=1000, deadline=None, database=None)
-PROPERTIES = {}
+PROPERTIES = collections.defaultdict(dict)  # by the module of the test
 
 
 def property_of(*strategies, many=None):
   """A test of fifty cases, the same in every run; `test_many_cases` draws others, of ``many``."""
 
   def as_test(f):
-    PROPERTIES[f.__name__.removeprefix("test_")] = f, many or strategies
+    PROPERTIES[f.__module__][f.__name__.removeprefix("test_")] = f, many or strategies
     return EXAMPLES(given(*strategies)(f))
 
   return as_test
+
+
+def draw_many(module, name, seed):
+  """The property of this name in a test module, of many other cases."""
+  f, strategies = PROPERTIES[module][name]
+  seeded(seed)(MANY(given(*strategies)(f)))()
 
 
 @functools.cache

@@ -7,38 +7,35 @@ shape and dtype; programs are compiled once per shape and dtype. `pytest -m long
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import plain
-import property_programs as programs
 import pytest
 from drawn_cases import (
-  EXTREME,
-  INF,
-  MANY,
-  MORE_EXTREME,
   PROPERTIES,
   SEEDS,
   SHARE,
   TINY,
   U,
   compiled,
-  extreme,
+  draw_many,
   labels_of,
   logits,
   options,
   property_of,
 )
-from hypothesis import given
-from hypothesis import seed as seeded
 from hypothesis import strategies as st
-from property_programs import error
-from row_formulas import (
-  BOUNDS,
-  assert_entries,
-  assert_gradient,
-  functions_and_gradients,
-  of_one_row,
+from property_programs import (
+  DUAL,
+  LINEAR,
+  OPTIONS,
+  along,
+  by_row,
+  error,
+  gradient,
+  jacobians,
+  loss,
+  lse,
+  softmax_where,
 )
 
 import softmax_jax
@@ -51,11 +48,8 @@ def test_a_shift_changes_nothing(z, shift):
   z = np.clip(np.round(z * 1024) / 1024, -1000, 1000).astype(np.float32)
   moved, labels = z + np.float32(shift), labels_of(z)
   assert error(compiled(softmax_jax.softmax)(moved), compiled(softmax_jax.softmax)(z)) <= 4 * U
-  assert error(compiled(programs.loss)(moved, labels), compiled(programs.loss)(z, labels)) <= 8 * U
-  assert (
-    error(compiled(programs.gradient)(moved, labels), compiled(programs.gradient)(z, labels))
-    <= 8 * U
-  )
+  assert error(compiled(loss)(moved, labels), compiled(loss)(z, labels)) <= 8 * U
+  assert error(compiled(gradient)(moved, labels), compiled(gradient)(z, labels)) <= 8 * U
 
 
 @property_of(logits(), st.integers(0, 2**32 - 1))
@@ -66,8 +60,8 @@ def test_permuted_classes_give_permuted_results(z, seed):
   # Sums in another order: up to one rounding error per class.
   bound = (8 + z.shape[1]) * U
   assert error(softmax(z[:, order]), np.asarray(softmax(z))[:, order]) <= bound
-  permuted = compiled(programs.gradient)(z[:, order], place[labels])
-  assert error(permuted, np.asarray(compiled(programs.gradient)(z, labels))[:, order]) <= bound
+  permuted = compiled(gradient)(z[:, order], place[labels])
+  assert error(permuted, np.asarray(compiled(gradient)(z, labels))[:, order]) <= bound
 
 
 @property_of(logits())
@@ -75,14 +69,14 @@ def test_probabilities_sum_to_one_and_gradients_to_zero(z):
   a = np.asarray(compiled(softmax_jax.softmax)(z), np.float64)
   assert np.all(a >= 0)
   np.testing.assert_allclose(a.sum(axis=1), 1, rtol=z.shape[1] * 4 * U, atol=0)
-  g = np.asarray(compiled(programs.gradient)(z, labels_of(z)), np.float64)
+  g = np.asarray(compiled(gradient)(z, labels_of(z)), np.float64)
   assert np.all(np.abs(g.sum(axis=1)) <= 8 * U * np.abs(g).sum(axis=1))
 
 
 @property_of(logits())
 def test_losses_are_not_negative_and_at_least_the_gap_to_the_largest(z):
   labels = labels_of(z)
-  value = np.asarray(compiled(programs.loss)(z, labels), np.float64)
+  value = np.asarray(compiled(loss)(z, labels), np.float64)
   gap = z.max(axis=1).astype(float) - z[np.arange(len(z)), labels]
   assert np.all(value >= 0)
   assert np.all(value >= gap * (1 - 2 * U))
@@ -93,8 +87,8 @@ def test_losses_are_not_negative_and_at_least_the_gap_to_the_largest(z):
 def test_logsumexp_is_convex(z, seed, part):
   other = (z + np.random.default_rng(seed).standard_normal(z.shape)).astype(np.float32)
   part = np.float32(part)
-  between = compiled(programs.lse)(part * z + (1 - part) * other)
-  above = part * compiled(programs.lse)(z) + (1 - part) * compiled(programs.lse)(other)
+  between = compiled(lse)(part * z + (1 - part) * other)
+  above = part * compiled(lse)(z) + (1 - part) * compiled(lse)(other)
   # The point between is itself rounded, by u of its largest logit, and so are the sides.
   slack = 8 * U * (1 + np.abs(z).max() + np.abs(other).max())
   assert np.all(np.asarray(between) <= np.asarray(above) + slack)
@@ -102,7 +96,7 @@ def test_logsumexp_is_convex(z, seed, part):
 
 @property_of(logits(), st.integers(0, 2**32 - 1))
 def test_the_jacobian_is_symmetric_and_positive_semidefinite(z, seed):
-  J = np.asarray(compiled(programs.jacobians)(z), np.float64)
+  J = np.asarray(compiled(jacobians)(z), np.float64)
   assert error(J, J.swapaxes(1, 2)) <= 16 * U
   assert error(J, compiled(derivatives.softmax_jacobian)(z)) <= 64 * U
   v = np.random.default_rng(seed).standard_normal(z.shape).astype(np.float32)
@@ -117,7 +111,7 @@ def test_forward_and_reverse_mode_are_transposed(z, seed):
   """<u, J v> = <J^T u, v>, relative to what the products could be."""
   rng = np.random.default_rng(seed)
   v = rng.standard_normal(z.shape).astype(np.float32)
-  for tangent, cotangent in programs.DUAL:
+  for tangent, cotangent in DUAL:
     y_dot = np.asarray(tangent(z, v), np.float64)
     u = rng.standard_normal(y_dot.shape).astype(np.float32)
     z_bar = np.asarray(cotangent(z, u), np.float64)
@@ -129,41 +123,9 @@ def test_forward_and_reverse_mode_are_transposed(z, seed):
 @property_of(logits())
 def test_a_batch_is_its_rows(z):
   labels = labels_of(z)
-  rows = compiled(programs.by_row)(z, labels)
-  assert error(rows[0], compiled(programs.loss)(z, labels)) <= 4 * U
-  assert error(rows[1], compiled(programs.gradient)(z, labels)) <= 4 * U
-
-
-@property_of(extreme(EXTREME), many=(extreme(MORE_EXTREME),))
-def test_masked_functions_are_those_of_what_is_left(case):
-  """Of any values, next to masked entries of any values: against formulas for one row alone."""
-  *arrays, dtype = case
-  z, mask, labels, shares = arrays
-  with jax.enable_x64(dtype == "float64"):
-    arrays = [z, mask, labels, shares.astype(z.dtype)]
-    values, gradients = jax.tree.map(np.asarray, compiled(functions_and_gradients)(*arrays))
-  wide = "float64" if dtype == "float64" else "float32"
-  for i, (row, left) in enumerate(zip(z, mask, strict=True)):
-    label = int(left[: labels[i]].sum()) if left[labels[i]] else None
-    expected = of_one_row(row[left].astype(float), label, shares[i][left], wide)
-    for name, value in expected[0].items():
-      actual = values[name][i]
-      if actual.ndim:
-        np.testing.assert_array_equal(actual[~left], -INF if name == "log_softmax" else 0)
-        actual = actual[left]
-      kind = wide if name in ("integer", "soft") else dtype
-      if value is not None:
-        # The largest logit and the logarithm of the sum may cancel.
-        top = np.abs(row[left].astype(float).max(initial=-INF))
-        terms = top if name == "logsumexp" and np.isfinite(top) else 0
-        assert_entries(actual, value, kind, BOUNDS[name], terms)
-    for name, gradient in expected[1].items():
-      np.testing.assert_array_equal(gradients[name][i][~left], 0)
-      if gradient is not None:
-        # Shares of several classes may be those predicted, and their difference is what cancels.
-        several = name == "soft" and np.count_nonzero(shares[i][left]) > 1
-        terms = np.linalg.norm(shares[i][left]) if several else 0
-        assert_gradient(gradients[name][i][left], gradient, terms, dtype)
+  rows = compiled(by_row)(z, labels)
+  assert error(rows[0], compiled(loss)(z, labels)) <= 4 * U
+  assert error(rows[1], compiled(gradient)(z, labels)) <= 4 * U
 
 
 @property_of(logits())
@@ -173,32 +135,11 @@ def test_masking_is_slicing(z):
     wide = np.insert(z, 1, rubbish, axis=1).astype(np.float32)
     where = np.ones(wide.shape, bool)
     where[:, 1] = False
-    masked = np.asarray(compiled(programs.softmax_where)(wide, where))
+    masked = np.asarray(compiled(softmax_where)(wide, where))
     assert np.all(masked[:, 1] == 0)
     sliced = compiled(softmax_jax.softmax)(z)
     # The sum may take its terms in another order.
     assert error(np.delete(masked, 1, axis=1), sliced) <= (4 + z.shape[1]) * U
-
-
-@property_of(extreme(EXTREME), many=(extreme(MORE_EXTREME),))
-def test_a_batch_of_any_values_is_its_rows(case):
-  *arrays, dtype = case
-  with jax.enable_x64(dtype == "float64"):
-    arrays[3] = arrays[3].astype(arrays[0].dtype)
-    whole = jax.tree.map(np.asarray, compiled(functions_and_gradients)(*arrays))
-    rows = jax.tree.map(np.asarray, compiled(rows_of_functions_and_gradients)(*arrays))
-    for name in whole[0]:
-      kind = rows[0][name].dtype
-      assert_entries(rows[0][name], whole[0][name], kind, BOUNDS[name], terms=1)
-    for name, gradient in whole[1].items():
-      gradient, row = gradient.astype(np.longdouble), rows[1][name].astype(np.longdouble)
-      np.testing.assert_array_equal(np.isnan(row), np.isnan(gradient))
-      limits = jnp.finfo(dtype)
-      atol = 8 * float(limits.eps) * arrays[3].max(initial=1) + 16 * float(limits.tiny)
-      np.testing.assert_allclose(row, gradient, rtol=0, atol=atol)
-
-
-rows_of_functions_and_gradients = jax.vmap(functions_and_gradients)
 
 
 @property_of(logits(), options(), SEEDS)
@@ -208,7 +149,7 @@ def test_options_are_what_they_are_composed_of(z, chosen, seed):
   z = np.clip(z, -50, 50)
   labels, shares = rng.integers(0, z.shape[1], len(z)), rng.uniform(size=z.shape)
   args = z, labels, shares.astype(np.float32), alpha, z_loss, weights(z.shape[1])
-  ours, composed = (compiled(f)(*args) for f in programs.OPTIONS)
+  ours, composed = (compiled(f)(*args) for f in OPTIONS)
   # The terms, of a loss or of its gradient, are of this size.
   size = 1 + np.abs(z).max() + 2 * z_loss * (4 + np.abs(z).max()) ** 2
   divisor = max(1e-30, min(1.0, float(args[5][labels[labels != 1]].sum() or 1)))
@@ -255,7 +196,7 @@ def test_the_linear_loss_is_the_dense_loss_of_the_product(seed, chosen, scale):
   labels = rng.integers(-1, 5, 5)
   # Away from 0, by which a mean would multiply the rounding errors.
   args = x, weight, labels, bias, alpha, z_loss, weights(6) + np.float32(0.125)
-  ours, composed = (compiled(f)(*args) for f in programs.LINEAR)
+  ours, composed = (compiled(f)(*args) for f in LINEAR)
   largest = 1 + 3 * np.abs(x).max() * np.abs(weight).max() + np.abs(bias).max()
   size = largest * (1 + z_loss * largest)
   for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(composed), strict=True):
@@ -263,7 +204,7 @@ def test_the_linear_loss_is_the_dense_loss_of_the_product(seed, chosen, scale):
     np.testing.assert_allclose(a, b, rtol=64 * U, atol=8 * bound)
   # A row that does not count may hold anything.
   x = np.where(labels[:, None] == -1, np.nan, x).astype(np.float32)
-  spoiled = compiled(programs.LINEAR[0])(x, *args[1:])
+  spoiled = compiled(LINEAR[0])(x, *args[1:])
   for a, b in zip(jax.tree.leaves(spoiled), jax.tree.leaves(ours), strict=True):
     np.testing.assert_array_equal(a, b)
 
@@ -272,8 +213,8 @@ AXES = [-1, 0, (0, 2), None]
 MORE_AXES = [*AXES, 1, -2, -3, (1,), (0, 1), (2, 1), (-1, 0), (0, 1, 2), ()]
 
 
-ALONG = {axis: programs.along(axis) for axis in MORE_AXES}
-LAST = programs.along(-1)
+ALONG = {axis: along(axis) for axis in MORE_AXES}
+LAST = along(-1)
 
 
 @property_of(st.sampled_from(AXES), SEEDS, many=(st.sampled_from(MORE_AXES), SEEDS))
@@ -298,7 +239,6 @@ def test_any_axes_are_the_last_one_of_a_transposed_array(axis, seed):
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", PROPERTIES)
+@pytest.mark.parametrize("name", PROPERTIES[__name__])
 def test_many_cases(name, seed):
-  f, strategies = PROPERTIES[name]
-  seeded(seed)(MANY(given(*strategies)(f)))()
+  draw_many(__name__, name, seed)
