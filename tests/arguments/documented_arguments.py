@@ -1,4 +1,4 @@
-"""What each argument of each public function takes, said once, in `ARGUMENTS` and the `Kind`s."""
+"""What each argument of each public function accepts: a `Kind` for each in `FUNCTIONS`."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -43,7 +43,7 @@ class Kind:
   shapes: tuple[str, ...] | None = ()
 
   def cases(self) -> Iterator[tuple[str, Callable[[], Any], Any]]:
-    """Their names, what makes the value, and what it stands for or `REFUSED`."""
+    """Each case: its name, a function that makes the value, and its meaning or `REFUSED`."""
     for name, make in FIXED.items():
       yield name, make, self.fixed.get(name, REFUSED)
     good = X if self.good is None else self.good
@@ -95,7 +95,7 @@ axis = Kind(None, fixed=AXES)
 flag = Kind(None, fixed=FLAGS)
 scalar = Kind(np.array(0.5, np.float32), REAL, NUMBERS)
 integers = Kind(LABELS, INTEGERS, WIDE)
-# No label is as large as those that JAX would wrap.
+# An integer too large for JAX is taken too: no label equals it.
 ignored = Kind(np.array(1), INTEGERS, INTS | LARGE | {str(-(2**70)): -(2**70)} | OPTIONAL)
 none = Kind(None, fixed=OPTIONAL)
 

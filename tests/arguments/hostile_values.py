@@ -157,7 +157,7 @@ FIXED = {
   "aval": lambda: jax.typeof(jnp.asarray(X)),
 }
 
-# What is made of a good array: what is taken, as the same numbers; what is not; other shapes.
+# Made from a good array: SAME is accepted with the same numbers, NEVER is refused, SHAPES differ.
 SAME = {
   "NumPy": lambda x: x,
   "JAX": jnp.asarray,

@@ -13,7 +13,7 @@ def plain_value(value):
 
 
 def wrong_numbers(actual, expected):
-  """What is wrong with the numbers, or ""."""
+  """How the numbers differ from what is expected, or "" if they agree."""
   actual, expected = jax.tree.leaves(actual), jax.tree.leaves(expected)
   assert len(actual) == len(expected)
   for mine, theirs in zip(actual, expected, strict=True):
@@ -33,7 +33,7 @@ def wrong_numbers(actual, expected):
 
 
 def outcome(function, call):
-  """What ``call`` returns, and the message of its error, which tells what is wrong with that."""
+  """What ``call`` returns, and the message of its error, marked if it is not one of ours."""
   try:
     with np.errstate(over="ignore"):  # of JAX, where a number is too large for float32
       return call(), ""
@@ -46,7 +46,7 @@ def outcome(function, call):
 
 
 def refuses_two_dtypes(message):
-  """Whether that is so because the promotion of dtypes is switched off."""
+  """Whether the error comes from dtype promotion being switched off."""
   strict = jax.config.jax_numpy_dtype_promotion == "strict"
   return strict and "of dtypes that promote to a common one" in message
 

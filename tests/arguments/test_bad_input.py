@@ -20,7 +20,7 @@ from softmax_jax import derivatives
 
 
 def _with_marks(function, argument):
-  """Of `num_classes`, as the labels that it is too small for give NaN."""
+  """Off for `num_classes`: labels that do not fit a small number of classes give NaN."""
   marks = pytest.mark.without("debug_nans") if argument == "num_classes" else ()
   return pytest.param(function, argument, marks=marks)
 

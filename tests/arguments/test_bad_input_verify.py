@@ -36,7 +36,7 @@ VERIFY = [p for p in inspect.signature(check_derivatives).parameters if p != "ar
 
 @pytest.mark.parametrize("option", VERIFY)
 def test_the_options_of_check_derivatives(option):
-  """All values that it does not take, and those of others that run no check."""
+  """Values that an option refuses, and those it accepts that do not start a check."""
   faults = []
   values = FIXED | {"[array]": lambda: [X], "[list, array]": lambda: [[X], X]}
   del values["np.timedelta64"]  # of which NumPy says that it is an integer
@@ -57,7 +57,7 @@ def _check(f, **kwargs):
   return check_derivatives(f, jnp.float32(0.5), **kwargs)
 
 
-# Of other things, as lists, the function has to say what it makes.
+# Lists and the like are pytrees: the function under test decides what to make of them.
 @pytest.mark.parametrize(
   "name",
   [n for n, make in NEVER.items() if isinstance(make(X), (np.ndarray, jax.Array))]

@@ -59,7 +59,7 @@ def formulas(
   return loss, nll, lse, penalty, weight
 
 
-# Four rows of five classes. Of the rows, 3 is ignored and, with the mask, 1 has no class.
+# Four rows of five classes. Row 3 is ignored, and the mask leaves row 1 without a class.
 INTEGERS = np.array([0, 4, 2, 1])
 MASK = np.array([[1, 0, 1, 1, 0], [0] * 5, [0, 1, 1, 0, 1], [1] * 5], bool)
 VALUES = {
@@ -100,7 +100,7 @@ def case(name, options, masked):
   return pytest.param(name, options, masked, id="+".join((name, *options, *["where"] * masked)))
 
 
-# No option, each alone, the pairs that meet in a formula, and all; each with and without a mask.
+# No option, each alone, pairs that share a term, and all; each with and without a mask.
 PAIRS = [("label_smoothing", "class_weights"), ("class_weights", "ignore_index")]
 every_case = pytest.mark.parametrize(
   ("name", "options", "masked"),

@@ -203,7 +203,7 @@ def test_rows_masked_in_a_batch_of_rank_four(name):
 def test_masked_soft_labels_are_left_out():
   logits, labels = random(8, MASK.shape), random(9, MASK.shape)
   check(SOFT, LOSSES[SOFT], None, logits, labels, where=MASK)
-  # optax leaves them out too, but has a NaN derivative by the labels.
+  # optax leaves them out too, but its derivative by the labels is NaN.
   ours, theirs = jax.jit(
     lambda z: [
       jax.value_and_grad(lambda z, f=f: jnp.sum(f[SOFT](z, labels, where=MASK)))(z)

@@ -26,7 +26,7 @@ def wide_loss(z, labels):
 @pytest.mark.without("debug_nans")
 @pytest.mark.parametrize("dtype", ALL_INTEGERS)
 def test_integer_labels_of_every_dtype(dtype):
-  """300 classes, more than an int8 counts to. The last label is the least of the dtype."""
+  """300 classes, more than an int8 can count. The last label is the smallest of the dtype."""
   z = random(2, (5, 300))
   least = np.iinfo(dtype).min
   with jax.enable_x64(dtype.endswith("64")):
@@ -56,7 +56,7 @@ def test_huge_unsigned_labels_are_out_of_range(dtype):
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "uint64"])
 def test_the_largest_unsigned_label_may_be_ignored(dtype):
-  """As -1 was before a cast."""
+  """A -1 that was cast to an unsigned dtype."""
   with jax.enable_x64(dtype == "uint64"):
     labels = np.array([2, np.iinfo(dtype).max], dtype)
     loss = integer_loss(random(3, (2, 5)), labels, ignore_index=labels[1])
@@ -89,7 +89,7 @@ def test_ignored_rows_may_hold_anything(ignore_index, junk):
 @pytest.mark.without("debug_nans")
 @pytest.mark.parametrize("how", ["ignored", "masked", "weightless", "empty"])
 def test_the_mean_of_nothing_is_zero(how):
-  """Also its gradients. The logits of rows that do not count are NaN."""
+  """So are its gradients. The logits of rows that do not count are NaN."""
   z = np.full((0 if how == "empty" else 3, 5), np.nan, np.float32)
   options = {
     "ignored": {"ignore_index": 2},
@@ -117,7 +117,7 @@ def test_the_mean_of_nothing_is_zero(how):
 @every_loss
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_class_of_weight_zero_adds_nothing_at_minus_infinity(name, masked):
-  """Though smoothing gives it a share, which would make the loss infinite; in both modes."""
+  """Smoothing gives such a class a share, which would make the loss infinite. In both modes."""
   z, w, z_dot = np.float32([-np.inf, 0.5, 1]), np.float32([0, 1, 2]), np.float32([7, 1, 2])
   t = np.float32([0, 1, 0])
   labels = t if name == SOFT else np.int32(1)

@@ -32,7 +32,7 @@ def options_of_width(options, classes):
 
 @every_memory_case
 def test_no_option_saves_an_array_of_the_logits_size(name, options):
-  """The leaves of what jax.vjp returns are what was saved; bfloat16 tells copies in float32."""
+  """What jax.vjp returns has the residuals as leaves; with bfloat16 a float32 copy would show."""
   logits = jnp.asarray(random(0, (ROWS, CLASSES)), "bfloat16")
   mask = jnp.asarray(random(1, (ROWS, CLASSES)) < 1.5)
   values = options_of_width(options, CLASSES)
@@ -73,6 +73,6 @@ def test_no_option_adds_an_array_to_the_compiled_gradient(name, options, traced)
   f = lambda z, t, values: LOSSES[name](z, t, reduction="mean", **values, **constants)
   limit = logits.size
   if name == SOFT:
-    # Beside a few numbers per class and per row.
+    # Plus a few numbers per class and per row.
     limit = temp_bytes_of_optax(logits.shape) + 4 * 8 * sum(logits.shape)
   assert temp_bytes(f, logits, labels, values if traced else {}) <= limit

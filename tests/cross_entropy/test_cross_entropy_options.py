@@ -99,7 +99,7 @@ def test_second_derivatives_with_everything(name):
 @pytest.mark.without("disable_jit")
 @every_loss
 def test_every_argument_may_be_traced(name):
-  """One compilation serves all values, also coefficients at the ends of their range."""
+  """One compilation serves all values, including coefficients at the ends of their range."""
   smooth, fixed = arguments(name, everything(name), masked=True, dtype=np.float32)
   traced = jax.jit(flat(name, "mean"))
   others = {"logits": -smooth["logits"], "class_weights": 2 * smooth["class_weights"]}
@@ -127,7 +127,7 @@ def test_smoothing_outside_its_range_is_extrapolated_where_traced(name):
 
 @every_loss
 def test_vmap_over_every_argument(name):
-  """Over each argument on its own, and, with the gradients too, over all of them at once."""
+  """Over each argument on its own; with the gradients, over all of them at once."""
   smooth, fixed = jax.tree.map(
     jnp.asarray, arguments(name, everything(name), masked=True, dtype=np.float32)
   )
@@ -157,7 +157,7 @@ def test_vmap_over_every_argument(name):
 
 @every_loss
 def test_other_axes(name):
-  """Several class axes, in an order of their own, with weights of their shape."""
+  """Several class axes in any order, with class weights of the same shape."""
   k = (2, 3)  # six classes
   logits = random(50, (4, *k))
   weights = np.linspace(0.5, 2, 6, dtype=np.float32).reshape(k)
@@ -182,7 +182,7 @@ def test_other_axes(name):
     **options,
   )
   assert relative_error(actual, expected) < 1e-6
-  # The same axes in the other order, which is that of the labels and of the weights too.
+  # The same axes in the other order, which labels and weights follow.
   if name == INTEGER:
     labels = labels % 3 * 2 + labels // 3
   actual = LOSSES[name](

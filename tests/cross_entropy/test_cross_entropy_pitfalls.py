@@ -23,7 +23,7 @@ from softmax_jax import softmax_cross_entropy_with_integer_labels as integer_los
 
 @pytest.mark.without("debug_nans")
 def test_a_label_of_minus_one_is_not_the_last_class():
-  """As it is in optax, by NumPy's indexing."""
+  """In optax it is, because NumPy indexing wraps around."""
   z = random(7, (2, 5))
   theirs = optax.losses.softmax_cross_entropy_with_integer_labels(z, np.array([-1, 4]))
   ours = integer_loss(z, np.array([-1, 4]))
@@ -34,7 +34,7 @@ def test_a_label_of_minus_one_is_not_the_last_class():
 
 @every_loss
 def test_the_returned_z_loss_has_a_gradient(name):
-  """Which is zero in t5x: d(lambda lse^2)/dz = 2 lambda lse a."""
+  """In t5x that gradient is zero; it is d(lambda lse^2)/dz = 2 lambda lse a."""
   z, labels = random(8, (4, 5)), np.float32(LABELS[SOFT]) if name == SOFT else INTEGERS
   f = lambda z: jnp.sum(LOSSES[name](z, labels, z_loss=0.03, return_aux=True)[1].z_loss)
   exact = z.astype(np.float64)
@@ -43,7 +43,7 @@ def test_the_returned_z_loss_has_a_gradient(name):
 
 
 def test_soft_labels_need_not_sum_to_one():
-  """In t5x the gradient a_j - t_j takes that for granted: here it is 2 a_j - t_j."""
+  """In t5x the gradient is a_j - t_j, which assumes a sum of 1; here it is 2 a_j - t_j."""
   z, t = random(9, (5,)), np.float32([0.5, 0, 1, 0.5, 0])
   a = np.exp(z.astype(np.float64)) / np.sum(np.exp(z.astype(np.float64)))
   assert relative_error(jax.jit(jax.grad(softmax_cross_entropy))(z, t), 2 * a - t) < 1e-6
@@ -75,7 +75,7 @@ def test_a_soft_label_of_zero_at_minus_infinity_adds_nothing():
 
 
 def test_a_masked_label_is_not_rewarded():
-  """In optax its logit counts though its class does not, so that the loss is negative."""
+  """In optax its logit counts although its class does not, so the loss is negative."""
   z, where = np.float32([5, 0, 0]), np.array([False, True, True])
   theirs = optax.losses.softmax_cross_entropy_with_integer_labels(z, np.int32(0), where=where)
   assert theirs < 0
@@ -85,7 +85,7 @@ def test_a_masked_label_is_not_rewarded():
 @every_loss
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}])
 def test_large_logits_leave_a_loss(name, options):
-  """log 2 for two equal ones of any size, where lse - z_t loses it altogether, as in optax."""
+  """log 2 for two equal logits of any size; lse - z_t loses it altogether, as in optax."""
   z = np.float32([1e8, 1e8])
   labels = np.float32([1, 0]) if name == SOFT else np.int32(0)
   if name == INTEGER and not options:
@@ -95,7 +95,7 @@ def test_large_logits_leave_a_loss(name, options):
 
 @every_loss
 def test_axes_other_than_the_last(name):
-  """Which the libraries that fix the class axis leave to a transpose."""
+  """Libraries with a fixed class axis make the user transpose."""
   smooth, fixed = arguments(name, everything(name), masked=True, dtype=np.float32)
   expected = LOSSES[name](**smooth, **fixed)
   moved = {

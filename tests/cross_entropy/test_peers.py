@@ -29,7 +29,7 @@ torch = pytest.importorskip("torch", reason="torch, a peer of the losses, is not
 
 
 def of_torch(logits, labels, y_bar, weight=None, **options):
-  """The loss that torch finds and its gradients along y_bar, also by soft labels and weights."""
+  """The loss by torch and its VJP with y_bar, by the logits and by soft labels."""
   inputs = [torch.tensor(logits, requires_grad=True)]
   labels = torch.tensor(labels, requires_grad=labels.dtype.kind == "f")
   if labels.requires_grad:
@@ -69,7 +69,7 @@ def test_class_indices(shape, weighted, reduction):
 @with_and_without_weights
 @every_reduction
 def test_class_probabilities(shape, weighted, reduction):
-  """With every smoothing, and shares that sum to one or do not; by the shares themselves too."""
+  """With every smoothing, and labels that sum to one or do not; differentiated by them too."""
   logits, y_bar = random(0, shape, np.float64, scale=2), cotangent(shape, reduction)
   with jax.enable_x64(True):
     for (ours, theirs), labels in itertools.product(

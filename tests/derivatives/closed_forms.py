@@ -50,7 +50,7 @@ gradient = jax.jit(derivatives.cross_entropy_gradient)
 
 
 def arguments(seed, shape, dtype=np.float32, scale=3.0):
-  """x, y_bar, x_dot, labels, and labels as numbers that do not sum to one."""
+  """x, y_bar, x_dot, integer labels, and soft labels that do not sum to one."""
   x, y_bar, x_dot, t = (
     jnp.asarray(random(seed + i, shape, np.float64, s).astype(dtype))
     for i, s in enumerate((scale, 2.0, 3.0, 1.0))

@@ -65,7 +65,7 @@ def test_dtype_of_the_logits_decides():
     assert value.dtype == jnp.bfloat16, name
     assert relative_error(value, expected[name]) < 0.51 * 2**-7, name
 
-  # Vectors and labels of another dtype lose nothing: bfloat16 and integers are exact in float32.
+  # Vectors and labels of another dtype lose no digits: bfloat16 and integers are exact in float32.
   for vectors in (
     [v.astype(jnp.bfloat16) for v in (y_bar, x_dot)],
     [v.round().astype(jnp.int8) for v in (y_bar, x_dot)],
@@ -104,7 +104,7 @@ def test_integer_logits_become_floats(dtype):
 @pytest.mark.parametrize("vector", VECTORS)
 @pytest.mark.parametrize("label", ["largest", "other"])
 def test_rows_that_lose_digits(vector, label):
-  """A few u of the norm of each row's own result, whatever its size; u = 2**-24."""
+  """Errors are a few u of the norm of each row's own result, whatever its size; u = 2**-24."""
   x = np.array(list(ROWS.values()), np.float32)
   k = x.argmax(-1)
   noise = random(5, (2, *x.shape))
@@ -113,7 +113,7 @@ def test_rows_that_lose_digits(vector, label):
     for n in noise
   )
   labels = k if label == "largest" else (k + 1) % x.shape[-1]
-  # A label that is sure, and one that sums to 2 and spares no class.
+  # A one-hot label, and one that sums to 2 and has no zero.
   sure = np.where(np.arange(x.shape[-1]) == labels[:, None], 1, 1e-9 * abs(noise[0]))
   t = sure if label == "largest" else 2 * sure + 0.1 * abs(noise[1])
   t = t.astype(np.float32)
@@ -130,7 +130,7 @@ def test_rows_that_lose_digits(vector, label):
 
 @pytest.mark.parametrize("scale", [0.01, 10.0])
 def test_many_classes(scale):
-  """The row sums do not wear out: 20,000 classes, a few u of the norm."""
+  """Rounding does not accumulate in row sums: 20,000 classes, a few u of the norm."""
   K = 20_000
   x = random(6, K, scale=scale)
   k = x.argmax()
@@ -249,7 +249,7 @@ def test_vmap_over_every_argument():
   expected = closed_forms(*args)
   for name, value in jax.jit(jax.vmap(closed_forms))(*args).items():
     np.testing.assert_array_equal(value, expected[name])
-  # Some with a batch of their own, the others shared.
+  # Some arguments batched, the others shared.
   for mapped in ((0, 2, 4), (1, 3)):
     of = lambda r, mapped=mapped: [a[r if i in mapped else 0] for i, a in enumerate(args)]
     in_axes = [a.ndim - 1 if i in mapped else None for i, a in enumerate(args)]

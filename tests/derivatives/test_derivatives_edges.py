@@ -10,7 +10,7 @@ from oracle import relative_error
 
 @pytest.mark.parametrize("i", [0, 2])
 def test_minus_infinity_has_probability_zero(i):
-  """The entry might as well not be there; further derivatives are exactly 0 there too."""
+  """As if the entry were not there; higher derivatives are exactly 0 there too."""
   x, c, v, _, t = arguments(17, (6,))
   x, t, label = x.at[i].set(-jnp.inf), t.at[i].set(0), np.array(1, np.int32)
   keep = np.arange(6) != i
@@ -81,7 +81,7 @@ def test_labels_out_of_range(dtype):
 
 @pytest.mark.without("debug_nans")
 def test_labels_of_a_narrow_dtype():
-  """100 in int8 is class 100 of 300, and -1 is none of them."""
+  """An int8 label of 100 is class 100 of 300, and -1 is no class."""
   x = arguments(21, (2, 300))[0]
   values = gradient(x, np.array([100, -1], np.int8))
   expected = gradient(x, (np.arange(300) == [[100], [0]]).astype(np.float32))

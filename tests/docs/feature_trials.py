@@ -54,7 +54,7 @@ def keeps_digits(value, gradient):
 
 
 def features_in_jax(ce, soft):
-  """The features that optax and we may have in common."""
+  """The features that a loss in JAX can have, ours or that of optax: True or False by feature."""
   gradient = jax.grad(lambda z: ce(z, LABELS).sum())
   options = lambda *names: accepts(ce, *names)
   return {

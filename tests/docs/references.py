@@ -35,7 +35,7 @@ def broken_links(path):
 
 
 def missing_files(path):
-  """Paths of files of this repository in a text, from its root, that name nothing."""
+  """Paths in a text, from the root of this repository, at which there is no file."""
   text = prose(path) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")
   for name in re.findall(r"\b((?:softmax_jax|tests|notebooks|docs|examples)/[\w./*]+\w)", text):
     if not any(ROOT.glob(name)):

@@ -1,4 +1,4 @@
-"""Files, headings and names of the library that the repository's texts name exist."""
+"""The files, headings and parts of the library that the repository's texts refer to exist."""
 
 import pytest
 from references import ROOT, broken_links, missing_files, missing_names

@@ -39,7 +39,7 @@ def test_every_public_name_is_described(pages, module):
 
 
 def test_no_markup_is_left_in_the_text(pages):
-  """A directive that was not understood, or a link to nothing in this library."""
+  """A directive that Sphinx does not know, or a broken link into this library."""
   for name, page in pages.items():
     text = html.unescape(re.sub(r"<[^>]+>", "", page))
     assert ".. math" not in text, name

@@ -15,7 +15,7 @@ from train_text_script import SMALL, options, run, task
 
 @pytest.fixture(scope="module", autouse=True)
 def less_text():
-  """The first words that the seed finds, for the sake of time; on all devices of the tests."""
+  """Measures on fewer words, to save time; on all devices of the tests."""
   jax.devices()  # From here on their number is fixed.
   # The script compiles its step ahead of time.
   with pytest.MonkeyPatch.context() as patch, jax.disable_jit(False):
@@ -233,7 +233,7 @@ def test_a_step_on_a_mesh_sends_no_logits_and_nothing_of_the_size_of_the_classes
   step = task.compiled_step(
     optimizer, linear, state, text.train_words, np.arange(4, 260, dtype=np.int32)
   )
-  # The sums over "data", of one device each, send nothing. JAX's versions print them differently.
+  # Sums over "data", which has one device, send nothing. JAX versions print them differently.
   alone = re.compile(r"replica_groups=(\{\{0\},\{1\}|[^{]* \{'data'\})")
   lines = [line for line in step.as_text().splitlines() if not alone.search(line)]
   program = collectives.found_in("\n".join(lines))

@@ -19,7 +19,7 @@ def assert_close(actual, expected, tolerance=2e-6):
     assert np.linalg.norm(a - e) <= tolerance * np.linalg.norm(e), f"{a} is not {e}"
 
 
-# Compiles fast what runs once.
+# For programs that run once: compilation is fast, the program is not.
 fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 

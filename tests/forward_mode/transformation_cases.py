@@ -1,4 +1,4 @@
-"""Transformations of a function of one array, each with the arrays that it is taken at."""
+"""Transformations of a function of one array, each with the arrays it is evaluated at."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""What devices tell each other in a compiled program."""
+"""The collectives of a compiled program: what its devices exchange."""
 
 import re
 
@@ -15,7 +15,7 @@ def collectives(f, *args):
 
 
 def found_in(program):
-  """The same of the text of a compiled program."""
+  """The same from the text of a compiled program."""
   found = []
   for line in program.splitlines():
     if match := _COLLECTIVE.search(line):

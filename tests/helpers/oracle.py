@@ -222,7 +222,7 @@ def relative_error(actual, expected):
 
 @contextlib.contextmanager
 def default_promotion():
-  """JAX's promotion of dtypes and ranks, for peers and formulas that need it, whatever is set."""
+  """Switches JAX's default promotion on, for peers and formulas that rely on it."""
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
     yield
 

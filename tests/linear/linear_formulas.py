@@ -103,7 +103,7 @@ def derivatives(f, labels, smooth, y_bar, second, **fixed):
 def assert_equal(actual, expected, tolerance):
   paths = jax.tree_util.tree_leaves_with_path(actual)
   for (path, x), y in zip(paths, jax.tree.leaves(expected), strict=True):
-    # A number is a sum of terms that may cancel.
+    # A scalar is a sum of terms that may cancel.
     error = relative_error(x, y) if x.ndim else abs(x - y) / max(10, abs(y))
     assert error < tolerance, jax.tree_util.keystr(path)
 

@@ -76,7 +76,7 @@ def value(**options):
   return lambda x, weight, labels, bias: linear(x, weight, labels, chunk_size=CHUNK, **options)
 
 
-# What is computed, and how many products of a chunk that takes.
+# A program, and how many matrix products of a chunk it computes.
 PRODUCTS = {
   "the loss": (value(), 1),
   "the losses": (value(reduction="none"), 1),

@@ -87,7 +87,7 @@ def test_every_combination_equals_the_dense_loss_in_float32(reduction):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_each_argument_alone(reduction):
-  """What does not move has no tangent and no cotangent at all, rather than zeros."""
+  """An argument that is not differentiated has no tangent or cotangent, rather than zeros."""
   with jax.enable_x64(True):
     labels, smooth = arguments(tuple(SMOOTH), np.float64)
     smooth_dot = like(20, smooth)
@@ -165,7 +165,7 @@ def test_the_chunk_is_chosen_from_the_bytes_of_a_tile():
 
 @pytest.mark.parametrize("num_classes", [1, 2049, 50257, 128256])
 def test_nearly_uniform_logits_of_any_number_of_classes(num_classes):
-  """Where padding joined the sum, the loss would not be log V."""
+  """If padding joined the sum, the loss would not be log V."""
   x, weight = random(0, (3, 2)), random(1, (2, num_classes), scale=1e-3)
   labels = np.array([0, num_classes - 1, num_classes // 2])
   run = lambda f, **fixed: jax.jit(
@@ -215,7 +215,7 @@ def test_the_gradients_by_many_classes_keep_the_digits_of_float16():
   x, weight = random(0, (4, 8)), random(1, (8, 2**17), scale=0.1)
   labels = np.array([0, 3, 70_000, 2**17 - 1])
   half = [jnp.asarray(a, jnp.float16) for a in (x, weight)]
-  # The factor is that of the user, without which what is returned would be subnormal.
+  # The factor is the user's own: without it the gradient would be subnormal.
   f = lambda f: jax.jit(jax.grad(lambda x, weight: 2**14 * f(x, weight, labels), argnums=(0, 1)))
   expected = f(dense)(*(a.astype(np.float32) for a in half))
   at_labels = np.zeros(2**17, bool)
@@ -244,7 +244,7 @@ def test_columns_of_padding_take_no_part(options, num_classes):
 
 
 def test_confident_rows_keep_their_digits():
-  """x picks rows of the weight, so that logits are exact and its gradient is that by the logits."""
+  """With the identity as x the logits are the weight, exactly, and so are their gradients."""
   z = np.float32([[30, 0, -5, 1], [0, 40, 0.5, 0], [-3, -4, 60, 2]])
   labels = np.array([0, 1, 2])
   f = lambda f, **fixed: jax.jit(

@@ -36,13 +36,13 @@ pytestmark = pytest.mark.without("disable_jit")
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_number_of_products(name, monkeypatch):
-  # The operations of a loop count once, those of one of the two chunks here. There is one block.
+  # XLA counts the body of a loop once: here one of the two chunks, which is one block.
   monkeypatch.setattr(chunks, "BLOCK_BYTES", 2**30)
   f, expected = PRODUCTS[name]
   h, v = 2048, 512
   flops = compiled(f, *shapes(2 * CHUNK, h, v)).cost_analysis()["flops"]
   assert expected <= flops / (2 * CHUNK * h * v) < expected + 0.1
-  # XLA has nothing to remove: no other product was asked for.
+  # The jaxpr has no other product that XLA would have removed.
   if "gradient" in name and "dense" not in name:
     assert str(jax.make_jaxpr(f)(*shapes(2 * CHUNK, h, v))).count("dot_general[") == expected
 

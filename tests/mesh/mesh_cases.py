@@ -56,9 +56,9 @@ BIAS = random(5, V)
 X, WEIGHT = random(6, (T, H)), random(7, (H, V))
 OPTIONS = {"label_smoothing": 0.1, "z_loss": 0.2}
 
-# Of each: the function of the axis name and the arguments; the arguments; how they are spread; how
-# the result is; how many arguments it is differentiated by; the collectives of the value and of
-# value and gradient.
+# Each case: the function of the axis name and the arguments; the arguments; their specs; the spec
+# of the result; how many arguments it is differentiated by; how many collectives the value takes,
+# and how many the value and gradient.
 CASES = {
   "softmax": (lambda n, x: softmax(x, axis_name=n), [LOGITS], [SPREAD], SPREAD, 1, 2, 5),
   "masked softmax": (

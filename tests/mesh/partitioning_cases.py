@@ -115,6 +115,6 @@ def fitting(names):
 
 
 def placed(mesh, names, specs=None):
-  """The arguments of these names, spread so or, by default, all alike."""
+  """The arguments of these names, with these specs or, by default, those that fit together."""
   put = lambda name, spec: jax.device_put(VALUES[name], NamedSharding(mesh, spec))
   return tuple(map(put, names, fitting(names) if specs is None else specs))

@@ -71,7 +71,7 @@ def test_collectives_are_few_and_of_numbers_per_row(case):
     assert not sizes & {V, V // 8}
 
 
-# Special rows, with what makes them special on one device, on several, or between them.
+# Rows with special values on one device, on several, or across their border.
 
 EDGES = {
   "the label close to 1": lambda z: z.at[:, 3].add(40),
@@ -175,7 +175,7 @@ def test_sixteen_bits_are_those_of_one_device(dtype):
     assert relative_error(a, e) < jnp.finfo(a.dtype).eps
 
 
-# A number of classes that is no multiple of that of the devices.
+# A number of classes that the number of devices does not divide.
 
 
 @pytest.mark.without("debug_nans")

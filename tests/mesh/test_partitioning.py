@@ -58,7 +58,7 @@ def test_no_logits_are_gathered_and_the_numbers_are_those_of_one_device(name, ax
     kinds = {kind for kind, _ in program}
     assert kinds == {"all-reduce"}
     for _, shapes in program:
-      # A gradient of what all tokens share is added up over the devices that hold tokens.
+      # The gradient by what all tokens share is a sum over the devices that hold tokens.
       assert not any({V, V // 4} & {*shape} and {T, T // 2} & {*shape} for shape in shapes)
 
 
@@ -66,7 +66,7 @@ REPLICATED, OTHER_WAY = P(), {1: P("v"), 2: P("v", "d")}
 
 
 def mixes(names, other_ways=True):
-  """Ways to place the arguments of which one is unlike the others, which are spread or are not."""
+  """Specs in which one argument differs from the others, which are sharded or replicated."""
   alike = fitting(names)
   for i, name in enumerate(names):
     replaced = lambda specs, spec, i=i: [*specs[:i], spec, *specs[i + 1 :]]
@@ -78,7 +78,7 @@ def mixes(names, other_ways=True):
 
 
 def types_of_gradients(name, args):
-  """The types of the arguments that are differentiated by, and of the gradients."""
+  """The types of the differentiated arguments, and of their gradients."""
   f, by, _ = FUNCTIONS[name]
   grads = jax.eval_shape(jax.grad(f, tuple(range(len(by)))), *args)
   return [[*map(jax.typeof, xs)] for xs in (args[: len(by)], grads)]
@@ -97,7 +97,7 @@ def test_gradients_are_spread_as_arguments_that_are_not_spread_alike(name):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_arguments_on_no_mesh_go_with_those_that_are_spread(name):
-  """Which NumPy arrays are in the eyes of `jax.jit`, also under `jax.set_mesh`."""
+  """To `jax.jit` NumPy arrays are on no mesh, even under `jax.set_mesh`."""
   _, by, others = FUNCTIONS[name]
   names = by + others
   mesh = mesh_of(AxisType.Explicit)

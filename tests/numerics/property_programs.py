@@ -55,7 +55,7 @@ DUAL = [
 
 
 def error(computed, expected):
-  """In norm, relative to the expected rows, but for what underflows."""
+  """The error in norm, relative to the expected rows, beyond what underflows."""
   computed, expected = np.asarray(computed, float), np.asarray(expected, float)
   size = np.linalg.norm(expected)
   difference = max(0.0, np.linalg.norm(computed - expected) - expected.size * TINY)
@@ -74,7 +74,7 @@ def with_options(z, labels, shares, alpha, z_loss, weights):
 
 
 def by_hand(z, labels, shares, alpha, z_loss, weights):
-  """The same of three public functions that have no options."""
+  """The same, composed of three public functions without options."""
   cost = -softmax_jax.log_softmax(z)
   uniform = alpha * jnp.mean(weights[None] * cost, axis=-1)
   extra = z_loss * softmax_jax.logsumexp(z, axis=-1) ** 2

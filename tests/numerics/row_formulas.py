@@ -24,7 +24,7 @@ def functions_and_gradients(z, mask, labels, shares):
 
 
 def of_one_row(z, label, shares, wide):
-  """The same of the entries of one row that are left by its mask, in more digits.
+  """The same for the unmasked entries of one row, in extended precision.
 
   ``label`` is None where it is masked, and a result where that is left open.
   """
@@ -53,7 +53,7 @@ def of_one_row(z, label, shares, wide):
   e = others + (np.arange(size) == k)
   a, log_sum = e / (1 + rest), np.log1p(rest)
   minus_log_a = (top - z) + log_sum
-  # Where one class has nearly all, a_k - 1 as minus the sum of the others.
+  # 1 - a_k as the sum of the others, which keeps its digits where class k is dominant.
   complement = np.where(np.arange(size) == k, rest, 1 + rest - e) / (1 + rest)
   values = {
     "softmax": a,
@@ -78,14 +78,14 @@ def as_dtype(x, dtype):
 
 
 def assert_entries(actual, expected, dtype, bound, terms=0):
-  """To so many units of rounding, and to what underflows; the same infinities and NaN.
+  """Equal to ``bound`` units of rounding beyond what underflows, with the same infinities and NaN.
 
   A unit is one of the result or of the ``terms`` that it is a sum of.
   """
   limits = jnp.finfo(dtype)
   actual, expected = as_dtype(actual, dtype), as_dtype(expected, dtype)
   finite = np.isfinite(expected)
-  # What rounds to infinity may be the largest number, and the other way round.
+  # A result near the largest number may round to infinity, and the other way round.
   near_largest = np.abs(np.where(finite, expected, limits.max)) >= 0.99 * float(limits.max)
   special = ~finite & ~(near_largest & np.isinf(expected) & (np.abs(actual) >= limits.max))
   np.testing.assert_array_equal(actual[special], expected[special])

@@ -17,10 +17,10 @@ from accuracy_truth import at, truth, wide
 
 import softmax_jax as sj
 
-# Up to 16 entries softmax spares itself the correction of its exponentials on a CPU.
+# On a CPU, softmax of up to 16 entries does not correct its exponentials.
 FEW = 16
 SCALES = (0.01, 0.1, 1.0, 3.0, 10.0, 30.0, 100.0, 1e3, 1e4)
-# Below, XLA's exponential loses digits and flushes to zero.
+# Below this, XLA's exponential loses digits and flushes to zero.
 TINY = {"float32": 1e-30, "float64": 1e-290, "bfloat16": 1e-30, "float16": 6.2e-5}
 
 ELEMENTS = 6  # ulp, of log_softmax and the losses
@@ -79,7 +79,7 @@ def ulps(actual, expected, dtype, unit_of=None):
   unit = np.exp2(np.floor(np.log2(np.maximum(size, tiny)))) * np.longdouble(info.eps)
   counts = size > tiny
   error = np.abs(np.asarray(actual).astype(np.longdouble) - expected)
-  # What is too small to count must come out as small.
+  # Where the expected number is too small to count, the result must be small too.
   assert np.all(error[~counts] <= 2 * tiny)
   return float(np.max(np.where(counts, error / unit, 0), initial=0))
 
@@ -147,7 +147,7 @@ def within_bounds(x, label, c, more=0):
   assert ulps(got["logsumexp"], y["logsumexp"], dtype, largest) <= NORMALIZER
   assert norms(got["softmax_bar"], y["softmax_bar"], dtype) <= softmax_derivative
   assert norms(got["softmax_dot"], y["softmax_bar"], dtype) <= softmax_derivative
-  # Of the saved log a, rounded, a has an error of |log a| u.
+  # a is computed from the saved, rounded log a, so its error is |log a| u.
   from_rounded = GRADIENT - math.log(TINY[dtype.name]) + more
   for name in ("log_softmax_bar", "log_softmax_dot"):
     assert norms(got[name], y[name], dtype, y[f"{name}_scale"]) <= from_rounded
@@ -233,7 +233,7 @@ def test_adversarial_rows(classes):
   for label in (0, 1, classes - 1):
     labels = np.full(len(x), label, np.int32)
     within_bounds(np.where(finite[:, None], x, 0), labels, c, more=SUMMATION)
-  # The oracle of a row with -inf is that of the row without those entries.
+  # The oracle drops entries of -inf from the row.
   for row in x[~finite]:
     kept = np.isfinite(row)
     label = int(np.argmax(kept))
@@ -261,7 +261,7 @@ def test_sixteen_bits(dtype, classes):
     assert ulps(got[name].astype(np.float32), y[name], dtype) <= 1
   largest = np.maximum(np.abs(y["logsumexp"]), np.abs(wide(x.astype(np.float32))).max(-1))
   assert ulps(got["logsumexp"].astype(np.float32), y["logsumexp"], dtype, largest) <= 1
-  # The losses stay in float32, and are as exact as there.
+  # The losses stay in float32, and are as accurate as for float32 logits.
   assert got["nll"].dtype == np.float32
   assert ulps(got["nll"], y["nll"], np.float32) <= ELEMENTS
   at_label = at(got["gradient"].astype(np.float32), label)
@@ -271,7 +271,7 @@ def test_sixteen_bits(dtype, classes):
 @pytest.mark.parametrize("alpha", [0.0, 0.125])
 @pytest.mark.parametrize("confident", [False, True])
 def test_losses_with_all_options(confident, alpha):
-  """The terms of a loss with options are not negative: it keeps the digits that they have."""
+  """No term of a loss with options is negative, so none cancels: their digits are kept."""
   rng = np.random.default_rng(3)
   x = rng.normal(size=(200, 50)).astype(np.float32) * np.float32(3)
   label = rng.integers(0, 50, 200).astype(np.int32)
@@ -305,7 +305,7 @@ def test_losses_with_all_options(confident, alpha):
 
 
 def test_peers_fail_these_bounds():
-  """The bounds tell the library from textbook formulas: else they would be worth nothing."""
+  """Textbook formulas exceed the bounds; otherwise the bounds would prove nothing."""
   x, label, c = random_rows(np.random.default_rng(0), 180, 100, np.float32)
   y = truth(x, label, c)
   textbook = jax.nn.log_softmax(x)

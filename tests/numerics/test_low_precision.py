@@ -128,7 +128,7 @@ class Oracle:
 
 
 def bars_of(magnitude):
-  """All tokens alike, a chunk of them among normal ones, and a discount."""
+  """Cotangents: the same for all tokens, for one chunk among normal ones, and decaying."""
   ones = np.ones(T)
   mixed = np.where(np.arange(T) < 3, magnitude, 1)
   return [np.float32(b) for b in (magnitude * ones, mixed, magnitude * 0.9 ** np.arange(T))]
@@ -160,7 +160,7 @@ def test_a_cotangent_that_is_not_finite_stays_in_its_row(dtype):
 
 @jax.jit
 def linear_second(x, weight, bar, bar_dot, dots):
-  """The derivative of the gradients by the cotangent and by the inputs, and back to both."""
+  """The gradients differentiated by the cotangent and by the inputs; the latter in both modes."""
 
   def gradients(x, weight, bar):
     return linear_vjp(x, weight, np.zeros(V, np.float32), (0.0, 0.0), bar)[:2]
@@ -192,7 +192,7 @@ def test_second_derivatives_of_the_linear_loss_at_any_cotangent(dtype):
       for got in (forward, reverse):
         for got_one, expected in zip(got, oracle.hvp(bar, *wide), strict=True):
           assert_close(got_one, expected, units=8)
-      # Float32 numbers, made of products in bfloat16: that has 2**16 times the eps.
+      # A float32 result of products in bfloat16, whose eps is 2**16 times as large.
       units = 4 * 2**16 if dtype == jnp.bfloat16 else 64
       assert_close(back, oracle.tangent(*wide), units=units)
 

@@ -1,4 +1,4 @@
-"""Faults that a reader found after everything else had passed."""
+"""Faults that a reviewer found after all other tests had passed."""
 
 import jax
 import jax.numpy as jnp
@@ -125,8 +125,8 @@ def test_the_first_argument_broadcasts_too():
     assert relative_error(jax.grad(total)(a), expected) < 1e-6
 
 
-# Logits that are products, fused with what follows. The CPU and the GPU subtract from the exact
-# product there, so that the largest logit less the largest is not 0: losses were off by up to 9 %.
+# XLA may fuse the product that forms the logits into what follows. CPU and GPU then subtract from
+# the unrounded product, and max(z) - z_max is not 0: losses were off by up to 9 %.
 
 PRODUCTS = {
   "times": lambda y: y * 1.7,
@@ -163,8 +163,8 @@ def test_logits_that_are_fused_products_are_rounded_first(product, num_classes):
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
-# Where a row is short, the loops that XLA fuses such logits into round them differently: the
-# largest log-probability came out as 1.9e-6, or with few digits where it was negative.
+# In short rows the loops that XLA fuses such logits into round them differently: the largest
+# log-probability came out as 1.9e-6, or with few digits where it was negative.
 
 
 @pytest.mark.without("enable_x64")

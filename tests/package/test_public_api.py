@@ -39,7 +39,7 @@ def imported(path):
 
 
 def attributes(path):
-  """What a module writes with dots, as far as it begins with a name: `jax.core.Tracer`."""
+  """The dotted names in a module, such as `jax.core.Tracer`."""
   for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
     names = []
     while isinstance(node, ast.Attribute):
@@ -74,7 +74,7 @@ def test_it_exists_in_this_jax(name):
 
 
 def loaded_by(statement, before="import jax"):
-  """The modules that a statement loads in a new process, beyond those of another."""
+  """The modules that a statement loads in a new process, beyond those of ``before``."""
   code = (
     f"import sys\n{before}\nbefore = set(sys.modules)\n{statement}\n"
     "print(*set(sys.modules) - before)"
@@ -84,7 +84,7 @@ def loaded_by(statement, before="import jax"):
 
 
 def test_importing_loads_little_beyond_jax():
-  """Nothing but JAX, and of the library what `__init__` names: imports stay cheap."""
+  """Only JAX, and the parts of the library that `__init__` needs: imports stay cheap."""
   loaded = loaded_by("import softmax_jax")
   assert "softmax_jax._softmax" in loaded
   others = {name.split(".")[0] for name in loaded} - {"softmax_jax", "jax"}

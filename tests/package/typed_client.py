@@ -110,7 +110,7 @@ def with_a_tangent(rule: Callable[[Array], Array], x: Array) -> Array:
 
 
 def inputs(flag: bool, reduction: Literal["none", "mean"]) -> Array:
-  """What is taken for an array, an axis and an option."""
+  """The types that array, axis and option arguments accept."""
   assert_type(softmax(np.ones((2, 3), np.float32), axis=(0, 1), where=True), Array)
   assert_type(log_softmax(np.float32(1), axis=None), Array)
   assert_type(logsumexp(1.0), Array)

@@ -56,7 +56,7 @@ def test_shapes_and_axes(name, shape, axis):
 def test_dtypes(name, dtype):
   with jax.enable_x64(dtype == "float64"):
     x = jnp.asarray(random(1, (4, 6), scale=3), dtype)
-    # softmax and log_softmax save their rounded output, so that their derivatives round it too.
+    # softmax and log_softmax save their rounded output, so its rounding enters their derivatives.
     check(name, FUNCTIONS[name], getattr(jax.nn, name), x, axis=-1, where=x < 3, loosen=6)
 
 

@@ -33,8 +33,8 @@ def linear(**options):
   return lambda f, z: f(z, WEIGHT, LABELS, ignore_index=-1, **options)
 
 
-# How each public function is called; those of the losses with all options. (Two chunks of one size
-# make a loop.)
+# How each public function is called; the losses with all options. (Two chunks of the same size make
+# a loop.)
 CALLS = {
   "softmax": lambda f, z: f(z, where=V > -1),
   "log_softmax": lambda f, z: f(z),
@@ -99,7 +99,7 @@ def enabled_with_tangent():
   return enable_forward_mode(f, tangent=lambda x, args_dot: 2 * x * args_dot[0])
 
 
-# What is done with a function. Each makes a new function of it.
+# What is done with a function. Each wraps it in a new one, which no cache of JAX knows.
 EAGER = {
   "value": lambda f: f(Z),
   "grad": lambda f: jax.value_and_grad(lambda z: f(z))(Z),
@@ -124,7 +124,7 @@ def eager(names):
 
 
 def jitted(names):
-  """Steps with it: value and derivatives in both modes, as one program."""
+  """Steps with `jax.jit`: value and derivatives in both modes, as one program."""
 
   def step(name):
     f = PUBLIC[name]

@@ -414,7 +414,7 @@ square.defvjp(lambda x: (x * x, x), lambda x, y_bar: (2 * x * y_bar,))
 
 
 def test_functions_of_a_user_are_copied_and_pickled_by_name():
-  """Which JAX's own custom_vjp functions are not."""
+  """JAX's own custom_vjp functions cannot be."""
   for copied in (copy.copy(square), copy.deepcopy(square), pickle.loads(pickle.dumps(square))):
     assert copied is square
 
@@ -435,7 +435,7 @@ def test_results_are_copied_and_pickled():
 
 @pytest.mark.parametrize("compiled", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_threads_that_call_one_function(compiled):
-  """Among them the first calls, which all compile."""
+  """Including the first calls, which compile at the same time."""
   f = jax.value_and_grad(lambda z, c: cross_entropy(z, LABELS % z.shape[1], z_loss=c).sum())
   g = jax.jit(f) if compiled else f
   widths = [4, 5] * 8

@@ -13,7 +13,7 @@ from leak_steps import PUBLIC, WEIGHT, Z, eager, held, jitted, run
 
 import softmax_jax
 
-# They count what is compiled, of which JAX keeps nothing under leak checks.
+# These tests count compilations, and under leak checks JAX caches no program.
 pytestmark = pytest.mark.without("disable_jit", "check_tracer_leaks")
 
 

@@ -70,7 +70,7 @@ def test_a_rule_that_saves_too_much_is_noticed(careless):
 
 @pytest.mark.parametrize("name", ["logsumexp", "integer labels"])
 def test_compiled_gradient_holds_no_second_array(name):
-  """Beside the gradient itself not one byte per logit: no probabilities, no one-hot."""
+  """Not one byte per logit besides the gradient itself: no probabilities, no one-hot."""
   logits = jax.ShapeDtypeStruct((64, 4096), jnp.float32)
   functions = {
     "logsumexp": lambda logits, _: jnp.mean(logsumexp(logits, axis=-1)),

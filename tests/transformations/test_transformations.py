@@ -74,7 +74,7 @@ def test_three_deep(name):
 
 @every_function
 def test_without_jit(name):
-  """The same functions are traced by other parts of JAX where nothing is compiled as a whole."""
+  """Without an outer jit other parts of JAX trace the functions."""
   f, x = FUNCTIONS[name], jnp.asarray(ROWS[0])
   assert relative_error(f(x), VALUE(name)) < 1e-6
   y, push = jax.linearize(f, x)
@@ -140,7 +140,7 @@ def mappings():
 
 @pytest.mark.parametrize(("name", "in_axes"), list(mappings()))
 def test_vmap_over_every_argument(name, in_axes):
-  # An argument that is not mapped is the one of the first row. Labels have no last axis but one.
+  # An argument that is not mapped is that of the first row. Labels have only one axis.
   args = [
     v[0] if axis is None else v.T if axis == -1 else v
     for v, axis in zip(arguments(name), in_axes, strict=True)
@@ -176,7 +176,7 @@ def test_vmap_of_the_gradient_by_weights_and_soft_labels():
 
 @every_function
 def test_shard_map(name):
-  """Derivatives taken inside and outside of it, with the check of what varies over devices."""
+  """Derivatives taken inside and outside of shard_map, with check_vma."""
   mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Auto,))
   sharded = functools.partial(
     jax.shard_map,

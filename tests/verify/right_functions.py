@@ -46,7 +46,7 @@ FUNCTIONS = {  # and the arguments of each, as a shape and what to draw
   "norm": (jnp.linalg.norm, [((4, 8), NORMAL)]),
 }
 FEWER_SEEDS = ("sigmoid", "huber", "attention", "norm")
-# Without the checks that compile much; they run for one seed below.
+# Without the checks that take long to compile; those run for one seed.
 OFTEN = ("value", "vjp", "finite_differences", "jvp", "dot_product", "linearity")
 
 

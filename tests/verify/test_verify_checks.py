@@ -194,7 +194,7 @@ def test_second_order_finds_a_rule_that_is_constant_in_its_argument():
 
 
 def test_structure_finds_a_weakly_typed_cotangent():
-  """Which makes a jitted function that takes the gradient compile again."""
+  """A weak type makes a jitted function of the gradient compile again."""
   for x in (2.0, np.float32(2)):
     assert check_derivatives(jnp.sin, x, checks=["structure", "traces"])
   rule = jax.custom_vjp(lambda x: x)
@@ -226,7 +226,7 @@ def test_nan_at_edge_points():
 
 
 def test_second_derivatives_at_edge_points():
-  """Those of c x^2 by c and x, of which a rule makes 0 where c is 0."""
+  """The mixed derivatives of c x^2 by c and x, which a wrong rule makes 0 where c is 0."""
   f = jax.custom_vjp(lambda c, x: c * x**2)
   f.defvjp(
     lambda c, x: (f(c, x), (c, x)),

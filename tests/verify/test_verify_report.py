@@ -66,7 +66,7 @@ def test_finite_differences_take_smaller_steps_where_those_tell_more():
 
 
 def test_gradient_that_differences_cannot_confirm_is_not_passed():
-  """Then the rule of f is all there is to compare its gradient with."""
+  """Its own rule is then all there is to compare the gradient with."""
   f = oscillating(1e9)
   for options in ({}, {"checks": ["vjp"]}, {"skip": ["finite_differences"]}):
     report = check_derivatives(f, X, **options)
@@ -98,7 +98,7 @@ def test_one_argument_without_confirmation_is_not_hidden_by_another():
 
 
 def test_derivative_that_cancels_to_zero_is_confirmed():
-  """The sum of a softmax is 1, whatever its argument; rounding is all that differences see."""
+  """The sum of a softmax is always 1, so that finite differences see nothing but rounding."""
   check_derivatives(lambda x: jnp.sum(jax.nn.softmax(x)), X).raise_if_failed()
   wrong = with_rule(lambda x: jnp.sum(jax.nn.softmax(x)), lambda x, u: u + 1e-4 * x)
   assert check_derivatives(wrong, X, checks=["finite_differences"]).failed

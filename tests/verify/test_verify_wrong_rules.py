@@ -53,7 +53,7 @@ def test_wrong_rule_is_caught(function, fault, size):
 
 @pytest.mark.parametrize("function", wrong_rules.FUNCTIONS)
 def test_right_rule_passes_all_of_these_checks(function):
-  """Otherwise the test above would show nothing."""
+  """Otherwise the test above would prove nothing."""
   args, checks = arguments(function, (2, 4)), {"finite_differences", *CHECKS.values()}
   # The cost of a class at -inf is infinite: by its label of 0 there is no second derivative.
   skip = ["second_order"] if function == "soft labels" else []
@@ -106,7 +106,7 @@ def test_right_second_derivatives_pass_at_special_arguments(function):
 
 
 def test_faults_of_one_kind_are_right_elsewhere():
-  """So that what is caught above is the axis, the dtype, the transformation."""
+  """So what is caught above is indeed the axis, the dtype or the transformation."""
   function = "log_softmax"
   assert verify(function, "wrong axis", (4, 8), axis=-1, checks=["finite_differences"])
   assert verify(function, "only bfloat16", (4, 8), checks=["vjp"])

@@ -1,4 +1,4 @@
-"""Functions to check that are wrong or have no rule of ours, and the outcome of each check."""
+"""Functions for `check_derivatives`, and the status of each check in a report."""
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,14 @@ def statuses(report):
 
 
 def with_rule(f, bwd, fwd=None):
-  """The function f of one array with the rule bwd(x, u) and forward mode."""
+  """The function f of one array with the backward rule bwd(x, u), and with forward mode."""
   rule = jax.custom_vjp(f)
   rule.defvjp(fwd or (lambda x: (f(x), x)), lambda x, u: (bwd(x, u),))
   return enable_forward_mode(rule)
 
 
 def oscillating(frequency):
-  """x + 1e-3 sin(frequency x) with half of its gradient."""
+  """x + 1e-3 sin(frequency x), whose rule gives half of the gradient."""
   f = lambda x: x + 1e-3 * jnp.sin(frequency * x)
   half = lambda x: 0.5 * (1 + 1e-3 * frequency * jnp.cos(frequency * x))
   return with_rule(f, lambda x, u: half(x) * u)

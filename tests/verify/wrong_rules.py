@@ -33,7 +33,7 @@ def _is_label(x, labels, axis):
 
 
 def _times(t, x):
-  """t x with 0 (-inf) = 0."""
+  """t x, where 0 times -inf is 0."""
   return jnp.where(t == 0, 0, t * jnp.where(t == 0, 0, x))
 
 
@@ -158,7 +158,7 @@ SPECIAL = ("coefficient of 0", "NaN in rows that do not count")
 
 
 def weighted(function, fault=None):
-  """c times the function of the rows that count, 0 elsewhere, with one of these faults or without.
+  """c times the function in rows that count, 0 elsewhere, with one of these faults or none.
 
   It takes (x, labels, c, counts), with labels of None for functions of one argument.
   """
