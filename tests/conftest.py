@@ -1,10 +1,24 @@
-"""Several host devices for the tests of sharding, set before JAX starts; the marker `without`."""
+"""Puts the helpers on the path, gives JAX eight devices, and implements the marker `without`.
+
+The folders are no packages, so the basename of each module in them is unique: pytest then needs no
+more than these files, in the repository or copied beside an installed wheel.
+"""
 
 import contextlib
+import sys
+from pathlib import Path
 
 import jax
 import pytest
 
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS / "helpers"))
+# Modules that tests share assert too, which `python -O` would drop.
+pytest.register_assert_rewrite(
+  *(path.stem for path in TESTS.rglob("*.py") if not path.name.startswith(("conftest", "test_")))
+)
+
+# Before JAX starts.
 jax.config.update("jax_num_cpu_devices", 8)
 
 

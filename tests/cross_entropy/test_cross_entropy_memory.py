@@ -1,0 +1,78 @@
+"""No option of the two losses costs an array of the size of the logits."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from option_formulas import LOSSES, SOFT, VALUES, everything, flat
+from oracle import random
+
+ROWS, CLASSES = 16, 128
+
+
+every_memory_case = pytest.mark.parametrize(
+  ("name", "options"),
+  [
+    pytest.param(name, options, id="+".join((name, *options)))
+    for name in LOSSES
+    for options in [*((option,) for option in everything(name)), everything(name)]
+  ],
+)
+
+
+def options_of_width(options, classes):
+  values = {option: jnp.asarray(VALUES[option]) for option in options}
+  values = {key: x.astype("float32") if x.dtype.kind == "f" else x for key, x in values.items()}
+  if "class_weights" in values:
+    values["class_weights"] = jnp.linspace(0.5, 2, classes)
+  return values
+
+
+@every_memory_case
+def test_no_option_saves_an_array_of_the_logits_size(name, options):
+  """What jax.vjp returns has the residuals as leaves; with bfloat16 a float32 copy would show."""
+  logits = jnp.asarray(random(0, (ROWS, CLASSES)), "bfloat16")
+  mask = jnp.asarray(random(1, (ROWS, CLASSES)) < 1.5)
+  values = options_of_width(options, CLASSES)
+  index = values.pop("ignore_index", None)
+  fixed = {"where": mask} if index is None else {"where": mask, "ignore_index": index}
+  known = [logits, mask]
+  if name == SOFT:
+    labels = jnp.abs(logits)
+    values["labels"] = labels
+    known.append(labels)
+  else:
+    fixed["labels"] = jnp.arange(ROWS) % 3
+  f = jax.jit(lambda logits, values: flat(name, "mean")(logits=logits, **values, **fixed))
+  pull = jax.vjp(f, logits, values)[1]
+  saved = [x for x in jax.tree.leaves(pull) if isinstance(x, jax.Array) and x.size >= logits.size]
+  buffers = {x.unsafe_buffer_pointer() for x in saved}
+  assert buffers <= {x.unsafe_buffer_pointer() for x in known}
+  assert logits.unsafe_buffer_pointer() in buffers  # the instrument sees what is saved
+
+
+def temp_bytes(f, *args):
+  return jax.jit(jax.grad(f)).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+@functools.cache
+def temp_bytes_of_optax(shape):
+  z = jax.ShapeDtypeStruct(shape, jnp.float32)
+  return temp_bytes(lambda z, t: jnp.mean(optax.losses.softmax_cross_entropy(z, t)), z, z)
+
+
+@every_memory_case
+@pytest.mark.parametrize("traced", [False, True], ids=["constant", "traced"])
+def test_no_option_adds_an_array_to_the_compiled_gradient(name, options, traced):
+  logits = jax.ShapeDtypeStruct((64, 4096), jnp.float32)
+  labels = logits if name == SOFT else jax.ShapeDtypeStruct((64,), jnp.int32)
+  values = options_of_width(options, 4096)
+  constants = {} if traced else {k: x if x.ndim else x.item() for k, x in values.items()}
+  f = lambda z, t, values: LOSSES[name](z, t, reduction="mean", **values, **constants)
+  limit = logits.size
+  if name == SOFT:
+    # Plus a few numbers per class and per row.
+    limit = temp_bytes_of_optax(logits.shape) + 4 * 8 * sum(logits.shape)
+  assert temp_bytes(f, logits, labels, values if traced else {}) <= limit

@@ -1,0 +1,73 @@
+"""The table of features in the README, and the trials of what it says."""
+
+import inspect
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import softmax_jax
+
+README = Path(__file__).parents[2] / "README.md"
+if not README.exists():
+  pytest.skip("the README is not beside the tests", allow_module_level=True)
+
+LOGITS = np.array([[25.0, 0, 0, 0], [1, 2, 3, 4]], np.float32)
+LABELS = np.array([0, 1])
+OURS = softmax_jax.softmax_cross_entropy_with_integer_labels
+OPTAX = optax.losses.softmax_cross_entropy_with_integer_labels
+
+
+def column(title):
+  """What the table says of a library: True or False by feature."""
+  section = README.read_text(encoding="utf-8").split("## What others have")[1].split("\n## ")[0]
+  header, _, *rows = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in section.splitlines()
+    if line.startswith("|")
+  ]
+  place = header.index(title)
+  return {row[0]: row[place] == "yes" for row in rows if row[place] in ("yes", "no")}
+
+
+def only(said, tried):
+  return {feature: said[feature] for feature in tried}
+
+
+def accepts(f, *names):
+  return set(names) <= set(inspect.signature(f).parameters)
+
+
+def works(f, *args):
+  try:
+    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(f(*args)))
+  except Exception:
+    return False
+
+
+def keeps_digits(value, gradient):
+  r = 3 * np.exp(-25.0)
+  right = np.array([np.log1p(r), -r / (1 + r)])
+  return bool(np.allclose([value, gradient], right, rtol=1e-6, atol=0))
+
+
+def features_in_jax(ce, soft):
+  """The features that a loss in JAX can have, ours or that of optax: True or False by feature."""
+  gradient = jax.grad(lambda z: ce(z, LABELS).sum())
+  options = lambda *names: accepts(ce, *names)
+  return {
+    "digits of loss and gradient in confident rows": keeps_digits(
+      ce(LOGITS, LABELS)[0], gradient(LOGITS)[0, 0]
+    ),
+    "forward mode: `jvp`, `jacfwd`": works(jax.jacfwd(lambda z: ce(z, LABELS)), LOGITS),
+    "second derivatives": works(jax.hessian(lambda z: ce(z, LABELS).sum()), LOGITS),
+    "classes masked with `where`": options("where"),
+    "soft labels, with a gradient of their own": works(
+      jax.grad(lambda t: soft(LOGITS, t).sum()), np.full((2, 4), 0.25, np.float32)
+    ),
+    "an ignored label": options("ignore_index"),
+    "class weights": options("class_weights"),
+    "z-loss": options("z_loss"),
+  }

@@ -1,0 +1,141 @@
+"""The arguments of `check_derivatives` and of the functions that it checks."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from verified import X, statuses, with_rule
+
+from softmax_jax import softmax
+from softmax_jax.verify import DerivativeError, check_derivatives, describe_checks
+
+
+def test_bad_arguments():
+  with pytest.raises(TypeError, match="expected f to be a function, got int"):
+    check_derivatives(3, X)
+  with pytest.raises(TypeError, match="expected reference to be a function"):
+    check_derivatives(softmax, X, reference=3)
+  with pytest.raises(TypeError, match="complex"):
+    check_derivatives(softmax, 1j * X)
+  for options in ({"checks": ["vpj"]}, {"skip": ["vpj"]}, {"bounds": {"vpj": 1.0}}):
+    with pytest.raises(ValueError, match=r"knows no check 'vpj'; there are value, vjp"):
+      check_derivatives(softmax, X, **options)
+  with pytest.raises(ValueError, match="expected the reference to return floating arrays"):
+    check_derivatives(softmax, X, reference=jnp.sum)
+
+
+def test_checks_and_skip_choose():
+  assert list(statuses(check_derivatives(softmax, X, checks=["vjp", "value"]))) == ["value", "vjp"]
+  assert not check_derivatives(softmax, X, checks="vjp", skip="vjp").rows
+  assert all(describe_checks().values()) or sys.flags.optimize == 2
+
+
+def test_seed_decides_and_arguments_are_left_alone():
+  x = X.copy()
+  first, again, other = (
+    check_derivatives(softmax, x, checks=["vjp"], seed=seed).rows[0].error for seed in (0, 0, 1)
+  )
+  assert first == again != other
+  np.testing.assert_array_equal(x, X)
+
+
+def test_a_scalar():
+  check_derivatives(jnp.sin, np.float32(0.5)).raise_if_failed()
+
+
+negative_sine = with_rule(jnp.sin, lambda x, u: -jnp.cos(x) * u)
+
+
+@pytest.mark.parametrize(
+  "f, shape, empty",
+  [
+    (negative_sine, (0, 3), "argument"),
+    (lambda x: negative_sine(x).sum(), (0, 3), "argument"),
+    (lambda x: negative_sine(x)[:0], (3,), "output"),
+  ],
+  ids=["both", "argument", "output"],
+)
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_without_an_entry_nothing_is_confirmed(f, shape, empty, with_reference):
+  report = check_derivatives(f, np.zeros(shape, "float32"), reference=f if with_reference else None)
+  assert not report.failed
+  with pytest.raises(DerivativeError, match=f"no {empty} with a floating dtype has an entry"):
+    report.raise_if_failed()
+
+
+@pytest.mark.parametrize(
+  "combined", [lambda y, e: y + e.sum(), lambda y, e: (y, e)], ids=["argument", "output"]
+)
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_what_is_empty_neither_fails_nor_hides_the_others(combined, with_reference):
+  right = lambda x, e: combined(jnp.sin(x), e)
+  wrong = lambda x, e: combined(negative_sine(x), e)
+  options = {"reference": right} if with_reference else {}
+  empty = np.zeros((0, 3), np.float32)
+  rows = check_derivatives(right, X, empty, **options).raise_if_failed().rows
+  assert {row.status for row in rows if 0 in (row.shape or ())} == {"skipped"}
+  assert check_derivatives(wrong, X, empty, **options).failed
+
+
+def test_import_needs_no_extra():
+  code = "import sys, softmax_jax.verify; print({'rich', 'matplotlib', 'optax'} & set(sys.modules))"
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  assert done.stdout.strip() == "set()"
+
+
+def one_sided(primal):
+  """x y, whose rule is wrong if only one argument is differentiated."""
+  f = jax.custom_vjp(lambda x, y: x * y)
+
+  def fwd(x, y):
+    alone = not (x.perturbed and y.perturbed)
+    return x.value * y.value, (x.value, y.value, np.float32(primal if alone else 1))
+
+  f.defvjp(fwd, lambda r, u: (r[2] * r[1] * u, r[0] * u), symbolic_zeros=True)
+  return f
+
+
+def test_a_rule_that_is_wrong_for_one_argument_alone_fails():
+  options = {"reference": lambda x, y: x * y}
+  found = check_derivatives(one_sided(0.5), X, X[::-1], **options).failed
+  assert {row.check.partition(":")[0] for row in found} == {"each_argument"}
+  assert check_derivatives(one_sided(1), X, X[::-1], **options)
+
+
+def test_one_argument_alone_in_forward_mode():
+  right, wrong = (lambda x, y: x * y), jax.custom_jvp(lambda x, y: x * y)
+
+  def rule(primals, tangents):
+    (x, y), zero = primals, jax.custom_derivatives.SymbolicZero
+    alone = any(type(dot) is zero for dot in tangents)
+    dots = [jnp.zeros_like(x) if type(dot) is zero else dot for dot in tangents]
+    return x * y, (0.5 if alone else 1) * (dots[0] * y + x * dots[1])
+
+  wrong.defjvp(rule, symbolic_zeros=True)
+  rows = check_derivatives(wrong, X, X[::-1], reference=right).failed
+  assert "each_argument" in {row.check.partition(":")[0] for row in rows}
+
+
+@pytest.mark.parametrize(
+  "f, args",
+  [
+    (lambda x, flag: x if flag else -x, (X, True)),
+    (lambda x, axis: jnp.sum(x, axis), (X, 1)),
+    (lambda x, n: x * range(n)[-1], (X, 3)),
+  ],
+  ids=["flag", "axis", "size"],
+)
+def test_an_argument_that_must_not_be_traced_is_to_be_passed_by_name(f, args):
+  with pytest.raises(TypeError, match="pass it in kwargs="):
+    check_derivatives(f, *args)
+
+
+@pytest.mark.without("enable_x64")  # which has integers of 64 bits
+def test_what_is_too_large_or_complex_is_refused():
+  with pytest.raises(TypeError, match="integers of at most 32 bits"):
+    check_derivatives(lambda x, n: x, X, 2**40)
+  with pytest.raises(TypeError, match="real numbers, got complex ones"):
+    check_derivatives(lambda x: jax.lax.complex(x, x), X)

@@ -1,0 +1,259 @@
+"""What each check of `check_derivatives` finds."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from verified import ORDERS, X, statuses, with_rule
+
+from softmax_jax import derivatives, enable_forward_mode, log_softmax, softmax
+from softmax_jax.verify import CHECKS, check_derivatives
+
+
+def test_every_check_passes_on_softmax_with_everything_given():
+  report = check_derivatives(
+    softmax,
+    X,
+    reference=jax.nn.softmax,
+    jacobian=lambda x: (
+      jax.vmap(jax.jacfwd(jax.nn.softmax))(x)[:, :, None] * np.eye(2)[:, None, :, None]
+    ),
+    edge_points=[(np.float32([[0, -np.inf, 1], [90, 0, 1]]),)],
+    max_residual_bytes=0,
+  )
+  report.raise_if_failed()
+  skipped = [row.check for row in report.rows if row.status == "skipped"]
+  assert skipped == ["each_output", "each_argument", "finite_differences"]
+  assert {row.check.partition(":")[0] for row in report.rows} == set(CHECKS)
+
+
+def test_what_is_compiled_is_checked_where_jit_is_disabled():
+  with jax.disable_jit():
+    report = check_derivatives(jnp.sin, X, checks=["vjp", "jit", "traces"])
+  assert statuses(report) == dict.fromkeys(("vjp", "jit", "traces"), "passed")
+
+
+def test_closed_form_is_compared():
+  x, checks = X[0], ["jacobian"]
+  right = check_derivatives(softmax, x, jacobian=derivatives.softmax_jacobian, checks=checks)
+  right.raise_if_failed()
+  wrong = check_derivatives(
+    log_softmax, x, jacobian=lambda x: jax.jacfwd(log_softmax)(x).T, checks=checks
+  )
+  assert [row.check for row in wrong.failed] == ["jacobian: closed form"]
+
+
+def test_transposed_square_jacobian_is_found():
+  matrix = np.float32([[1, 2], [3, 4]])
+  f = with_rule(lambda x: matrix @ x, lambda x, u: matrix @ u)
+  report = check_derivatives(f, X[0, :2], checks=["jacobian"])
+  assert {row.check for row in report.failed} == {"jacobian: jacfwd", "jacobian: jacrev"}
+
+
+def test_linearity_finds_a_rule_that_is_not_linear():
+  for bwd in (lambda x, u: jnp.cos(x) * jnp.abs(u), lambda x, u: jnp.cos(x) * u + 1e-3):
+    rule = jax.custom_vjp(jnp.sin)
+    rule.defvjp(lambda x: (jnp.sin(x), x), lambda x, u, bwd=bwd: (bwd(x, u),))
+    assert statuses(check_derivatives(rule, X, checks=["linearity"])) == {"linearity": "failed"}
+
+
+def test_value_finds_a_primal_that_differs_from_the_rule_under_differentiation():
+  f = with_rule(jnp.sin, lambda x, u: jnp.cos(x) * u, fwd=lambda x: (jnp.sin(x) + 1e-3, x))
+  assert [row.of for row in check_derivatives(f, X, checks=["vjp"], reference=jnp.sin).failed] == [
+    "value under vjp of out"
+  ]
+
+
+def test_dot_product_needs_no_reference():
+  rule = jax.custom_vjp(jnp.sin)
+  rule.defvjp(lambda x: (jnp.sin(x), x), lambda x, u: (jnp.cos(x) * u,))
+  f = enable_forward_mode(rule, tangent=lambda x, dots: 1.001 * jnp.cos(x) * dots[0])
+  assert statuses(check_derivatives(f, X, checks=["dot_product"])) == {"dot_product": "failed"}
+
+
+def test_dropped_cotangent_of_one_of_two_outputs_is_named():
+  f = jax.custom_vjp(lambda x: {"loss": jnp.sum(x**2), "z": jnp.sum(x)})
+  f.defvjp(
+    lambda x: (f(x), x),
+    lambda x, bars: (2 * x * bars["loss"],),
+  )
+  for checks, options in (
+    ("finite_differences", {}),
+    ("each_output", {"reference": lambda x: {"loss": jnp.sum(x**2), "z": jnp.sum(x)}}),
+  ):
+    (row,) = check_derivatives(f, X, checks=[checks], **options).failed
+    assert "by out['z']" in row.of
+
+
+def one_argument_alone(wrong_mode):
+  """x y with a rule that forgets a factor where only one argument is differentiated."""
+  f = lambda x, y: x * y
+  if wrong_mode == "reverse":
+    rule = jax.custom_vjp(f)
+
+    def fwd(x, y):
+      return x.value * y.value, (x.value, y.value, x.perturbed and y.perturbed)
+
+    def bwd(residuals, u):
+      x, y, both = residuals
+      return (u * y, u * x) if both else (u * y, u)
+
+    rule.defvjp(fwd, bwd, symbolic_zeros=True)
+  else:
+    rule = jax.custom_jvp(f)
+    zero = lambda dot: isinstance(dot, jax.custom_derivatives.SymbolicZero)
+
+    def jvp(args, dots):
+      (x, y), (x_dot, y_dot) = args, dots
+      if zero(x_dot):
+        return x * y, y_dot
+      return x * y, x_dot * y + (0 if zero(y_dot) else x * y_dot)
+
+    rule.defjvp(jvp, symbolic_zeros=True)
+  return rule
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_rule_that_is_wrong_by_one_argument_alone_is_found(mode):
+  f = one_argument_alone(mode)
+  assert {row.check for row in check_derivatives(f, X, X[::-1] + 2).failed} <= {
+    "each_argument: args[1]",
+    "vmap_each_argument: args[1]",
+  }
+  report = check_derivatives(f, X, X[::-1] + 2, checks=["each_argument"])
+  assert statuses(report) == {
+    "each_argument: args[0]": "passed",
+    "each_argument: args[1]": "failed",
+  }
+
+
+def test_rule_that_is_wrong_by_one_output_alone_is_found():
+  f = jax.custom_vjp(lambda x: (jnp.sin(x), jnp.cos(x)))
+
+  def bwd(x, us):
+    zero = [isinstance(u, jax.custom_derivatives.SymbolicZero) for u in us]
+    a, b = (0.0 if z else u for z, u in zip(zero, us, strict=True))
+    return (a * jnp.cos(x) - (2 if zero[0] else 1) * b * jnp.sin(x),)
+
+  f.defvjp(lambda x: (f(x.value), x.value), bwd, symbolic_zeros=True)
+  report = check_derivatives(f, X, checks=["vjp", "finite_differences", "each_output"])
+  (row,) = report.failed
+  assert (row.check, row.of) == ("each_output", "cotangent of args[0] by out[1] alone")
+
+
+def test_arguments_taken_one_by_one_are_a_few():
+  f = lambda xs: sum(jnp.sin(x) for x in xs)
+  report = check_derivatives(f, [X[0, 0]] * 10, checks=["each_argument"]).raise_if_failed()
+  assert len(report.rows) == 9
+  assert "only 8 of 10 arguments" in report.rows[-1].reason
+
+
+def test_wrong_gradient_of_one_argument_of_a_pytree_is_named():
+  f = jax.custom_vjp(lambda params, x: params["w"] * x + params["b"])
+  f.defvjp(
+    lambda params, x: (f(params, x), (params, x)),
+    lambda r, u: ({"w": jnp.sum(u * r[1]), "b": jnp.zeros_like(r[0]["b"])}, r[0]["w"] * u),
+  )
+  params = {"w": jnp.float32(2), "b": jnp.float32(1)}
+  (row,) = check_derivatives(f, params, X, checks=["finite_differences"]).failed
+  assert "args[0]['b']" in row.of
+
+
+def test_jit_finds_a_rule_that_is_wrong_without_it():
+  def bwd(x, u):
+    return jnp.cos(x) * u * (1 if isinstance(u, jax.core.Tracer) else 2)
+
+  report = check_derivatives(
+    with_rule(jnp.sin, bwd), X, checks=["vjp", "finite_differences", "jit"]
+  )
+  assert [row.check for row in report.failed] == ["jit"]
+
+
+@pytest.mark.parametrize("order", ["forward over reverse", "reverse over reverse"])
+def test_second_order_finds_a_rule_that_is_constant_in_its_cotangent(order):
+  """It is right in the first order, and in the second as long as the cotangent is held fixed."""
+  f = with_rule(jnp.sin, lambda x, u: jax.lax.stop_gradient(u) * jnp.cos(x))
+  report = check_derivatives(f, X, checks=["finite_differences", "vjp", "second_order"])
+  wrong = {row.check: row.of for row in report.failed}
+  assert wrong.keys() <= {f"second_order: {order}" for order in ORDERS}
+  assert wrong[f"second_order: {order}"].startswith("derivative by u, ")
+
+
+def test_second_order_finds_a_rule_that_is_constant_in_its_argument():
+  """Right in the first order, in forward and in reverse mode."""
+  f = jax.custom_jvp(jnp.sin)
+
+  @f.defjvp
+  def rule(xs, dots):
+    return jnp.sin(xs[0]), jax.lax.stop_gradient(jnp.cos(xs[0])) * dots[0]
+
+  report = check_derivatives(f, X, checks=["finite_differences", "jvp", "second_order"])
+  assert {row.check for row in report.failed} == {f"second_order: {order}" for order in ORDERS}
+
+
+def test_structure_finds_a_weakly_typed_cotangent():
+  """A weak type makes a jitted function of the gradient compile again."""
+  for x in (2.0, np.float32(2)):
+    assert check_derivatives(jnp.sin, x, checks=["structure", "traces"])
+  rule = jax.custom_vjp(lambda x: x)
+  rule.defvjp(lambda x: (x, None), lambda _, u: (jnp.asarray(1.0),))
+  report = check_derivatives(rule, np.array(2, jnp.result_type(float)), checks=["structure"])
+  assert "weakly typed" in report.failed[0].reason
+
+
+def test_integers_have_float0_cotangents():
+  f = lambda x, n: x[n].sum()
+  assert check_derivatives(f, X, jnp.array([1, 0]), checks=["structure", "vmap_each_argument"])
+
+
+def test_residuals_are_counted():
+  rule = jax.custom_vjp(jnp.sin)
+  rule.defvjp(lambda x: (jnp.sin(x), (x, jnp.cos(x))), lambda r, u: (r[1] * u,))
+  check = functools.partial(check_derivatives, rule, X, checks=["residuals"])
+  (row,) = check(max_residual_bytes=10).failed
+  assert (row.error, row.bound) == (X.nbytes, 10)
+  assert check(max_residual_bytes=24)
+  assert "1 array of 24 bytes" in check().rows[0].reason
+
+
+def test_nan_at_edge_points():
+  f = lambda x: jnp.where(x == 0, 1, jnp.sin(x) / x)  # NaN is in the gradient at 0
+  report = check_derivatives(f, X, checks=["edge_points"], edge_points=[(X,), (0 * X,)])
+  assert [row.check for row in report.failed] == ["edge_points: 1"]
+  assert "6 NaN" in report.failed[0].reason
+
+
+def test_second_derivatives_at_edge_points():
+  """The mixed derivatives of c x^2 by c and x, which a wrong rule makes 0 where c is 0."""
+  f = jax.custom_vjp(lambda c, x: c * x**2)
+  f.defvjp(
+    lambda c, x: (f(c, x), (c, x)),
+    lambda r, u: (jnp.sum(u * r[1] ** 2), u * 2 * jnp.where(r[0] == 0, 0, r[0]) * r[1]),
+  )
+  points = {"edge_points": [(np.float32(2), X), (np.float32(0), X)], "checks": ["edge_points"]}
+  f = enable_forward_mode(f)
+  report = check_derivatives(f, np.float32(1), X, **points)
+  assert {row.check for row in report.failed} == {
+    f"edge_points: 1: second_order: {order}" for order in ORDERS
+  }
+  check_derivatives(f, np.float32(1), X, skip=["second_order"], **points).raise_if_failed()
+
+
+@pytest.mark.without("debug_nans", "debug_infs")
+@pytest.mark.parametrize(
+  "f, x, reason",
+  [
+    (jax.nn.relu, 0, "gradient unconfirmed by finite differences"),
+    (jnp.exp, 100, "a value or a first derivative is infinite"),
+    (jnp.square, 1e17, "the result is smaller than its rounding errors"),
+  ],
+  ids=["kink", "overflow", "huge"],
+)
+def test_second_derivatives_that_nothing_tells_are_skipped_at_an_edge_point(f, x, reason):
+  report = check_derivatives(f, X, edge_points=[(np.full_like(X, x),)], checks=["edge_points"])
+  assert not report.failed
+  reasons = [row.reason for row in report.rows if "second_order" in row.check and row.reason]
+  assert any(r.startswith(reason) for r in reasons)
+  assert len(set(reasons)) == len(reasons)  # each is told once

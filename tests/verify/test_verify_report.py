@@ -1,0 +1,148 @@
+"""What `check_derivatives` reports, and when a report has passed."""
+
+import html
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from verified import BESIDE_NUMBERS, X, oscillating, statuses, with_rule
+
+from softmax_jax.verify import DerivativeError, check_derivatives
+
+
+@pytest.fixture(scope="module")
+def failing():
+  wrong = with_rule(jnp.sin, lambda x, u: u)
+  return check_derivatives(wrong, X, name="wrong sine", checks=["finite_differences", "vjp", "jvp"])
+
+
+def test_report_of_a_wrong_rule(failing):
+  assert not failing
+  # The rule is the same in float64, so that vjp agrees with it and proves nothing.
+  assert statuses(failing) == {
+    "vjp": "skipped",
+    "vjp: value": "passed",
+    "finite_differences": "failed",
+    "jvp": "failed",
+  }
+  row = failing.failed[-1]
+  assert (row.function, row.check, row.dtype, row.shape) == ("wrong sine", "jvp", "float32", (2, 3))
+  assert row.error > 1e3 * row.bound
+  with pytest.raises(DerivativeError, match=r"wrong sine +finite_differences .*failed") as error:
+    failing.raise_if_failed()
+  assert isinstance(error.value, AssertionError)
+  assert "passed: " not in str(error.value)
+
+
+def test_report_as_text_data_and_html(failing):
+  lines = str(failing).splitlines()
+  assert lines[0].split()[:2] == ["function", "check"]
+  assert lines[-1] == "1 passed, 2 failed, 1 skipped"
+  data = json.loads(json.dumps(failing.to_dict(), allow_nan=False))
+  assert data["passed"] is False
+  assert [row["check"] for row in data["rows"]] == list(statuses(failing))
+  assert data["rows"][0]["shape"] == [2, 3]
+  table = failing._repr_html_()
+  assert table.count("<tr") == 5
+  assert html.escape("<cotangent, tangent> of args[0]") in table
+
+
+def test_nothing_but_skipped_is_not_passed():
+  report = check_derivatives(lambda n: n + 1, jnp.arange(3), checks=["vjp", "jvp"])
+  assert set(statuses(report).values()) == {"skipped"}
+  assert not report
+  with pytest.raises(DerivativeError, match="no argument has a floating dtype"):
+    report.raise_if_failed()
+
+
+def test_finite_differences_take_smaller_steps_where_those_tell_more():
+  (row,) = check_derivatives(oscillating(1e5), X, checks=["finite_differences"]).rows
+  assert row.status == "failed"
+  f = lambda x: x + 1e-3 * jnp.sin(1e5 * x)
+  (row,) = check_derivatives(f, X, checks=["finite_differences"]).rows
+  assert row.status == "passed"
+  assert row.bound < 1e-2
+
+
+def test_gradient_that_differences_cannot_confirm_is_not_passed():
+  """Its own rule is then all there is to compare the gradient with."""
+  f = oscillating(1e9)
+  for options in ({}, {"checks": ["vjp"]}, {"skip": ["finite_differences"]}):
+    report = check_derivatives(f, X, **options)
+    assert not report
+    reasons = [row.reason for row in report.rows if row.check == "vjp"]
+    assert "gradient unconfirmed by finite differences" in reasons[0]
+    assert "pass reference=" in reasons[0]
+  with pytest.raises(DerivativeError, match="no derivative was confirmed"):
+    check_derivatives(f, X, checks=["vjp", "jit", "structure"]).raise_if_failed()
+
+
+@pytest.mark.parametrize("check", ["vjp", "jit", "vmap_batch", "scan", "checkpoint"])
+def test_gradient_is_confirmed_also_where_finite_differences_are_not_asked_for(check):
+  wrong = jax.custom_vjp(jnp.sin)
+  wrong.defvjp(lambda x: (jnp.sin(x), x), lambda x, u: (0.9 * jnp.cos(x) * u,))
+  for options in ({"checks": [check]}, {"checks": [check], "skip": ["finite_differences"]}):
+    report = check_derivatives(wrong, X, **options)
+    assert not report
+    assert "contradicted by finite_differences" in report.rows[0].reason
+    assert check_derivatives(jnp.sin, X, **options)
+
+
+def test_one_argument_without_confirmation_is_not_hidden_by_another():
+  f = lambda x, y: x + y + 1e-3 * jnp.sin(1e9 * y)
+  rows = check_derivatives(f, X, X[::-1], checks=["vjp"]).rows
+  found = {row.of: row.status for row in rows if row.of.startswith("cotangent")}
+  assert found["cotangent of args[1]"] == "skipped"
+  assert found.get("cotangent of args[0]", "passed") == "passed"
+
+
+def test_derivative_that_cancels_to_zero_is_confirmed():
+  """The sum of a softmax is always 1, so that finite differences see nothing but rounding."""
+  check_derivatives(lambda x: jnp.sum(jax.nn.softmax(x)), X).raise_if_failed()
+  wrong = with_rule(lambda x: jnp.sum(jax.nn.softmax(x)), lambda x, u: u + 1e-4 * x)
+  assert check_derivatives(wrong, X, checks=["finite_differences"]).failed
+
+
+def test_derivative_that_is_zero_everywhere_is_confirmed():
+  rounded = lambda x: jnp.round(x)
+  check_derivatives(rounded, X).raise_if_failed()
+  straight_through = with_rule(rounded, lambda x, u: u)
+  assert check_derivatives(straight_through, X, checks=["finite_differences"]).failed
+  assert check_derivatives(
+    straight_through, X, reference=lambda x: x + jax.lax.stop_gradient(jnp.round(x) - x)
+  )
+
+
+@pytest.mark.without("debug_nans")
+@pytest.mark.parametrize("f", [jax.nn.relu, jnp.log, jnp.floor], ids=["kinks", "NaN", "jumps"])
+def test_points_without_a_derivative_prove_nothing(f):
+  wrong = jax.custom_vjp(f)
+  wrong.defvjp(lambda x: (f(x), x), lambda x, u: (7 * jnp.sign(x + 1) * u,))
+  x = -jnp.ones((2, 3)) if f is jnp.log else jnp.zeros((2, 3))
+  for g in (f, wrong):
+    report = check_derivatives(g, x)
+    assert not report
+    passed = {row.check for row in report.rows if row.status == "passed"}
+    assert passed <= {"value", "vjp: value", "dot_product", "linearity", *BESIDE_NUMBERS}
+
+
+@pytest.mark.without("debug_nans")
+def test_output_that_is_nowhere_finite_does_not_pass_beside_another():
+  f = lambda x: (jnp.sin(x), jnp.log(-1 - x**2))
+  report = check_derivatives(f, X, checks=["value", "vjp", "each_output", "finite_differences"])
+  report.raise_if_failed()
+  assert not any("out[1]" in row.of for row in report.rows if row.status == "passed")
+
+
+def test_value_alone_can_be_asked_for():
+  assert check_derivatives(lambda n: n + 1, jnp.arange(3), checks=["value"])
+  assert not check_derivatives(lambda n: n + 1, jnp.arange(3))
+  assert not check_derivatives(lambda n: n + 1, jnp.arange(3), checks=["value", "vjp"])
+
+
+def test_every_function_of_a_sum_needs_a_derivative_that_passed():
+  right = check_derivatives(jnp.sin, X, checks=["vjp"], name="right")
+  unknown = check_derivatives(oscillating(1e9), X, checks=["vjp"], name="unknown")
+  assert right + right
+  assert not right + unknown
