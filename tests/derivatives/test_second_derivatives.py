@@ -19,13 +19,13 @@ JUNK = (NAN, INF, -INF)
 
 # Function, classes, dtype, and whether several cases are computed at once by `jax.vmap`.
 DEFAULT = [
-  ("integer", FEW, np.float64, False),
   ("integer", MORE, np.float32, True),
   ("soft", FEW, np.float32, False),
-  ("soft", MORE, np.float32, True),
   ("linear, none", FEW, np.float32, False),
 ]
 LONG = [
+  ("integer", FEW, np.float64, False),
+  ("soft", MORE, np.float32, True),
   ("integer", FEW, np.float32, True),
   ("integer", MORE, np.float32, False),
   ("soft", FEW, np.float64, False),

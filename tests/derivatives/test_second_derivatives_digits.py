@@ -219,8 +219,17 @@ def test_a_gradient_penalty_over_a_padded_batch_is_that_of_the_rest(name):
 # not move.
 
 
-@pytest.mark.parametrize("coefficient", ["label_smoothing", "z_loss"])
-@pytest.mark.parametrize("name", ["integer", "soft", "linear"])
+@pytest.mark.parametrize(
+  ("name", "coefficient"),
+  [
+    ("integer", "label_smoothing"),
+    ("soft", "z_loss"),
+    ("linear", "z_loss"),
+    pytest.param("integer", "z_loss", marks=pytest.mark.long),
+    pytest.param("soft", "label_smoothing", marks=pytest.mark.long),
+    pytest.param("linear", "label_smoothing", marks=pytest.mark.long),
+  ],
+)
 def test_the_gradient_moves_with_a_coefficient_of_zero(name, coefficient):
   """The derivative by an array of 0, without jit, is what small steps show: it is affine."""
   z, labels = random(0, (4, 5)), np.array([TOP, 0, 1, 3])
