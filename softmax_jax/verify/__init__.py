@@ -10,12 +10,11 @@ checks are in `CHECKS`, by name; what an error is and where the bounds come from
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
-from numbers import Integral, Real
-from types import NoneType
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from softmax_jax.verify.checks import CHECKS
+from softmax_jax.verify.options import Options, names, require
 from softmax_jax.verify.oracle import Oracle, compiled_with_all_digits
 from softmax_jax.verify.problem import Problem
 from softmax_jax.verify.report import DerivativeError, Report, Row
@@ -149,119 +148,22 @@ def describe_checks() -> dict[str, str]:
 
 def chosen_checks(checks: Collection[str] | None, skip: Collection[str] = ()) -> list[str]:
   """The checks in their order, without those to be skipped."""
-  wanted = _names("checks", CHECKS if checks is None else checks)
-  unwanted = _names("skip", skip)
+  wanted = names("checks", CHECKS if checks is None else checks)
+  unwanted = names("skip", skip)
   for name in (*wanted, *unwanted):
     if name not in CHECKS:
       raise ValueError(f"check_derivatives knows no check {name!r}; there are {', '.join(CHECKS)}.")
   return [name for name in CHECKS if name in wanted and name not in unwanted]
 
 
-def _names(option: str, checks: Any) -> Collection[str]:
-  names: Any = [checks] if isinstance(checks, str) else checks
-  if _is_a(names, (Sequence, Set, Mapping)) and all(isinstance(name, str) for name in names):
-    return names
-  raise TypeError(
-    f"check_derivatives expected {option} to be names of checks, got {type(checks).__name__}."
-  )
-
-
-def verifier(
-  f: Callable[..., Any],
-  *args: Any,
-  reference: Callable[..., Any] | None = None,
-  jacobian: Callable[..., Any] | None = None,
-  kwargs: Mapping[str, Any] | None = None,
-  edge_points: Sequence[Sequence[Any]] = (),
-  bounds: Mapping[str, float] | None = None,
-  max_residual_bytes: int | None = None,
-  name: str | None = None,
-  seed: int = 0,
-  skip: Collection[str] = (),
-) -> Verifier:
-  """What `run_checks` runs on; the arguments are those of `check_derivatives`."""
-  _check_options(
-    f, reference, jacobian, kwargs, edge_points, bounds, max_residual_bytes, name, seed
-  )
-  if name is None:
-    name = _name(f)
+def verifier(f: Callable[..., Any], *args: Any, **options: Any) -> Verifier:
+  """What `run_checks` runs on; the options are those of `check_derivatives` but ``checks``."""
+  require(callable(f), "f", "a function", f)
+  chosen = Options(**options)
+  chosen_checks(chosen.bounds)  # Their names must be those of checks.
   with compiled_with_all_digits():
-    problem = Problem(f, args, kwargs or {}, seed)
-    return Verifier(
-      problem,
-      Oracle(problem, reference),
-      name=name,
-      jacobian=jacobian,
-      edge_points=edge_points,
-      limits=bounds,
-      max_residual_bytes=max_residual_bytes,
-      skip=_names("skip", skip),
-    )
-
-
-def _name(f: Callable[..., Any]) -> str:
-  return getattr(f, "__name__", None) or getattr(getattr(f, "func", None), "__name__", "f")
-
-
-def _is_a(value: Any, kind: Any) -> bool:
-  return isinstance(value, kind)
-
-
-def _check_options(
-  f: Any,
-  reference: Any,
-  jacobian: Any,
-  kwargs: Any,
-  edge_points: Any,
-  bounds: Any,
-  max_residual_bytes: Any,
-  name: Any,
-  seed: Any,
-) -> None:
-  """Raises where one is of another type than `check_derivatives` says."""
-  for what, value, fits, expected in (
-    ("f", f, callable(f), "a function"),
-    ("reference", reference, reference is None or callable(reference), "a function"),
-    ("jacobian", jacobian, jacobian is None or callable(jacobian), "a function"),
-    (
-      "kwargs",
-      kwargs,
-      _is_a(kwargs, (Mapping, NoneType)) and all(isinstance(k, str) for k in kwargs or ()),
-      "a dict with names as keys",
-    ),
-    (
-      "edge_points",
-      edge_points,
-      _is_a(edge_points, (list, tuple)) and all(_is_a(args, (list, tuple)) for args in edge_points),
-      "a list of tuples of arguments",
-    ),
-    (
-      "bounds",
-      bounds,
-      _is_a(bounds, (Mapping, NoneType))
-      and all(isinstance(k, str) and _is_a(bounds[k], Real) for k in bounds or ()),
-      "a dict from names to numbers",
-    ),
-    (
-      "max_residual_bytes",
-      max_residual_bytes,
-      _is_a(max_residual_bytes, (Real, NoneType)),
-      "a number",
-    ),
-    ("name", name, _is_a(name, (str, NoneType)), "a string"),
-    ("seed", seed, _is_a(seed, Integral), "an int"),
-  ):
-    if not fits:
-      raise TypeError(
-        f"check_derivatives expected {what} to be {expected}, got {type(value).__name__}."
-      )
-  chosen_checks(bounds)
-  numbers: dict[str, Any] = {"seed": seed, "max_residual_bytes": max_residual_bytes or 0}
-  for check in bounds or ():
-    numbers[f"bounds[{check!r}]"] = bounds[check]
-  for what, number in numbers.items():
-    if not number >= 0:
-      raise ValueError(f"check_derivatives expected {what} to be at least 0, got {number}.")
+    problem = Problem(f, args, chosen.kwargs or {}, chosen.seed)
+    return Verifier(problem, Oracle(problem, chosen.reference), chosen)
 
 
 def run_checks(v: Verifier, chosen: Sequence[str]) -> Report:

@@ -81,8 +81,12 @@ class Problem:
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     seed: int = 0,
+    like: Problem | None = None,
   ):
-    """Of ``f(*args, **kwargs)``; ``seed`` decides its points."""
+    """Of ``f(*args, **kwargs)``; ``seed`` decides its points.
+
+    The compiled programs are those of ``like``, a problem of the same f, where they fit.
+    """
     self.f, self.kwargs, self.seed = f, dict(kwargs), seed
     paths, self.tree = _flattened(tuple(args))
     names = [f"args{jax.tree_util.keystr(path)}" for path, _ in paths]
@@ -124,18 +128,22 @@ class Problem:
     self.unit_dtypes = [*self.float_dtypes, *rounded_to(jaxpr.jaxpr)]
     self._coarsest = coarsest(self.unit_dtypes)
 
+    if like is not None and (self.tree, self._types()) == (like.tree, like._types()):
+      self.vjp, self.jvp, self.value = like.vjp, like.jvp, like.value
+    else:
+      self.vjp, self.jvp = compiled(self.vjp_of), compiled(self.jvp_of)
+      self.value = compiled(self.outputs)
+
   def at(self, args: Sequence[Any], seed: int) -> tuple[Problem, bool]:
     """The same function at other arguments, and whether its compiled programs are the same."""
-    other = Problem(self.f, args, self.kwargs, seed)
-    mine, theirs = (
-      [(leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array) else leaf for leaf in problem.leaves]
-      for problem in (self, other)
-    )
-    shared = self.tree == other.tree and mine == theirs
-    if shared:
-      for program in ("vjp", "jvp", "value"):
-        other.__dict__[program] = getattr(self, program)
-    return other, shared
+    other = Problem(self.f, args, self.kwargs, seed, like=self)
+    return other, other.vjp is self.vjp
+
+  def _types(self) -> list[Any]:
+    """What a program of f is compiled for: the types of arrays, and what is no array itself."""
+    return [
+      (leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array) else leaf for leaf in self.leaves
+    ]
 
   def arguments(self, xs: Leaves, ns: Leaves) -> tuple[Any, ...]:
     """The arguments of f with these leaves."""
@@ -158,8 +166,6 @@ class Problem:
     """The floating outputs as a function of the floating leaves, for JAX to differentiate."""
     return lambda *xs: self.outputs(xs, ns)[0]
 
-  # --- programs, compiled once for all points -----------------------------------------------------
-
   def vjp_of(self, xs: Leaves, ns: Leaves, us: Leaves) -> tuple[list[Any], list[Any], list[Any]]:
     """``(floating outputs, other outputs, cotangents of xs)``; a function for JAX to transform."""
 
@@ -172,21 +178,6 @@ class Problem:
   def jvp_of(self, xs: Leaves, ns: Leaves, vs: Leaves) -> list[Any]:
     """The tangents of the floating outputs."""
     return jax.jvp(self.floating(ns), tuple(xs), tuple(vs))[1]
-
-  @functools.cached_property
-  def vjp(self) -> Callable[..., Any]:
-    """`vjp_of`, compiled."""
-    return compiled(self.vjp_of)
-
-  @functools.cached_property
-  def jvp(self) -> Callable[..., Any]:
-    """`jvp_of`, compiled."""
-    return compiled(self.jvp_of)
-
-  @functools.cached_property
-  def value(self) -> Callable[..., Any]:
-    """`outputs`, compiled."""
-    return compiled(self.outputs)
 
   # --- points -------------------------------------------------------------------------------------
 

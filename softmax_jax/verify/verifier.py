@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from softmax_jax.verify import bounds
+from softmax_jax.verify.options import Options
 from softmax_jax.verify.oracle import Oracle, first_line, message
 from softmax_jax.verify.problem import Arrays, Problem, compiled, finfo
 from softmax_jax.verify.report import Row, Skip
@@ -42,62 +42,52 @@ Evaluate = Callable[[int, int], list[Comparison]]
 Judged = tuple[Comparison, tuple[int, ...], bounds.Verdict]
 
 
+@dataclasses.dataclass
+class _Compiled:
+  """What verifiers of one function share where their arguments are of the same types."""
+
+  programs: dict[str, Callable[..., Any]] = dataclasses.field(default_factory=dict[str, Any])
+  no_forward: str | None = None  # `Verifier.forward`, once it was asked for
+
+
 class Verifier:
   """A function at its arguments, its oracle, and what the caller asked for."""
 
   def __init__(
-    self,
-    problem: Problem,
-    oracle: Oracle,
-    *,
-    name: str,
-    jacobian: Callable[..., Any] | None = None,
-    edge_points: Sequence[Sequence[Any]] = (),
-    limits: Mapping[str, float] | None = None,
-    max_residual_bytes: int | None = None,
-    skip: Collection[str] = (),
+    self, problem: Problem, oracle: Oracle, options: Options, compiled: _Compiled | None = None
   ):
-    """The options are those of `check_derivatives`; ``limits`` its ``bounds``."""
-    self.problem, self.oracle, self.name = problem, oracle, name
-    self.jacobian, self.edge_points = jacobian, edge_points
-    self.limits, self.max_residual_bytes = dict(limits or {}), max_residual_bytes
-    self.skip = skip  # what edge points are to do without
-    self._programs: dict[str, Callable[..., Any]] = {}
+    """``compiled`` comes from another verifier of the same function."""
+    self.problem, self.oracle, self.options = problem, oracle, options
+    self.name = _name(problem.f) if options.name is None else options.name
     self.known: dict[str, Any] = {}  # what checks found out at these arguments
-    self._mask_outputs()
+    self._compiled = _Compiled() if compiled is None else compiled
+    ys, _ = oracle.value(problem.xs)
+    problem.masks = [np.isfinite(y) for y in ys]
 
-  @functools.cached_property
+  @property
   def forward(self) -> str:
     """Why f has no forward mode, or ""."""
-    # Some reasons only show when JAX compiles.
-    try:
-      self.problem.jvp(self.problem.xs, self.problem.ns, self.problem.xs)
-    except (Exception, SystemExit) as error:
-      return not_offered(error)
-    return ""
+    if self._compiled.no_forward is None:
+      self._compiled.no_forward = ""
+      # Some reasons only show when JAX compiles.
+      try:
+        self.problem.jvp(self.problem.xs, self.problem.ns, self.problem.xs)
+      except (Exception, SystemExit) as error:
+        self._compiled.no_forward = not_offered(error)
+    return self._compiled.no_forward
 
   def at(self, args: Sequence[Any], seed: int) -> Verifier:
     """The same at other arguments, with programs that are compiled already where they fit."""
-    other = object.__new__(Verifier)
-    other.__dict__.update(self.__dict__)
-    other.problem, shared = self.problem.at(args, seed)
-    if not shared:
-      other._programs = {}
-      other.__dict__.pop("forward", None)
-    other.oracle = self.oracle.at(other.problem)
-    other.known = {}
-    other._mask_outputs()
-    return other
-
-  def _mask_outputs(self) -> None:
-    ys, _ = self.oracle.value(self.problem.xs)
-    self.problem.masks = [np.isfinite(y) for y in ys]
+    problem, shared = self.problem.at(args, seed)
+    if shared:
+      return Verifier(problem, self.oracle.at(problem), self.options, self._compiled)
+    return Verifier(problem, Oracle(problem, self.options.reference), self.options)
 
   def program(
     self, name: str, f: Callable[..., Any], *, quickly: bool = False
   ) -> Callable[..., Any]:
     """``f`` compiled, once under this name."""
-    return self._programs.setdefault(name, compiled(f, quickly=quickly))
+    return self._compiled.programs.setdefault(name, compiled(f, quickly=quickly))
 
   # --- conditions ---------------------------------------------------------------------------------
 
@@ -212,7 +202,7 @@ class Verifier:
         dtype=first.dtype,
         unit=bounds.unit_roundoff(self.problem.unit_dtypes) if unit is None else unit,
         size=self.problem.size,
-        bound=self.limits.get(check),
+        bound=(self.options.bounds or {}).get(check),
         useless=useless,
         floor=max(run[place].floor for run in runs[0]),
       )
@@ -264,6 +254,10 @@ class Verifier:
       if reason:
         return [Row(self.name, check, "skipped", reason=reason)]
       return [Row(self.name, check, "failed", reason=first_line(error))]
+
+
+def _name(f: Callable[..., Any]) -> str:
+  return getattr(f, "__name__", None) or getattr(getattr(f, "func", None), "__name__", "f")
 
 
 def not_offered(error: BaseException) -> str:
