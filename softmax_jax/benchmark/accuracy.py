@@ -13,7 +13,7 @@ from softmax_jax.benchmark.programs import FORWARD, GRADIENT, INTEGER, LOSS, OUR
 CLASSES = (2, 10, 100, 1000, 32768, 128256)
 SCALES = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)
 _CONFIDENT = (1e-6, 1e-10)
-_MANY = 2**17  # Classes, whose exponentials a float16 cannot sum.
+_MANY = 2**17  # So many classes that a float16 cannot sum their exponentials.
 
 
 class _Inputs(NamedTuple):
@@ -57,14 +57,14 @@ def _inputs(classes: int, dtype: np.dtype, seed: int) -> _Inputs:
 
 
 class _Row(NamedTuple):
-  """A row of the table: of `function` in `mode` the part `rows` of the inputs of every size."""
+  """A row of the table: `function` in `mode`, on the part `rows` of the inputs of every size."""
 
   title: str
   function: str
   mode: str
   rows: str
   at_label: bool = False  # Of a gradient only the entry at the label, by itself.
-  few: bool | None = None  # Only up to 16 classes, or only above; for softmax that differs on CPUs.
+  few: bool | None = None  # Only up to 16 classes, or only above: on CPUs softmax tells them apart.
 
 
 _ROWS = (
@@ -166,7 +166,7 @@ def measure(
             for key, error in zip(("errors", "relative_errors"), found, strict=True):
               result[key][peer] = max(result[key].get(peer, 0.0), error)
             result["errors_by_classes"].setdefault(peer, []).append(found[0])
-  # The smallest class count has not met every row.
+  # Not every row occurs at the smallest class count, which comes first.
   order = [row.title for row in _ROWS]
   return sorted(
     results.values(),

@@ -2,9 +2,8 @@
 
 `check_derivatives` compares a function and its derivatives with float64, in every mode and under
 every transformation that applies, and returns a `Report`. Nothing in it knows of softmax. The
-checks are in `CHECKS`, by name; what an error is and where the bounds come from is told in
-``softmax_jax/verify/bounds.py``, and what they are compared with in
-``softmax_jax/verify/oracle.py``.
+checks are in `CHECKS`, by name. ``softmax_jax/verify/bounds.py`` says what an error is and where
+the bounds come from, ``softmax_jax/verify/oracle.py`` what results are compared with.
 """
 
 from __future__ import annotations
@@ -48,18 +47,18 @@ def check_derivatives(
 
   where the right side comes from values of ``f`` alone. Errors are relative and in norm, over the
   whole array and over every slice of it; bounds come from the dtype, the size of the problem and
-  the rounding noise that ``f`` shows, and do not grow with the array. Products with random vectors
-  stand for the Jacobian wherever that has more than 4096 entries.
+  the rounding noise that ``f`` shows, and do not grow with the array. Where the Jacobian has more
+  than 4096 entries, products with random vectors stand for it.
 
-  A derivative of which rounding leaves no digit counts as wrong: that of `jax.nn.softmax` where one
-  probability rounds to 1, say. So does one that is right up to the tolerance of a solver only, as
-  that of an ODE by its adjoint: give ``bounds``.
+  A derivative dominated by rounding error fails: that of `jax.nn.softmax` where one probability
+  rounds to 1, for instance. So does one that is right only to the tolerance of a solver, such as
+  the adjoint of an ODE: pass ``bounds``.
 
   Args:
     f: any function of arrays that JAX can differentiate, in whatever way it is differentiated.
       Random numbers must be arguments: those that JAX draws differ between dtypes.
-    *args: its arguments: arrays, Python numbers and pytrees of them, all of which are traced. What
-      has a floating dtype is differentiated by; integers and booleans are passed along, and
+    *args: its arguments: arrays, Python numbers and pytrees of them, all of which are traced.
+      Derivatives are by those of a floating dtype; integers and booleans are passed on, and
       anything else is left as it is.
     reference: a function with the arguments and outputs of ``f`` that is known to be right, in
       plain JAX. It is evaluated in float64 and differentiated by JAX.
@@ -67,21 +66,20 @@ def check_derivatives(
       returns the derivatives of the first floating output by the first floating argument.
     kwargs: keyword arguments for ``f``, ``reference`` and ``jacobian``. They are held fixed and not
       traced: the place for flags, axes and sizes.
-    edge_points: other tuples of arguments, at which there must be no NaN in the value and the first
-      derivatives, beside agreement with the reference, that of second derivatives too: rows with
-      -inf, say, huge numbers, or coefficients of 0. A rule that is wrong only at special arguments
-      can only be found out at arguments of that kind.
-    checks: the names of the checks to run, of those in `CHECKS`; None stands for all.
+    edge_points: other tuples of arguments, such as rows with -inf, huge numbers or coefficients of
+      0. There the value and the first derivatives must not be NaN; they and the second derivatives
+      must agree with the reference. A rule that is wrong only at special arguments shows only here.
+    checks: the names in `CHECKS` of the checks to run; None stands for all.
     skip: the names of checks to leave out, also at edge points.
     bounds: relative bounds by the name of the check, in place of the derived ones.
-    max_residual_bytes: what the backward pass may hold beside arguments and outputs, for the check
-      ``residuals``.
+    max_residual_bytes: how many bytes the backward pass may hold beside arguments and outputs, for
+      the check ``residuals``.
     name: what the report calls ``f``.
     seed: decides the random cotangents and tangents.
 
   Returns:
     A `Report` with a row per check, or several where a check has parts, each passed, failed or
-    skipped with its reason. It is true if none failed and a derivative agreed with something else
+    skipped with its reason. It is true if none failed and a derivative agreed with something other
     than the rules of ``f`` itself (or any check passed, if ``checks`` asks for none of these).
 
   Raises:
@@ -90,7 +88,7 @@ def check_derivatives(
     ValueError: if a check has no such name, ``reference`` returns other shapes than ``f``, or a
       bound or ``seed`` is negative.
     Exception: whatever ``f`` raises at its arguments, or ``reference`` in float64. What they raise
-      when they are differentiated or transformed is a row that failed.
+      when they are differentiated or transformed becomes a row that failed.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -142,8 +140,8 @@ def describe_checks() -> dict[str, str]:
   return {name: inspect.getdoc(check) or "" for name, check in CHECKS.items()}
 
 
-# The parts of `check_derivatives`, for those who verify the same function at many points: programs
-# stay compiled in `Verifier.at`.
+# The parts of `check_derivatives`, to verify one function at many points: `Verifier.at` keeps the
+# compiled programs.
 
 
 def chosen_checks(checks: Collection[str] | None, skip: Collection[str] = ()) -> list[str]:

@@ -14,7 +14,7 @@ second grows like the root of its logarithm):
   the error of a wrong formula stays. So A and R are computed again at a few such points, both at
   the same point, so that the condition of the function cancels, and the root mean square of the
   change of A - R over g is the rounding noise of g, times sqrt(2). At least 32 numbers (points x
-  probes x entries) go into each estimate, or g is not looked at on its own; the estimate is then
+  probes x entries) go into each estimate, or g is not judged on its own; the estimate is then
   below half of the truth with a probability under 1e-6, which 6 standard deviations outweigh.
 * ROUNDING * u * sqrt(2 + log2 n) * s_g. Errors that do not change at random: the last rounding (u),
   the exponential and its like (some ulps, 2u each), and sums. XLA sums n terms in a tree or in
@@ -77,13 +77,13 @@ def judge(
   Args:
     errors: A - R at the point itself and at the points near it, each ``[probes, *shape]``, float64.
     expected: R at the point itself, ``[probes, *shape]``. Entries that are NaN are left out.
-    slack: what R itself may be wrong by, ``[probes, *shape]``.
+    slack: the error that R itself may have, ``[probes, *shape]``.
     dtype: of A, for its underflow.
     unit: the unit roundoff of the problem.
     size: the number of entries of its largest array.
     bound: a relative bound in place of the derived one.
-    useless: the derived bound from which on a comparison says nothing.
-    floor: the least size that errors are measured by.
+    useless: the derived bound above which a comparison says nothing.
+    floor: the smallest size that errors are measured against.
   """
   error, near = errors[0], errors[1:]
   if not error.size:
@@ -133,7 +133,7 @@ def judge(
     place = int(np.argmax(ratio))
     if axis is None and bound is None and limit[0] > useless * size_g[0]:
       share = limit[0] / max(size_g[0], tiny)
-      # A result of 0 is as good as any, unless it agrees only for what R may be wrong by.
+      # A result of 0 is as good as any, unless only the error that R may have makes it agree.
       if size_g[0] == 0 and found[0] <= limit[0] - of_reference[0]:
         reason = ""
       elif share > 2:

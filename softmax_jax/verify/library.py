@@ -1,4 +1,4 @@
-"""What `softmax-jax verify` verifies: every function of the library, beside a plain reference."""
+"""What `softmax-jax verify` verifies: every function of the library, against its formula."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from softmax_jax.verify import Report, check_derivatives
 from softmax_jax.verify.problem import vjp
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-# What may differ in other dtypes and shapes; all else is looked at in float32.
+# The checks whose result may depend on dtype and shape; all others run in float32 only.
 _ESSENTIAL = ("value", "vjp")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any
 
 
 def require(fits: bool, what: str, expected: str, value: Any) -> None:
@@ -33,7 +33,8 @@ def _has_names(value: Any) -> bool:
   return _is_a(value, (Mapping, NoneType)) and all(isinstance(key, str) for key in value or ())
 
 
-class _Kind(NamedTuple):
+@dataclass(frozen=True)
+class _Kind:
   """What an option must be, in words and as a test."""
 
   expected: str

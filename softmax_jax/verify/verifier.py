@@ -10,21 +10,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from softmax_jax.verify import bounds
+from softmax_jax.verify.errors import first_line, not_offered
 from softmax_jax.verify.options import Options
-from softmax_jax.verify.oracle import Oracle, first_line, message
+from softmax_jax.verify.oracle import Oracle
 from softmax_jax.verify.problem import Arrays, Problem, compiled, finfo
 from softmax_jax.verify.report import Row, Skip
 
-# With more entries than this in an array fewer probes do, and then fewer points near each.
+# For arrays with more entries fewer probes suffice, and then fewer points near each.
 _MANY = 10_000
 _LARGE = 1_000_000
 
 
 class Comparison(NamedTuple):
-  """One array, what it should be, and what that may be wrong by.
+  """One array, what it should be, and how far off that may be.
 
-  ``floor`` is a size beside which no difference matters, of a single number. If ``unknown`` is a
-  reason why ``expected`` proves nothing, agreement with it is skipped and not passed.
+  ``floor``, for a single number, is a size beside which no difference matters. ``unknown``, if any,
+  is the reason why ``expected`` proves nothing: agreement with it is then skipped, not passed.
   """
 
   of: str
@@ -157,7 +158,7 @@ class Verifier:
   ) -> list[Row]:
     """Evaluates a check at several probes and near them, and judges it: a row for the worst array.
 
-    Arrays of which nothing can be said because their noise is too large get a row of their own.
+    Arrays that are too noisy to be judged get a row of their own.
     """
     judged = self.judge(check, evaluate, probes, near)
     return self.rows(f"{check}: {transformation}" if transformation else check, judged)
@@ -172,14 +173,14 @@ class Verifier:
     useless: float = bounds.USELESS,
     unit: float | None = None,
   ) -> list[Judged]:
-    """What `measure` finds of each array."""
+    """The verdict on each array."""
     if self.problem.size > _MANY:
       probes = min(probes, 2)
     if self.problem.size > _LARGE:
       near = 1
     with np.errstate(all="ignore"):  # Infinities are judged below.
       runs = [[evaluate(p, k) for p in range(probes)] for k in range(near + 1)]
-    # Comparisons are told apart by their place in the list.
+    # A comparison is known by its place in the list.
     judged: list[Judged] = []
     for place, first in enumerate(runs[0][0]):
 
@@ -212,7 +213,7 @@ class Verifier:
     return judged
 
   def rows(self, label: str, judged: Sequence[Judged]) -> list[Row]:
-    """A row for the worst array, and one for each of which nothing can be said."""
+    """A row for the worst array, and one for each that cannot be judged."""
     rows: list[Row] = []
     telling = [j for j in judged if not j[2].useless]
     silent = {(j[0].of, j[2].useless): j for j in judged if j[2].useless}
@@ -237,14 +238,14 @@ class Verifier:
   def count(
     self, check: str, number: float, allowed: float, *, of: str = "", reason: str = ""
   ) -> list[Row]:
-    """A row about a number and what it may be."""
+    """A row about a number and its limit."""
     status = "passed" if number <= allowed else "failed"
     return [
       Row(self.name, check, status, of=of, error=float(number), bound=float(allowed), reason=reason)
     ]
 
   def run(self, check: str, function: Callable[[Verifier], list[Row]]) -> list[Row]:
-    """The rows of a check; what it does not apply to, and what it raises, become rows too."""
+    """The rows of a check; where it does not apply or raises, that is a row too."""
     try:
       return function(self)
     except Skip as skip:
@@ -258,18 +259,6 @@ class Verifier:
 
 def _name(f: Callable[..., Any]) -> str:
   return getattr(f, "__name__", None) or getattr(getattr(f, "func", None), "__name__", "f")
-
-
-def not_offered(error: BaseException) -> str:
-  """Why JAX cannot transform a function that way, or "" if ``error`` says something else."""
-  text = message(error)
-  if isinstance(error, TypeError) and ("forward-mode" in text or "in forward mode" in text):
-    return "f has no forward mode (see softmax_jax.enable_forward_mode)"
-  if isinstance(error, ValueError) and "Reverse-mode differentiation does not work" in text:
-    return "f has no reverse mode"
-  if isinstance(error, NotImplementedError) or "do not support JVP" in text:
-    return f"JAX cannot do this: {first_line(error)}"
-  return ""
 
 
 def _rounded_to_infinity(x: np.ndarray, dtype: Any) -> np.ndarray:

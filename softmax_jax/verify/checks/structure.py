@@ -61,7 +61,7 @@ def residuals(v: Verifier) -> list[Row]:
 
 
 def traces(v: Verifier) -> list[Row]:
-  """A jitted step x -> x - J^T 1, called thrice, each on the result of the one before.
+  """A jitted step x -> x - J^T 1, called three times, each on the result before.
 
   It is traced once; a cotangent of another dtype makes JAX trace and compile again.
   """
