@@ -2,15 +2,13 @@ r"""The textbook formulas of all that the library computes, to compare it with.
 
 Each function has the name, the arguments and the mathematics of the one in `softmax_jax`, in plain
 `jax.numpy` without a rule of its own: JAX differentiates it, in any mode and to any order. Nothing
-in it guards against overflow or cancellation. Evaluate it in float64, where exponentials overflow
-only above 709 and a probability within ``d`` of 1 costs the digits of ``1e-16 / d``.
+guards it against overflow or cancellation, so evaluate it in float64. There exponentials overflow
+above 709, and next to a probability of 1 - d results that hang on d keep about 1e-15 / d.
 
-Rounding apart, results and derivatives are those of the library for real numbers, for logits of
--inf beside finite ones, and for whatever is masked. Arguments are not checked. Axes of devices
-and chunk sizes, which do not change a result, are no arguments here.
+Rounding apart, results and derivatives are those of the library for finite arguments, for logits of
+-inf beside finite ones, and with masks, whatever is masked. Arguments are not checked. Missing are
+``axis_name`` and ``chunk_size``, which do not change a result.
 
-In the formulas z are the logits of one row, t its label, and m is 1 where an entry takes part and 0
-where it is masked.
 """
 
 from __future__ import annotations
