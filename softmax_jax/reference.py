@@ -9,6 +9,7 @@ Rounding apart, results and derivatives are those of the library for finite argu
 -inf beside finite ones, and with masks, whatever is masked. Arguments are not checked. Missing are
 ``axis_name`` and ``chunk_size``, which do not change a result.
 
+In the formulas m is 1 where an entry takes part, and 0 where ``where`` masks it.
 """
 
 from __future__ import annotations
