@@ -51,14 +51,14 @@ def check_derivatives(
   than 4096 entries, products with random vectors stand for it.
 
   A derivative dominated by rounding error fails: that of `jax.nn.softmax` where one probability
-  rounds to 1, for instance. So does one that is right only to the tolerance of a solver, such as
-  the adjoint of an ODE: pass ``bounds``.
+  rounds to 1, for instance. So does one that is right only to the tolerance of a solver, such as a
+  gradient through an ODE by its adjoint: pass ``bounds``.
 
   Args:
     f: any function of arrays that JAX can differentiate, in whatever way it is differentiated.
       Random numbers must be arguments: those that JAX draws differ between dtypes.
     *args: its arguments: arrays, Python numbers and pytrees of them, all of which are traced.
-      Derivatives are by those of a floating dtype; integers and booleans are passed on, and
+      ``f`` is differentiated by those of a floating dtype; integers and booleans are passed on, and
       anything else is left as it is.
     reference: a function with the arguments and outputs of ``f`` that is known to be right, in
       plain JAX. It is evaluated in float64 and differentiated by JAX.

@@ -128,6 +128,7 @@ class Problem:
     self.unit_dtypes = [*self.float_dtypes, *rounded_to(jaxpr.jaxpr)]
     self._coarsest = coarsest(self.unit_dtypes)
 
+    # Programs, compiled once for all points.
     if like is not None and (self.tree, self._types()) == (like.tree, like._types()):
       self.vjp, self.jvp, self.value = like.vjp, like.jvp, like.value
     else:

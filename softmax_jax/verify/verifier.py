@@ -69,13 +69,16 @@ class Verifier:
   def forward(self) -> str:
     """Why f has no forward mode, or ""."""
     if self._compiled.no_forward is None:
-      self._compiled.no_forward = ""
-      # Some reasons only show when JAX compiles.
-      try:
-        self.problem.jvp(self.problem.xs, self.problem.ns, self.problem.xs)
-      except (Exception, SystemExit) as error:
-        self._compiled.no_forward = not_offered(error)
+      self._compiled.no_forward = self._no_forward()
     return self._compiled.no_forward
+
+  def _no_forward(self) -> str:
+    # Some reasons only show when JAX compiles.
+    try:
+      self.problem.jvp(self.problem.xs, self.problem.ns, self.problem.xs)
+    except (Exception, SystemExit) as error:
+      return not_offered(error)
+    return ""
 
   def at(self, args: Sequence[Any], seed: int) -> Verifier:
     """The same at other arguments, with programs that are compiled already where they fit."""
