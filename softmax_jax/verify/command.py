@@ -65,7 +65,7 @@ _Spec = tuple[tuple[int, ...], str]  # the shape of an argument, and its dtype
 def _shape(text: str) -> tuple[int, ...]:
   plain = text.strip().removeprefix("(").removesuffix(")").removesuffix(",")
   if re.fullmatch(r"(\d+(,\s*\d+)*)?", plain):
-    with contextlib.suppress(ValueError):  # Python reads no number of thousands of digits.
+    with contextlib.suppress(ValueError):  # Python refuses numbers of thousands of digits.
       shape = tuple(int(n) for n in plain.split(",") if n)
       if len(shape) <= _MAX_SIZES and math.prod(shape) <= _MAX_SIZE:
         return shape
@@ -86,7 +86,7 @@ def _keyword(text: str) -> tuple[str, Any]:
     raise click.BadParameter(f"expected NAME=VALUE, got {text!r}")
   try:
     return name, ast.literal_eval(value)
-  except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # No literal.
+  except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # A word.
     return name, value
 
 
@@ -297,7 +297,7 @@ def _checked(f: Callable[..., Any], name: str, /, *args: Any, **kwargs: Any) -> 
   return out
 
 
-# The folders of code that an error passes through on its way here.
+# The folders of code that an error may pass through but that is not the user's.
 _NOT_THE_USERS = tuple(module.__path__[0] + os.sep for module in (softmax_jax, jax, importlib))
 
 
