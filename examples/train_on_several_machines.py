@@ -5,9 +5,9 @@ Start it on every machine, with the address of the first, their number, and the 
   python examples/train_on_several_machines.py --coordinator HOST:8476 --processes 2 --process 0
   python examples/train_on_several_machines.py --coordinator HOST:8476 --processes 2 --process 1
 
-The classes are spread over the devices of each machine, whose wires are fast, and the words of a
+The classes are spread over the devices of each machine, whose links are fast, and the words of a
 batch over the machines. On one machine no option is needed; the losses are the same however many
-devices there are. Every machine needs the same Python, whose standard library is the text.
+devices there are. Every machine needs the same Python, as its standard library is the text.
 """
 
 import sys
@@ -25,7 +25,7 @@ def main() -> None:
   parser.add_argument("--process", type=int, default=0, metavar="I", help="from 0 to N - 1")
   args = parser.parse_args()
   if args.processes > 1:
-    # A machine that is gone ends the others after this time, instead of leaving them waiting.
+    # If a machine fails, the others end after this time instead of waiting forever.
     jax.distributed.initialize(
       args.coordinator,
       args.processes,

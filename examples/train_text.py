@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def devices_of(count: int | None, processes: int = 1) -> jax.sharding.Mesh:
-  """A mesh of so many devices of each process: they share the classes, the processes the words."""
+  """A mesh of ``count`` devices per process: devices share the classes, processes the words."""
   if count is not None:
     with contextlib.suppress(RuntimeError):  # JAX has started already, with the devices it has.
       jax.config.update("jax_num_cpu_devices", count)
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> str | None:
 
 
 def failure_of(perplexity: float, unigram: float) -> str | None:
-  """What is wrong with a perplexity on held-out words; a NaN is wrong too."""
+  """What is wrong with a perplexity on held-out words, if anything; a NaN is wrong too."""
   if not math.isfinite(perplexity):
     return "the training diverged; try a smaller --learning-rate"
   if not perplexity < unigram:
@@ -160,9 +160,9 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def read_text(seed: int, vocabulary: int, enough: int) -> Text:
-  """Reads files in the order that the seed decides, until there are so many words.
+  """Reads files in an order that the seed decides, until they hold ``enough`` words.
 
-  A word's class is its hash: no vocabulary has to be learnt, and none of it from what is held out.
+  A word's class is its hash: no vocabulary has to be learnt, and so none from what is held out.
   """
   folder = Path(sysconfig.get_path("stdlib"))
   files = files_of(folder)
@@ -173,7 +173,7 @@ def read_text(seed: int, vocabulary: int, enough: int) -> Text:
   for file in files:
     try:
       words = WORD.findall(file.read_text(encoding="utf-8", errors="replace"))
-    except OSError:  # One that may not be read is no loss.
+    except OSError:  # A file that cannot be read is no loss.
       continue
     texts.append(np.array([class_of(word) for word in (*words, END_OF_FILE)], np.int32))
     count += len(texts[-1])
@@ -221,7 +221,7 @@ class Weights(NamedTuple):
 def initial_weights(key: jax.Array, vocabulary: int, rows: int | None = None) -> Weights:
   """The last layer is zero: at first every word is equally likely.
 
-  It has so many rows, of which those after the vocabulary are padding.
+  That layer has ``rows`` rows, of which those after the vocabulary are padding.
   """
   rows = vocabulary if rows is None else rows
   shapes = [(vocabulary, FEATURES), (CONTEXT, FEATURES, FEATURES), (FEATURES, HIDDEN)]
@@ -251,7 +251,7 @@ CrossEntropy = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def linear(chunk_size: int, vocabulary: int, mesh: jax.sharding.Mesh) -> CrossEntropy:
-  """The loss in chunks of so many words; the logits are never whole."""
+  """The loss in chunks of ``chunk_size`` words; the logits of all never exist at once."""
 
   def on_device(x: jax.Array, head: jax.Array, bias: jax.Array, labels: jax.Array) -> jax.Array:
     loss = linear_softmax_cross_entropy(
@@ -329,7 +329,7 @@ def compiled_step(
 
 
 def bytes_of(step: jax.stages.Compiled) -> tuple[int, int]:
-  """The memory that a compiled step takes in all, and beside its arguments and results."""
+  """The memory that a compiled step takes in total, and beside its arguments and results."""
   sizes = step.memory_analysis()
   # What is donated is argument and result at once.
   results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
@@ -348,12 +348,12 @@ class Training(NamedTuple):
 def train(
   args: argparse.Namespace, text: Text, mesh: jax.sharding.Mesh, tell: Callable[[str], None]
 ) -> Training:
-  """Trains for `args.steps` steps, telling how far it is."""
+  """Trains for `args.steps` steps, and tells how far it is."""
   schedule = optax.warmup_cosine_decay_schedule(
     0.1 * args.learning_rate, args.learning_rate, args.steps // 10, args.steps
   )
-  # With the usual eps, AdamW would move the logits of the many words that a batch does not have as
-  # fast as those of the others, all down together, and far below where they belong.
+  # With the usual eps, AdamW would move the logits of the many words that a batch lacks as fast as
+  # those of the others, all down together, and far below where they belong.
   optimizer = optax.adamw(schedule, eps=1e-3, weight_decay=1e-4)
   key = jax.random.key(args.seed)
   rows = -(-args.vocabulary // mesh.shape["vocab"]) * mesh.shape["vocab"]

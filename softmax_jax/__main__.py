@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-# What the modules of the extra `cli` are called on import.
+# The names by which the packages of the extra `cli` are imported.
 _CLI_EXTRA = {"click", "matplotlib", "optax", "rich", "sklearn"}
 
 
@@ -41,7 +41,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line `argv` (default: the process's own) and returns its exit code."""
-  # What the shell has closed (>&-) is None, and print(file=None) would write to stdout.
+  # A stream that the shell has closed (>&-) is None, and print(file=None) would write to stdout.
   sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
   sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
   if isinstance(sys.stdout, io.TextIOWrapper):
@@ -51,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
       return _run(argv)
     finally:
-      print(end="", flush=True)  # So that a reader who has gone away shows here, not at exit.
+      print(end="", flush=True)  # So that a closed pipe shows here, not at exit.
   except KeyboardInterrupt:
-    if argv is None:  # While threads and JAX come to their end, a second Ctrl-C ends all at once.
+    if argv is None:  # While threads and JAX shut down, a second Ctrl-C ends all at once.
       signal.signal(signal.SIGINT, signal.SIG_DFL)
     print("softmax-jax: interrupted", file=sys.stderr)
     return 130  # What a shell reports for a program that Ctrl-C ended: 128 + SIGINT.
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       file=sys.stderr,
     )
     return 0 if error.name == "click" and "--help" in (argv or sys.argv) else 2
-  except OSError as error:  # Such as a full disk under stdout, or a reader who has gone away.
+  except OSError as error:  # Such as a full disk under stdout, or a closed pipe.
     try:
       sys.stdout.flush()
     except OSError:  # Python flushes once more on its way out, which must not fail again.

@@ -16,7 +16,7 @@ _PICTURES = (".pdf", ".png", ".svg")
 
 
 class Command(click.Command):
-  """A command whose help stands as it is written, and whose options may take several values."""
+  """A command whose help is shown as it is written, and whose options may take several values."""
 
   def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
     """Writes the text without wrapping its lists and examples."""
@@ -36,7 +36,7 @@ class Command(click.Command):
     return super().parse_args(ctx, words)
 
   def invoke(self, ctx: click.Context) -> Any:
-    """Runs the command; a lack of memory is an error of usage."""
+    """Runs the command; running out of memory is an error of usage."""
     try:
       # What the commands measure, train and check are compiled programs.
       with jax.disable_jit(False):
@@ -48,7 +48,7 @@ class Command(click.Command):
 
 
 class Number(click.FloatRange):
-  """A number of a range, which NaN is not."""
+  """A number within a range; NaN is none."""
 
   def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
     """The number."""
@@ -90,7 +90,7 @@ def save_picture(figure: Any, path: pathlib.Path, dpi: int) -> None:
   """Writes a figure of matplotlib to the file of the option --plot."""
   try:
     figure.savefig(path, dpi=dpi)
-  except OSError as error:  # It could be written once, but a disk may be full now.
+  except OSError as error:  # The file was writable before, but the disk may be full now.
     why = error.strerror or str(error)
     raise click.BadParameter(f"cannot write {str(path)!r}: {why}", param_hint="--plot") from error
 
@@ -104,7 +104,7 @@ def devices() -> list[Any]:
   """JAX's devices; JAX starts here, and if it finds none that is a plain error."""
   try:
     return cast(list[Any], jax.devices())
-  except Exception as error:  # What is raised, and whether it says a word, is up to the backend.
+  except Exception as error:  # Each backend raises its own, some without a message.
     why = (str(error).splitlines() or [type(error).__name__])[0]
     wanted = cast(Any, jax.config).jax_platforms
     where = f", with JAX_PLATFORMS={wanted}" if wanted else ""
@@ -112,7 +112,7 @@ def devices() -> list[Any]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-  """Whether this is what Python or JAX raises where memory does not suffice."""
+  """Whether this is what Python or JAX raises when memory runs out."""
   return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
@@ -138,6 +138,6 @@ def progress_bar(steps: int) -> Generator[Callable[[int, str], None]]:
 
 
 def print_json(report: dict[str, Any]) -> None:
-  """Prints the report as one JSON object, with null for NaN and infinities, which JSON has not."""
+  """Prints the report as one JSON object, with null for NaN and infinities, which JSON lacks."""
   plain = json.loads(json.dumps(report), parse_constant=lambda _: None)
   print(json.dumps(plain, indent=2))

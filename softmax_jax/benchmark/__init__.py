@@ -44,11 +44,11 @@ Suites, of which the first two run by default:
 
 Every program is compiled and warmed up; then each round times every one of them once in a random
 order, and a ratio is the median over the rounds of the ratio within a round. On a CPU every call is
-waited for; an accelerator is given calls for 5 ms and is waited for once. Its bandwidth counts
-inputs and outputs once, beside that of a program that copies the logits. The temp bytes are what
-XLA allocates beside arguments and outputs. Errors are counted in ulp of single values, of gradients
-in u, half the distance from 1 to the next number, of rows in norm; all of the dtype of the logits,
-also where a loss of sixteen-bit logits is a float32 number.
+waited for; an accelerator is given calls for 5 ms and is waited for once. The bandwidth counts
+inputs and outputs once, and is compared with that of a program that copies the logits. The temp
+bytes are what XLA allocates beside arguments and outputs. Errors of values are counted in ulp, each
+by itself; those of gradients in u, half the distance from 1 to the next number, row by row in norm.
+Both units are those of the dtype of the logits, even where the loss is a float32 number.
 
 On a CPU, normalizers of more than 16 classes take a second pass over the logits, to keep their
 digits, where one class holds more than half of the probability of some row. Standard normal logits
@@ -81,7 +81,7 @@ def _shape(text: str) -> tuple[int, ...]:
   multiple=True,
   default=["softmax", "losses"],
   metavar="NAME...",
-  help=f"What to run, of {', '.join(_SUITES)}.",
+  help=f"Suites to run: {', '.join(_SUITES)}.",
 )
 @click.option(
   "--shapes",
@@ -91,13 +91,13 @@ def _shape(text: str) -> tuple[int, ...]:
   help="Rows and classes, as 512x32768; for linear TxHxV (default on a CPU: five up to 64x131072, "
   "linear 4096x512x32768; elsewhere 16 times the rows, linear 8192x4096x131072).",
 )
-@click.option("--dtype", type=click.Choice(_DTYPES), default="float32", help="Of the inputs.")
+@click.option("--dtype", type=click.Choice(_DTYPES), default="float32", help="Dtype of the inputs.")
 @click.option(
   "--peers",
   type=click.Choice((*programs.PEERS, _NO_PEER)),
   multiple=True,
   metavar="NAME...",
-  help=f"Beside whom, of {', '.join(programs.PEERS)}, or none (default: all that are installed but "
+  help=f"Peers: {', '.join(programs.PEERS)}, or none (default: all that are installed but "
   "torch.compile).",
 )
 @click.option(
@@ -105,14 +105,14 @@ def _shape(text: str) -> tuple[int, ...]:
   type=click.IntRange(1, 100_000),
   default=50,
   metavar="N",
-  help="Rounds of a line at most.",
+  help="The most rounds of a line.",
 )
 @click.option(
   "--seconds",
   type=_AT_LEAST_0,
   default=5.0,
   metavar="X",
-  help="For the rounds of a line, beyond the first three.",
+  help="Time for the rounds of a line, beyond the first three.",
 )
 @click.option(
   "--scale",
@@ -121,7 +121,7 @@ def _shape(text: str) -> tuple[int, ...]:
   metavar="X",
   help="Standard deviation of the logits; at 10, one class dominates many rows.",
 )
-@seed_option("Of the inputs, and of the order in a round.")
+@seed_option("Decides the inputs, and the order in a round.")
 @click.option("--json", is_flag=True, help="Print one JSON object, not tables.")
 @click.option("--markdown", is_flag=True, help="Print Markdown tables.")
 @click.option(
@@ -138,13 +138,13 @@ def command(**options: Any) -> int:
 
 def run(args: SimpleNamespace) -> int:
   """Measures and reports."""
-  importlib.import_module("rich")  # Better to hear of a missing one before the work than after it.
+  importlib.import_module("rich")  # A missing one should show before the work, not after it.
   if args.json and args.markdown:
     raise click.UsageError("--markdown is not allowed with --json")
   for name in ("shapes", "rounds", "seconds", "scale"):
     if set(args.suite) == {"accuracy"} and given(name):
       raise click.UsageError(f"--{name}: the accuracy suite has its own")
-  # JAX would take most of a GPU's memory for itself, where another library wants some.
+  # JAX would take most of a GPU's memory for itself, but other libraries need some.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   devices()
   with jax.enable_x64(args.dtype == "float64"):
@@ -162,7 +162,7 @@ def run(args: SimpleNamespace) -> int:
 
 
 def _peers(wanted: Sequence[str]) -> list[str]:
-  """The peers to compare with; those that were named must be there."""
+  """The peers to compare with; those that were named must be installed."""
   found = [
     peer
     for peer in wanted or programs.PEERS
@@ -215,13 +215,13 @@ def _measure(args: SimpleNamespace, peers: list[str]) -> dict[str, Any]:
         continue
       measured: list[dict[str, Any]] = []
       for line in lines[suite]:
-        show(f"{line.function}, {line.mode}, {'x'.join(map(str, line.shape))}")
+        shape = "x".join(map(str, line.shape))
+        show(f"{line.function}, {line.mode}, {shape}")
         limits = {name: getattr(args, name) for name in ("rounds", "seconds", "seed", "scale")}
         try:
           measured.append(suites.measure(line, peers, dtype, **limits))
         except (MemoryError, RuntimeError) as error:  # JAX's own is a RuntimeError.
           if out_of_memory(error):
-            shape = "x".join(map(str, line.shape))
             raise click.UsageError(f"--shapes: {shape} does not fit into memory") from error
           raise
       result["suites"][suite] = {"lines": measured, "total": suites.total(measured)}
@@ -229,7 +229,7 @@ def _measure(args: SimpleNamespace, peers: list[str]) -> dict[str, Any]:
 
 
 def _about(args: SimpleNamespace, peers: list[str]) -> dict[str, Any]:
-  """When, where and with what; the suites come in later."""
+  """When, where and with what the numbers were taken; the suites are added later."""
   device = devices()[0]
   names = {peer.partition(".")[0] for peer in peers} - {"products"}
   versions = {"softmax_jax": programs.version(programs.OURS), "jax": jax.__version__}
@@ -248,7 +248,7 @@ def _about(args: SimpleNamespace, peers: list[str]) -> dict[str, Any]:
     "seconds": args.seconds,
     "seed": args.seed,
     "scale": args.scale,
-    # Of the last minute, before any work is done here.
+    # The load of the last minute, before any work is done here.
     "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     "call_seconds": _call_seconds(),
     "suites": {},
@@ -256,7 +256,7 @@ def _about(args: SimpleNamespace, peers: list[str]) -> dict[str, Any]:
 
 
 def _call_seconds() -> float:
-  """What a call costs that computes next to nothing; times near it say nothing about a function."""
+  """The time of a call that computes next to nothing; times near it say little of a function."""
   program = programs.copy_program(np.zeros(8, np.float32))
   run = program.repeated(queue=jax.default_backend() != "cpu")
   times = timing.interleave({"call": run}, rounds=5, seconds=0.1)

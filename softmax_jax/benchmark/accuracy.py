@@ -13,7 +13,7 @@ from softmax_jax.benchmark.programs import FORWARD, GRADIENT, INTEGER, LOSS, OUR
 CLASSES = (2, 10, 100, 1000, 32768, 128256)
 SCALES = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)
 _CONFIDENT = (1e-6, 1e-10)
-_MANY = 2**17  # Classes, whose exponentials a float16 cannot sum.
+_MANY = 2**17  # So many classes that a float16 cannot sum their exponentials.
 
 
 class _Inputs(NamedTuple):
@@ -57,14 +57,14 @@ def _inputs(classes: int, dtype: np.dtype, seed: int) -> _Inputs:
 
 
 class _Row(NamedTuple):
-  """A row of the table: of `function` in `mode` the part `rows` of the inputs of every size."""
+  """A row of the table: `function` in `mode`, on the part `rows` of the inputs of every size."""
 
   title: str
   function: str
   mode: str
   rows: str
   at_label: bool = False  # Of a gradient only the entry at the label, by itself.
-  short: bool | None = None  # Only short rows, or only others: for softmax that differs on CPUs.
+  short: bool | None = None  # Only short rows, or only others: on CPUs softmax tells them apart.
 
 
 _ROWS = (
@@ -112,6 +112,25 @@ def _actual(row: _Row, inputs: _Inputs, output: np.ndarray) -> np.ndarray:
   return output
 
 
+def _rows_at(step: np.dtype, dtype: np.dtype, classes: int) -> list[_Row]:
+  """The rows that are measured at a step of the suite for `dtype`."""
+  if step != dtype:
+    return [_Row("loss, 2^17 classes" if classes == _MANY else "loss", INTEGER, LOSS, "all")]
+  return [row for row in _ROWS if row.short in (None, Rows((0,)).are_short((classes,)))]
+
+
+def _outputs(
+  function: str, mode: str, inputs: _Inputs, peers: Sequence[str]
+) -> dict[str, np.ndarray]:
+  """What `function` returns in `mode`, by contender."""
+  second = {VJP: [inputs.cotangents], FORWARD: []}.get(mode, [inputs.labels])
+  outputs: dict[str, np.ndarray] = {}
+  for peer in (OURS, *(p for p in programs.peers_of(function) if p in peers)):
+    program = programs.build(peer, function, mode, [inputs.logits, *second])
+    outputs[peer] = program.fetch(program.call())[-1]
+  return outputs
+
+
 def measure(
   peers: Sequence[str],
   dtype: np.dtype,
@@ -122,51 +141,28 @@ def measure(
 ) -> list[dict[str, Any]]:
   """The rows of the accuracy table, ready for JSON; an infinite error stands for inf or NaN.
 
-  Each has the worst error by contender over all class counts, in ulp of single entries or in u of
-  rows in norm, the same for each class count, and the worst relative error. Where `dtype` is wider
-  than sixteen bits, there is the loss of sixteen-bit logits too. `only` are the steps to take, by
-  default all.
+  Each row has by contender the worst error over all class counts, in ulp of single entries or in u
+  of rows in norm, the error at each class count, and the worst relative error. Where `dtype` is
+  wider than sixteen bits, there are rows for the loss of sixteen-bit logits too. `only` are the
+  steps to take; None stands for all.
   """
   results: dict[tuple[str, str], dict[str, Any]] = {}
   for name, classes in steps(dtype) if only is None else only:
     show(f"{name}, {classes} classes")
     at = jnp.dtype(name)
     inputs = _inputs(classes, at, seed)
-    rows = _ROWS
-    if at != dtype:
-      title = "loss, 2^17 classes" if classes == _MANY else "loss"
-      rows = (_Row(title, INTEGER, LOSS, "all"),)
-    rows = tuple(row for row in rows if row.short in (None, Rows((0,)).are_short((classes,))))
+    rows = _rows_at(at, dtype, classes)
     for function, mode in dict.fromkeys((row.function, row.mode) for row in rows):
-      second = {VJP: [inputs.cotangents], FORWARD: []}.get(mode, [inputs.labels])
-      outputs: dict[str, np.ndarray] = {}
-      for peer in (OURS, *(p for p in programs.peers_of(function) if p in peers)):
-        program = programs.build(peer, function, mode, [inputs.logits, *second])
-        outputs[peer] = program.fetch(program.call())[-1]
+      outputs = _outputs(function, mode, inputs, peers)
       for row in rows:
         if (row.function, row.mode) == (function, mode):
           expected = _expected(row, inputs, at)
-          result = results.setdefault(
-            (row.title, at.name),
-            {
-              "row": row.title,
-              "function": row.function,
-              "mode": row.mode,
-              "dtype": at.name,
-              "unit": expected.unit,
-              "classes": [],
-              "errors": {},
-              "relative_errors": {},
-              "errors_by_classes": {},
-            },
-          )
+          empty = _without_errors(row, at, expected.unit)
+          result = results.setdefault((row.title, at.name), empty)
           result["classes"].append(classes)
           for peer, output in outputs.items():
-            found = oracle.errors(_actual(row, inputs, output), expected, at)
-            for key, error in zip(("errors", "relative_errors"), found, strict=True):
-              result[key][peer] = max(result[key].get(peer, 0.0), error)
-            result["errors_by_classes"].setdefault(peer, []).append(found[0])
-  # The smallest class count has not met every row.
+            _add(result, peer, *oracle.errors(_actual(row, inputs, output), expected, at))
+  # Not every row occurs at the smallest class count, which comes first.
   order = [row.title for row in _ROWS]
   return sorted(
     results.values(),
@@ -175,3 +171,24 @@ def measure(
       order.index(result["row"]) if result["row"] in order else len(order),
     ),
   )
+
+
+def _without_errors(row: _Row, dtype: np.dtype, unit: str) -> dict[str, Any]:
+  return {
+    "row": row.title,
+    "function": row.function,
+    "mode": row.mode,
+    "dtype": dtype.name,
+    "unit": unit,
+    "classes": [],
+    "errors": {},
+    "relative_errors": {},
+    "errors_by_classes": {},
+  }
+
+
+def _add(result: dict[str, Any], peer: str, error: float, relative: float) -> None:
+  """Adds the errors of a contender at one more class count."""
+  for key, found in (("errors", error), ("relative_errors", relative)):
+    result[key][peer] = max(result[key].get(peer, 0.0), found)
+  result["errors_by_classes"].setdefault(peer, []).append(error)

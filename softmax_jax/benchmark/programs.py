@@ -1,6 +1,6 @@
 """The compared functions of each library, made into programs that can be timed.
 
-A peer is named as in `PEERS`. `softmax_jax` is compared with each on the same inputs.
+Peers have the names in `PEERS`. `softmax_jax` is compared with each on the same inputs.
 """
 
 # optax has no stubs.
@@ -59,7 +59,7 @@ class Program(NamedTuple):
   def repeated(self, *, queue: bool) -> Callable[[int], None]:
     """The function of n that runs the program n times.
 
-    With `queue` the calls are all started before the wait for the last, as a device works through
+    With `queue` all calls are started before the last is waited for, as a device works through
     them in order; otherwise each is waited for. Outputs are dropped at once: the next call
     allocates its own, in every library.
     """
@@ -106,8 +106,8 @@ def _jax_functions(peer: str) -> dict[str, Callable[..., Any]]:
 
     return {INTEGER: integer, SOFT: soft, LINEAR: linear}
   if peer == "tokamax":
-    tokamax: Any = importlib.import_module("tokamax")  # Like torch optional, and not typed.
-    # Its other implementations are kernels for accelerators, among which it chooses itself.
+    tokamax: Any = importlib.import_module("tokamax")  # Optional like torch, and not typed.
+    # Its other implementations are kernels for accelerators; it chooses among them itself.
     implementation = "chunked_xla" if jax.default_backend() == "cpu" else None
 
     def linear(x: jax.Array, weight: jax.Array, labels: jax.Array) -> jax.Array:
@@ -179,7 +179,7 @@ def copy_program(logits: np.ndarray) -> Program:
 
 
 def threads() -> int:
-  """As many as XLA has on a CPU: the processors this process may use."""
+  """How many threads XLA has on a CPU: one for each processor that this process may use."""
   if hasattr(os, "sched_getaffinity"):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
@@ -202,7 +202,7 @@ def _torch_program(peer: str, function: str, mode: str, arguments: Sequence[np.n
   if device == "cpu":
     torch.set_num_threads(threads())
   else:
-    torch.set_float32_matmul_precision("high")  # The rounding of products that is JAX's default.
+    torch.set_float32_matmul_precision("high")  # JAX's default rounding of products.
 
   def tensor(array: np.ndarray) -> Any:
     if array.dtype == jnp.bfloat16:
@@ -231,7 +231,7 @@ def _torch_program(peer: str, function: str, mode: str, arguments: Sequence[np.n
   }
   f = functions[function]
   if peer == "torch.compile":
-    torch.compiler.reset()  # After a few shapes of one function it would go back to eager.
+    torch.compiler.reset()  # After a few shapes of one function torch falls back to eager mode.
     f = torch.compile(f, dynamic=False)
 
   tensors = [tensor(array) for array in arguments]

@@ -1,6 +1,7 @@
 """The timed suites: their lines, the inputs of a line, and what is measured of it."""
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ _LINES = {
 }
 NAMES = tuple(_LINES)
 
-# So many random numbers are drawn, and then repeated: to draw a GPU's gigabytes takes minutes.
+# So many random numbers are drawn, and then repeated: drawing gigabytes takes minutes.
 _RANDOM = 2**22
 # Errors are taken on as many rows as have this many logits: the oracle is slow.
 _ORACLE_LOGITS = 2**20
@@ -41,7 +42,7 @@ class Line(NamedTuple):
 def default_shapes(suite: str) -> list[tuple[int, ...]]:
   """The shapes of a suite for the device at hand.
 
-  A GPU takes less time for those of a CPU than the start of a program does.
+  On a GPU the shapes of a CPU take less time than the start of a program.
   """
   on_cpu = jax.default_backend() == "cpu"
   if suite == "linear":
@@ -77,7 +78,7 @@ def arguments(line: Line, dtype: np.dtype, seed: int, scale: float = 1.0) -> lis
   logits = (draw(rng.standard_normal, rows, classes) * np.float32(scale)).astype(dtype)
   if line.function == INTEGER:
     labels = rng.integers(0, classes, rows, np.int32)
-    # Half of the labels are what the logits say, as they are late in a training.
+    # Half of the labels are the class of the largest logit, as late in a training.
     likely = np.arange(rows) // 4 % 2 == 0
     return [logits, np.where(likely, logits.argmax(axis=-1), labels).astype(np.int32)]
   if line.function == SOFT:
@@ -217,7 +218,7 @@ def total(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
       worst = max(ratios, key=ratios.__getitem__)
       keys = ("function", "mode", "shape")
       summary[peer] = {
-        "geometric_mean": timing.geometric_mean(list(ratios.values())),
+        "geometric_mean": statistics.geometric_mean(ratios.values()),
         "worst_ratio": ratios[worst],
         "worst_line": {key: results[worst][key] for key in keys},
       }

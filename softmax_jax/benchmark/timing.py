@@ -79,8 +79,3 @@ def interleave(
 def median_ratio(times: np.ndarray, peer_times: np.ndarray) -> float:
   """The median over the rounds of the ratio within a round."""
   return float(np.median(times / peer_times))
-
-
-def geometric_mean(ratios: list[float]) -> float:
-  """exp(mean(log(ratios))); NaN of no ratios."""
-  return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else math.nan

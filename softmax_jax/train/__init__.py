@@ -21,7 +21,7 @@ is held out. Then the command prints:
   * the accuracy on the held-out digits, and the speed;
   * the norm of the loss gradient of each held-out digit, by vmap(grad): the digits with the
     largest are those whose label the network contradicts most;
-  * how far apart the softmax Jacobian at the network's own logits is, computed four ways: closed
+  * how far four ways to compute the softmax Jacobian at the network's own logits are apart: closed
     form, jacfwd and jacrev of softmax_jax.softmax, and JAX's autodiff of jax.nn.softmax.
 
 Exit code: 0 if all checks hold (the accuracy is at least 0.95 and the Jacobians agree to within
@@ -58,7 +58,7 @@ def command(**options: Any) -> int:
 def run(args: SimpleNamespace) -> int:
   """Trains, checks and reports; the exit code says whether every check held."""
   start = time.perf_counter()
-  # Every extra now: better to hear of a missing one before the training than after it.
+  # Import every extra now: a missing one should show before the training, not after it.
   for extra in ("optax", "rich", "sklearn", *(["matplotlib"] if args.plot else [])):
     importlib.import_module(extra)
 

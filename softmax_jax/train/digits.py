@@ -105,7 +105,7 @@ def _load_digits(seed: int) -> _Digits:
     list[np.ndarray],
     model_selection.train_test_split(indices, test_size=0.25, stratify=labels, random_state=seed),
   )
-  # The held-out digits have no say in the statistics either.
+  # The held-out digits take no part in the statistics either.
   images = (images - images[train].mean(axis=0)) / images[train].std()
   images, labels = images.astype(np.float32), labels.astype(np.int32)
   return _Digits(images[train], labels[train], images[test], labels[test], test)
@@ -166,7 +166,7 @@ class _Training(NamedTuple):
 
 
 def _train(args: SimpleNamespace, digits: _Digits, show: Callable[[int, str], None]) -> _Training:
-  """Trains for `args.steps` steps, telling `show` how far it is every few of them."""
+  """Trains for `args.steps` steps, and tells `show` every few of them how far it is."""
   import optax
 
   schedule = optax.cosine_decay_schedule(args.learning_rate, args.steps)
@@ -176,7 +176,7 @@ def _train(args: SimpleNamespace, digits: _Digits, show: Callable[[int, str], No
   @functools.partial(jax.jit, donate_argnums=0)  # The new state takes the memory of the old one.
   def step(state: Any, images: jax.Array, labels: jax.Array, batch: jax.Array) -> Any:
     nonlocal traces
-    traces += 1  # Python comes past here only while JAX traces the step.
+    traces += 1  # Python runs this line only while JAX traces the step.
     weights, optimizer_state = state
     measured, weights_bar = jax.value_and_grad(_loss, has_aux=True)(
       weights, images[batch], labels[batch]
@@ -195,7 +195,7 @@ def _train(args: SimpleNamespace, digits: _Digits, show: Callable[[int, str], No
   train_curve: list[tuple[float, ...]] = []
   test_curve: list[tuple[float, ...]] = []
   seconds: list[float] = []
-  # The test digits are looked at after step 1 (which compiles, so that the other steps show the
+  # The test digits are evaluated after step 1 (which compiles, so that the other steps show the
   # speed), then often while much changes, then evenly for the progress bar.
   even = range(0, args.steps, min(max(args.steps // 50, 1), 200))
   early = cast(list[int], np.geomspace(1, args.steps, 40).astype(int).tolist())
@@ -214,7 +214,7 @@ def _train(args: SimpleNamespace, digits: _Digits, show: Callable[[int, str], No
     show(stop, f"test loss {loss:.4f}, accuracy {accuracy:.4f}")
 
   train_loss, train_accuracy = map(float, measure(state[0], *train))
-  # A single step has no speed but that of the compiler.
+  # The time of a single step is that of the compiler.
   speed = (args.steps - 1) / sum(seconds[1:]) if args.steps > 1 else math.nan
   summary = {
     "train_accuracy": train_accuracy,
@@ -229,7 +229,7 @@ def _train(args: SimpleNamespace, digits: _Digits, show: Callable[[int, str], No
   return _Training(state[0], np.array(train_curve), np.array(test_curve), summary)
 
 
-# --- what is looked at after the training --------------------------------------------------------
+# --- the checks after the training ---------------------------------------------------------------
 
 
 @jax.jit

@@ -2,20 +2,18 @@
 
 `check_derivatives` compares a function and its derivatives with float64, in every mode and under
 every transformation that applies, and returns a `Report`. Nothing in it knows of softmax. The
-checks are in `CHECKS`, by name; what an error is and where the bounds come from is told in
-``softmax_jax/verify/bounds.py``, and what they are compared with in
-``softmax_jax/verify/oracle.py``.
+checks are in `CHECKS`, by name. ``softmax_jax/verify/bounds.py`` says what an error is and where
+the bounds come from, ``softmax_jax/verify/oracle.py`` what results are compared with.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
-from numbers import Integral, Real
-from types import NoneType
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from softmax_jax.verify.checks import CHECKS
+from softmax_jax.verify.options import Options, names, require
 from softmax_jax.verify.oracle import Oracle, compiled_with_all_digits
 from softmax_jax.verify.problem import Problem
 from softmax_jax.verify.report import DerivativeError, Report, Row
@@ -49,18 +47,18 @@ def check_derivatives(
 
   where the right side comes from values of ``f`` alone. Errors are relative and in norm, over the
   whole array and over every slice of it; bounds come from the dtype, the size of the problem and
-  the rounding noise that ``f`` shows, and do not grow with the array. Products with random vectors
-  stand for the Jacobian wherever that has more than 4096 entries.
+  the rounding noise that ``f`` shows, and do not grow with the array. Where the Jacobian has more
+  than 4096 entries, products with random vectors stand for it.
 
-  A derivative of which rounding leaves no digit counts as wrong: that of `jax.nn.softmax` where one
-  probability rounds to 1, say. So does one that is right up to the tolerance of a solver only, as
-  that of an ODE by its adjoint: give ``bounds``.
+  A derivative dominated by rounding error fails: that of `jax.nn.softmax` where one probability
+  rounds to 1, for instance. So does one that is right only to the tolerance of a solver, such as a
+  gradient through an ODE by its adjoint: pass ``bounds``.
 
   Args:
     f: any function of arrays that JAX can differentiate, in whatever way it is differentiated.
       Random numbers must be arguments: those that JAX draws differ between dtypes.
-    *args: its arguments: arrays, Python numbers and pytrees of them, all of which are traced. What
-      has a floating dtype is differentiated by; integers and booleans are passed along, and
+    *args: its arguments: arrays, Python numbers and pytrees of them, all of which are traced.
+      ``f`` is differentiated by those of a floating dtype; integers and booleans are passed on, and
       anything else is left as it is.
     reference: a function with the arguments and outputs of ``f`` that is known to be right, in
       plain JAX. It is evaluated in float64 and differentiated by JAX.
@@ -68,21 +66,20 @@ def check_derivatives(
       returns the derivatives of the first floating output by the first floating argument.
     kwargs: keyword arguments for ``f``, ``reference`` and ``jacobian``. They are held fixed and not
       traced: the place for flags, axes and sizes.
-    edge_points: other tuples of arguments, at which there must be no NaN in the value and the first
-      derivatives, beside agreement with the reference, that of second derivatives too: rows with
-      -inf, say, huge numbers, or coefficients of 0. A rule that is wrong only at special arguments
-      can only be found out at arguments of that kind.
-    checks: the names of the checks to run, of those in `CHECKS`; None stands for all.
+    edge_points: other tuples of arguments, such as rows with -inf, huge numbers or coefficients of
+      0. There the value and the first derivatives must not be NaN; they and the second derivatives
+      must agree with the reference. A rule that is wrong only at special arguments shows only here.
+    checks: the names in `CHECKS` of the checks to run; None stands for all.
     skip: the names of checks to leave out, also at edge points.
     bounds: relative bounds by the name of the check, in place of the derived ones.
-    max_residual_bytes: what the backward pass may hold beside arguments and outputs, for the check
-      ``residuals``.
+    max_residual_bytes: how many bytes the backward pass may hold beside arguments and outputs, for
+      the check ``residuals``.
     name: what the report calls ``f``.
     seed: decides the random cotangents and tangents.
 
   Returns:
     A `Report` with a row per check, or several where a check has parts, each passed, failed or
-    skipped with its reason. It is true if none failed and a derivative agreed with something else
+    skipped with its reason. It is true if none failed and a derivative agreed with something other
     than the rules of ``f`` itself (or any check passed, if ``checks`` asks for none of these).
 
   Raises:
@@ -91,7 +88,7 @@ def check_derivatives(
     ValueError: if a check has no such name, ``reference`` returns other shapes than ``f``, or a
       bound or ``seed`` is negative.
     Exception: whatever ``f`` raises at its arguments, or ``reference`` in float64. What they raise
-      when they are differentiated or transformed is a row that failed.
+      when they are differentiated or transformed becomes a row that failed.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -143,125 +140,28 @@ def describe_checks() -> dict[str, str]:
   return {name: inspect.getdoc(check) or "" for name, check in CHECKS.items()}
 
 
-# The parts of `check_derivatives`, for those who verify the same function at many points: programs
-# stay compiled in `Verifier.at`.
+# The parts of `check_derivatives`, to verify one function at many points: `Verifier.at` keeps the
+# compiled programs.
 
 
 def chosen_checks(checks: Collection[str] | None, skip: Collection[str] = ()) -> list[str]:
   """The checks in their order, without those to be skipped."""
-  wanted = _names("checks", CHECKS if checks is None else checks)
-  unwanted = _names("skip", skip)
+  wanted = names("checks", CHECKS if checks is None else checks)
+  unwanted = names("skip", skip)
   for name in (*wanted, *unwanted):
     if name not in CHECKS:
       raise ValueError(f"check_derivatives knows no check {name!r}; there are {', '.join(CHECKS)}.")
   return [name for name in CHECKS if name in wanted and name not in unwanted]
 
 
-def _names(option: str, checks: Any) -> Collection[str]:
-  names: Any = [checks] if isinstance(checks, str) else checks
-  if _is_a(names, (Sequence, Set, Mapping)) and all(isinstance(name, str) for name in names):
-    return names
-  raise TypeError(
-    f"check_derivatives expected {option} to be names of checks, got {type(checks).__name__}."
-  )
-
-
-def verifier(
-  f: Callable[..., Any],
-  *args: Any,
-  reference: Callable[..., Any] | None = None,
-  jacobian: Callable[..., Any] | None = None,
-  kwargs: Mapping[str, Any] | None = None,
-  edge_points: Sequence[Sequence[Any]] = (),
-  bounds: Mapping[str, float] | None = None,
-  max_residual_bytes: int | None = None,
-  name: str | None = None,
-  seed: int = 0,
-  skip: Collection[str] = (),
-) -> Verifier:
-  """What `run_checks` runs on; the arguments are those of `check_derivatives`."""
-  _check_options(
-    f, reference, jacobian, kwargs, edge_points, bounds, max_residual_bytes, name, seed
-  )
-  if name is None:
-    name = _name(f)
+def verifier(f: Callable[..., Any], *args: Any, **options: Any) -> Verifier:
+  """What `run_checks` runs on; the options are those of `check_derivatives` but ``checks``."""
+  require(callable(f), "f", "a function", f)
+  chosen = Options(**options)
+  chosen_checks(chosen.bounds)  # Their names must be those of checks.
   with compiled_with_all_digits():
-    problem = Problem(f, args, kwargs or {}, seed)
-    return Verifier(
-      problem,
-      Oracle(problem, reference),
-      name=name,
-      jacobian=jacobian,
-      edge_points=edge_points,
-      limits=bounds,
-      max_residual_bytes=max_residual_bytes,
-      skip=_names("skip", skip),
-    )
-
-
-def _name(f: Callable[..., Any]) -> str:
-  return getattr(f, "__name__", None) or getattr(getattr(f, "func", None), "__name__", "f")
-
-
-def _is_a(value: Any, kind: Any) -> bool:
-  return isinstance(value, kind)
-
-
-def _check_options(
-  f: Any,
-  reference: Any,
-  jacobian: Any,
-  kwargs: Any,
-  edge_points: Any,
-  bounds: Any,
-  max_residual_bytes: Any,
-  name: Any,
-  seed: Any,
-) -> None:
-  """Raises where one is of another type than `check_derivatives` says."""
-  for what, value, fits, expected in (
-    ("f", f, callable(f), "a function"),
-    ("reference", reference, reference is None or callable(reference), "a function"),
-    ("jacobian", jacobian, jacobian is None or callable(jacobian), "a function"),
-    (
-      "kwargs",
-      kwargs,
-      _is_a(kwargs, (Mapping, NoneType)) and all(isinstance(k, str) for k in kwargs or ()),
-      "a dict with names as keys",
-    ),
-    (
-      "edge_points",
-      edge_points,
-      _is_a(edge_points, (list, tuple)) and all(_is_a(args, (list, tuple)) for args in edge_points),
-      "a list of tuples of arguments",
-    ),
-    (
-      "bounds",
-      bounds,
-      _is_a(bounds, (Mapping, NoneType))
-      and all(isinstance(k, str) and _is_a(bounds[k], Real) for k in bounds or ()),
-      "a dict from names to numbers",
-    ),
-    (
-      "max_residual_bytes",
-      max_residual_bytes,
-      _is_a(max_residual_bytes, (Real, NoneType)),
-      "a number",
-    ),
-    ("name", name, _is_a(name, (str, NoneType)), "a string"),
-    ("seed", seed, _is_a(seed, Integral), "an int"),
-  ):
-    if not fits:
-      raise TypeError(
-        f"check_derivatives expected {what} to be {expected}, got {type(value).__name__}."
-      )
-  chosen_checks(bounds)
-  numbers: dict[str, Any] = {"seed": seed, "max_residual_bytes": max_residual_bytes or 0}
-  for check in bounds or ():
-    numbers[f"bounds[{check!r}]"] = bounds[check]
-  for what, number in numbers.items():
-    if not number >= 0:
-      raise ValueError(f"check_derivatives expected {what} to be at least 0, got {number}.")
+    problem = Problem(f, args, chosen.kwargs or {}, chosen.seed)
+    return Verifier(problem, Oracle(problem, chosen.reference), chosen)
 
 
 def run_checks(v: Verifier, chosen: Sequence[str]) -> Report:

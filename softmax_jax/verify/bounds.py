@@ -14,7 +14,7 @@ second grows like the root of its logarithm):
   the error of a wrong formula stays. So A and R are computed again at a few such points, both at
   the same point, so that the condition of the function cancels, and the root mean square of the
   change of A - R over g is the rounding noise of g, times sqrt(2). At least 32 numbers (points x
-  probes x entries) go into each estimate, or g is not looked at on its own; the estimate is then
+  probes x entries) go into each estimate, or g is not judged on its own; the estimate is then
   below half of the truth with a probability under 1e-6, which 6 standard deviations outweigh.
 * ROUNDING * u * sqrt(2 + log2 n) * s_g. Errors that do not change at random: the last rounding (u),
   the exponential and its like (some ulps, 2u each), and sums. XLA sums n terms in a tree or in
@@ -77,82 +77,120 @@ def judge(
   Args:
     errors: A - R at the point itself and at the points near it, each ``[probes, *shape]``, float64.
     expected: R at the point itself, ``[probes, *shape]``. Entries that are NaN are left out.
-    slack: what R itself may be wrong by, ``[probes, *shape]``.
+    slack: the error that R itself may have, ``[probes, *shape]``.
     dtype: of A, for its underflow.
     unit: the unit roundoff of the problem.
     size: the number of entries of its largest array.
     bound: a relative bound in place of the derived one.
-    useless: the derived bound from which on a comparison says nothing.
-    floor: the least size that errors are measured by.
+    useless: the derived bound above which a comparison says nothing.
+    floor: the smallest size that errors are measured against.
   """
   error, near = errors[0], errors[1:]
   if not error.size:
     return Verdict(math.nan, math.nan, (), True, "it is empty")
-  if np.isnan(expected).all():
+  undefined = np.isnan(expected)
+  if undefined.all():
     return Verdict(math.nan, math.nan, (), True, "the reference is not a number anywhere")
-  only_zeros = np.isnan(expected).any() and not np.any(np.nan_to_num(expected))
-  error = np.where(np.isnan(expected), 0, error)
+  error = np.where(undefined, 0, error)
   wrong = ~np.isfinite(error)
   if wrong.any():
     index = tuple(int(i) for i in np.argwhere(wrong)[0][1:])
     return Verdict(math.inf, bound or unit, index, False)
   scale = np.where(np.isfinite(expected), expected, 0)
+  typical = math.sqrt(np.mean(scale**2))
   squared_noise = np.zeros_like(error)
   for other in near:
     change = np.where(np.isfinite(other), other - error, 0)
     squared_noise += change**2 / len(near)
-  limits = finfo(dtype)
-  half = limits.bits == 16 and limits.nmant > 7
-  tiny = float(4 * limits.smallest_subnormal if half else limits.tiny)
-  typical = math.sqrt(np.mean(scale**2))
+  tiny = _underflow(dtype)
 
-  reason = ""
-  # The largest ratio, with its error, bound, axis and place.
-  worst: tuple[float, float, float, int | None, int] = (0.0, 0.0, 0.0, None, 0)
-  for axis in (None, *range(1, error.ndim)):
+  def groups(axis: int | None) -> _Groups:
     others = None if axis is None else tuple(a for a in range(error.ndim) if a != axis)
     count = error.size if axis is None else error.size // error.shape[axis]
-    if axis is not None and (count * len(near) < _SAMPLES or error.shape[axis] == 1):
-      continue
     total = functools.partial(_total, axes=others)
     size_g = np.sqrt(np.maximum(total(scale**2), (_FLOOR * typical) ** 2 * count))
     size_g = np.maximum(size_g, floor)
     found, of_reference = np.sqrt(total(error**2)), np.sqrt(total(slack**2))
-    if bound is None:
-      limit = (
-        NOISE * np.sqrt(total(squared_noise))
-        + ROUNDING * unit * math.sqrt(2 + math.log2(size)) * size_g
-        + of_reference
-        + tiny * math.sqrt(count)
-      )
-    else:
-      limit = bound * size_g
-    unit_g = np.where(size_g > 0, size_g, 1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-      ratio = np.where(found > 0, found / limit, 0)
-    place = int(np.argmax(ratio))
-    if axis is None and bound is None and limit[0] > useless * size_g[0]:
-      share = limit[0] / max(size_g[0], tiny)
-      # A result of 0 is as good as any, unless it agrees only for what R may be wrong by.
-      if size_g[0] == 0 and found[0] <= limit[0] - of_reference[0]:
-        reason = ""
-      elif share > 2:
-        reason = "the result is smaller than its rounding errors"
-      else:
-        reason = f"rounding alone may be {share:.0%} of the result"
-    if axis is None or ratio[place] > worst[0]:
-      worst = ratio[place], found[place] / unit_g[place], limit[place] / unit_g[place], axis, place
-  _, relative, allowed, axis, place = worst
-  size_of = np.abs(error).max(axis=0)
-  if axis is not None:
-    inside = np.zeros(size_of.shape, bool)
-    inside[(slice(None),) * (axis - 1) + (place,)] = True
-    size_of = np.where(inside, size_of, -1)
-  index = tuple(int(i) for i in np.unravel_index(int(np.argmax(size_of)), size_of.shape))
-  passed = bool(worst[0] <= 1)
-  if only_zeros:
+    if bound is not None:
+      return _Groups(axis, found, bound * size_g, size_g, of_reference)
+    limit = (
+      NOISE * np.sqrt(total(squared_noise))
+      + ROUNDING * unit * math.sqrt(2 + math.log2(size)) * size_g
+      + of_reference
+      + tiny * math.sqrt(count)
+    )
+    return _Groups(axis, found, limit, size_g, of_reference)
+
+  everything = groups(None)
+  slices = [
+    groups(axis)
+    for axis in range(1, error.ndim)
+    if error.size // error.shape[axis] * len(near) >= _SAMPLES and error.shape[axis] > 1
+  ]
+  worst = max((everything, *slices), key=lambda groups: groups.ratio)
+  passed = bool(worst.ratio <= 1)
+  reason = everything.why_useless(useless, tiny) if bound is None else ""
+  if undefined.any() and not np.any(np.nan_to_num(expected)):
     reason = "the reference is not a number anywhere but where it is 0"
-  return Verdict(float(relative), float(allowed), index, passed, reason if passed else "")
+  return Verdict(*worst.relative, worst.entry(error), passed, reason if passed else "")
+
+
+class _Groups:
+  """All entries together, or the slices along an axis: one number per group in each array."""
+
+  def __init__(
+    self,
+    axis: int | None,
+    found: np.ndarray,
+    limit: np.ndarray,
+    size: np.ndarray,
+    of_reference: np.ndarray,
+  ):
+    """The errors, the bounds on them, the sizes of the results, and the bounds' part from R."""
+    self.axis, self.found, self.limit, self.size = axis, found, limit, size
+    self.of_reference = of_reference
+    with np.errstate(divide="ignore", invalid="ignore"):
+      ratios = np.where(found > 0, found / limit, 0)
+    self.place = int(np.argmax(ratios))  # of the worst group
+    self.ratio = float(ratios[self.place])
+
+  @property
+  def relative(self) -> tuple[float, float]:
+    """The error and the bound of the worst group, relative to its size."""
+    size = self.size[self.place]
+    unit = size if size > 0 else 1
+    return float(self.found[self.place] / unit), float(self.limit[self.place] / unit)
+
+  def entry(self, error: np.ndarray) -> tuple[int, ...]:
+    """The index of the entry with the largest error in the worst group."""
+    largest = np.abs(error).max(axis=0)
+    if self.axis is not None:
+      inside = np.zeros(largest.shape, bool)
+      inside[(slice(None),) * (self.axis - 1) + (self.place,)] = True
+      largest = np.where(inside, largest, -1)
+    return tuple(int(i) for i in np.unravel_index(int(np.argmax(largest)), largest.shape))
+
+  def why_useless(self, useless: float, tiny: float) -> str:
+    """Why the bound on all entries together is too large to say anything, or ""."""
+    found, limit, size, of_reference = (
+      float(x[0]) for x in (self.found, self.limit, self.size, self.of_reference)
+    )
+    if not limit > useless * size:
+      return ""
+    # A result of 0 is as good as any, unless only the error that R may have makes it agree.
+    if size == 0 and found <= limit - of_reference:
+      return ""
+    share = limit / max(size, tiny)
+    if share > 2:
+      return "the result is smaller than its rounding errors"
+    return f"rounding alone may be {share:.0%} of the result"
+
+
+def _underflow(dtype: Any) -> float:
+  """What an entry of this dtype may lose to underflow."""
+  limits = finfo(dtype)
+  half = limits.bits == 16 and limits.nmant > 7
+  return float(4 * limits.smallest_subnormal if half else limits.tiny)
 
 
 def _total(x: np.ndarray, axes: tuple[int, ...] | None) -> np.ndarray:

@@ -28,22 +28,23 @@ import softmax_jax
 from softmax_jax import _command_line as command_line
 from softmax_jax.verify import CHECKS, Report, chosen_checks, library, run_checks, verifier
 from softmax_jax.verify.checks.jacobians import jacobian_pair
-from softmax_jax.verify.oracle import first_line
+from softmax_jax.verify.errors import first_line
 from softmax_jax.verify.report import Skip, aligned
 from softmax_jax.verify.verifier import Verifier
 
 HELP = """\
 Verify derivatives: of this library, or of any function of yours.
 
-Without an argument every function of softmax_jax is verified over dtypes and shapes, each beside a
-plain reference in float64. With MODULE:FUNCTION that function is verified on random arguments, and
-the current directory can be imported from:
+Without an argument, every function of softmax_jax is verified over dtypes and shapes, each against
+its textbook formula in float64. With MODULE:FUNCTION, that function is verified on random
+arguments. MODULE may be in the current directory:
 
   softmax-jax verify mypackage.losses:focal_loss --args 4,8:float32 4:int32 --kwarg gamma=2.0
   softmax-jax verify jax.nn:softmax --shape 8,4 --axis 0 --plot jacobian.png
 
-Without --reference derivatives are compared with finite differences in float64. Arguments are drawn
-from a normal distribution; integers lie below the size of the class axis (--axis) of the first one.
+Without --reference, derivatives are compared with finite differences in float64. Arguments are
+drawn from a normal distribution; integers are below the size of the class axis (--axis) of the
+first argument.
 
 Exit code: 0 if no check failed, 1 if one did or no derivative could be confirmed, 2 for a bad
 option, a function that cannot be imported or does not accept the arguments, or a missing package.
@@ -64,7 +65,7 @@ _Spec = tuple[tuple[int, ...], str]  # the shape of an argument, and its dtype
 def _shape(text: str) -> tuple[int, ...]:
   plain = text.strip().removeprefix("(").removesuffix(")").removesuffix(",")
   if re.fullmatch(r"(\d+(,\s*\d+)*)?", plain):
-    with contextlib.suppress(ValueError):  # Python reads no number of thousands of digits.
+    with contextlib.suppress(ValueError):  # Python refuses numbers of thousands of digits.
       shape = tuple(int(n) for n in plain.split(",") if n)
       if len(shape) <= _MAX_SIZES and math.prod(shape) <= _MAX_SIZE:
         return shape
@@ -85,7 +86,7 @@ def _keyword(text: str) -> tuple[str, Any]:
     raise click.BadParameter(f"expected NAME=VALUE, got {text!r}")
   try:
     return name, ast.literal_eval(value)
-  except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # No literal.
+  except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # A word.
     return name, value
 
 
@@ -135,10 +136,10 @@ def command(**options: Any) -> int:
 def run(args: SimpleNamespace) -> int:
   """Verifies and reports; the exit code says whether every check held."""
   start = time.perf_counter()
-  # Every extra now: better to hear of a missing one before the work than after it.
+  # Import every extra now: a missing one should show before the work, not after it.
   for extra in ("rich", *(["matplotlib"] if args.plot else [])):
     importlib.import_module(extra)
-  # What f and its module print is not to be mistaken for the report.
+  # What f and its module print must not mix with the report.
   with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
     report = _library(args) if args.function is None else _function(args)
   seconds = time.perf_counter() - start
@@ -183,10 +184,10 @@ def _print_library(cases: list[library.Case], reports: list[Report]) -> None:
 
   console = Console(highlight=False)
   table = Table(
-    title="Derivatives of softmax_jax beside those of plain references in float64",
+    title="Derivatives of softmax_jax against those of the textbook formulas in float64",
     title_justify="left",
     caption="The error is that of the check that came closest to its bound, relative and in norm. "
-    "--json gives every check, also those that were skipped and why.",
+    "--json lists every check, also those that were skipped and why.",
     caption_justify="left",
     box=None,
     padding=(0, 1, 0, 0),
@@ -271,7 +272,7 @@ def _imported(option: str, name: str) -> Callable[..., Any]:
     found: Any = importlib.import_module(module)
   except KeyboardInterrupt:
     raise
-  except BaseException as error:  # What a module does on import is its own affair.
+  except BaseException as error:  # A module may raise anything on import.
     raise click.BadParameter(
       f"cannot import {module}: {_said(error)}", param_hint=option
     ) from error
@@ -296,7 +297,7 @@ def _checked(f: Callable[..., Any], name: str, /, *args: Any, **kwargs: Any) -> 
   return out
 
 
-# The folders of code that an error passes through on its way here.
+# The folders of code that an error may pass through but that is not the user's.
 _NOT_THE_USERS = tuple(module.__path__[0] + os.sep for module in (softmax_jax, jax, importlib))
 
 

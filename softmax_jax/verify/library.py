@@ -1,4 +1,4 @@
-"""What `softmax-jax verify` verifies: every function of the library, beside a plain reference."""
+"""What `softmax-jax verify` verifies: every function of the library, against its formula."""
 
 from __future__ import annotations
 
@@ -11,16 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import softmax_jax
-from softmax_jax import derivatives
+from softmax_jax import derivatives, reference
 from softmax_jax.verify import Report, check_derivatives
 from softmax_jax.verify.problem import vjp
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-# What may differ in other dtypes and shapes; all else is looked at in float32.
+# The checks whose result may depend on dtype and shape; all others run in float32 only.
 _ESSENTIAL = ("value", "vjp")
-
-
-Scalar = jax.Array | float
 
 
 class Case(NamedTuple):
@@ -53,99 +50,6 @@ class Case(NamedTuple):
       )
 
 
-# --- references, in plain JAX ---------------------------------------------------------------------
-
-_REDUCE: dict[str, Callable[[jax.Array], jax.Array]] = {
-  "none": lambda x: x,
-  "sum": jnp.sum,
-  "mean": jnp.mean,
-}
-
-
-def _cross_entropy(
-  logits: jax.Array,
-  t: jax.Array,
-  axis: int = -1,
-  where: jax.Array | None = None,
-  label_smoothing: Scalar = 0.0,
-  z_loss: Scalar = 0.0,
-  class_weights: jax.Array | None = None,
-  reduction: str = "none",
-  **_: Any,
-) -> jax.Array:
-  if where is not None:  # rows that count
-    logits, t = (jnp.where(jnp.expand_dims(where, axis), x, 0) for x in (logits, t))
-  log_a = jax.nn.log_softmax(logits, axis=axis)
-  num_classes = logits.shape[axis]
-  weights = jnp.ones(num_classes) if class_weights is None else class_weights
-  shape = [1] * logits.ndim
-  shape[axis] = num_classes
-  weights = jnp.reshape(weights, shape)
-  t = (1 - label_smoothing) * t + label_smoothing / num_classes
-  cost = jnp.where(log_a == -jnp.inf, 0, log_a)  # 0 log 0 = 0, and no other labels are there
-  loss = -jnp.sum(t * weights * cost, axis=axis)
-  loss += z_loss * jax.nn.logsumexp(logits, axis=axis) ** 2
-  if where is not None:
-    loss = jnp.where(where, loss, 0)
-    if reduction == "mean":
-      return jnp.sum(loss) / jnp.sum(where)
-  return _REDUCE[reduction](loss)
-
-
-def _integer_cross_entropy(
-  logits: jax.Array,
-  labels: jax.Array,
-  axis: int = -1,
-  where: jax.Array | None = None,
-  ignore_index: int | None = None,
-  reduction: str = "none",
-  **options: Any,
-) -> jax.Array:
-  if ignore_index is not None:
-    counted = labels != ignore_index
-    where = counted if where is None else where & counted
-  is_label = jax.nn.one_hot(labels, logits.shape[axis], axis=axis, dtype=logits.dtype)
-  losses = _cross_entropy(logits, is_label, axis, where, **options)
-  if reduction != "mean" or options.get("class_weights") is None:
-    return _REDUCE[reduction](losses)
-  weights = options["class_weights"][labels]
-  return jnp.sum(losses) / jnp.sum(weights if where is None else jnp.where(where, weights, 0))
-
-
-def _linear_cross_entropy(
-  x: jax.Array,
-  weight: jax.Array,
-  labels: jax.Array,
-  bias: Scalar = 0.0,
-  softcap: jax.Array | None = None,
-  ignore_index: int | None = None,
-  reduction: str = "mean",
-  **options: Any,
-) -> jax.Array:
-  if ignore_index is not None:  # whose features may be NaN, of which the weight is to see none
-    x = jnp.where((labels != ignore_index)[:, None], x, 0)
-  logits = x @ weight + bias
-  if softcap is not None:
-    logits = softcap * jnp.tanh(logits / softcap)
-  return _integer_cross_entropy(
-    logits, labels, ignore_index=ignore_index, reduction=reduction, **options
-  )
-
-
-def _logsumexp(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-  """The logarithm of the sum of b e^a; that of `jax.nn` is constant around a b of 0."""
-  top = jax.lax.stop_gradient(jnp.max(a, axis, keepdims=True))
-  return jnp.log(jnp.sum(b * jnp.exp(a - top), axis)) + jnp.squeeze(top, axis)
-
-
-def _of_rows(derivative: Any, f: Callable[..., Any]) -> Callable[..., Any]:
-  """`jax.jacrev`, `jax.grad` or the like of f, row by row."""
-  return jax.vmap(derivative(f))
-
-
-# --- cases ----------------------------------------------------------------------------------------
-
-
 def _logits(shape: tuple[int, ...], dtype: str, seed: int = 0) -> jax.Array:
   return jnp.asarray(2 * np.random.default_rng(seed).standard_normal(shape), dtype)
 
@@ -156,58 +60,6 @@ def _labels(rows: int, num_classes: int) -> jax.Array:
 
 def _shares(shape: tuple[int, ...], dtype: str) -> jax.Array:
   return jnp.asarray(np.random.default_rng(2).uniform(0.1, 1, shape), dtype)
-
-
-def _edge(x: jax.Array) -> jax.Array:
-  """A row with a logit of -inf, and one far from the others."""
-  return x.at[0, -1].set(-jnp.inf).at[-1, 0].set(50)
-
-
-def _of_dtype(dtype: str, checks: tuple[str, ...] | None, shape: tuple[int, int]) -> Iterator[Case]:
-  rows, num_classes = shape
-  x, t, y = _logits(shape, dtype), _shares(shape, dtype), _labels(rows, num_classes)
-
-  def case(
-    name: str,
-    f: Callable[..., Any],
-    args: tuple[Any, ...],
-    reference: Callable[..., Any],
-    edge_points: tuple[Any, ...] = (),
-    **kwargs: Any,
-  ) -> Case:
-    options = ", ".join(f"{k}={v}" for k, v in kwargs.items() if not hasattr(v, "shape"))
-    name = f"{name}({options})" if options else name
-    # Second derivatives take long: those of the losses are left to `_with_coefficients`.
-    first = dtype != "float32" or "cross_entropy" in name
-    skip = ("second_order",) if first else ()
-    return Case(name, f, args, reference, kwargs, edge_points, checks, dtype, skip)
-
-  edge = _edge(x)
-  for name in ("softmax", "log_softmax"):
-    yield case(name, getattr(softmax_jax, name), (x,), getattr(jax.nn, name), ((edge,),))
-  yield case("logsumexp", softmax_jax.logsumexp, (x,), jax.nn.logsumexp, ((edge,),), axis=-1)
-  yield case(
-    "softmax_cross_entropy",
-    softmax_jax.softmax_cross_entropy,
-    (x, t),
-    _cross_entropy,
-    ((edge, t.at[0, -1].set(0)),),
-  )
-  yield case(
-    "softmax_cross_entropy_with_integer_labels",
-    softmax_jax.softmax_cross_entropy_with_integer_labels,
-    (x, y),
-    _integer_cross_entropy,
-    ((edge, y),),
-  )
-  weight = _logits((4, num_classes), dtype, 3)
-  features = _logits((rows, 4), dtype, 4)
-  yield case(
-    "linear_softmax_cross_entropy",
-    softmax_jax.linear_softmax_cross_entropy,
-    (features, weight, y),
-    _linear_cross_entropy,
-  )
 
 
 def cases() -> Iterator[Case]:
@@ -223,26 +75,47 @@ def cases() -> Iterator[Case]:
   yield from _closed_forms()
 
 
+def _of_dtype(dtype: str, checks: tuple[str, ...] | None, shape: tuple[int, int]) -> Iterator[Case]:
+  rows, num_classes = shape
+  x, t, y = _logits(shape, dtype), _shares(shape, dtype), _labels(rows, num_classes)
+  weight, features = _logits((4, num_classes), dtype, 3), _logits((rows, 4), dtype, 4)
+  # One row has a logit of -inf, and another a logit far from the others.
+  edge = x.at[0, -1].set(-jnp.inf).at[-1, 0].set(50)
+
+  def case(name: str, args: tuple[Any, ...], *edge_points: tuple[Any, ...], **kwargs: Any) -> Case:
+    f, formula = getattr(softmax_jax, name), getattr(reference, name)
+    # Second derivatives take long: `_with_coefficients` checks those of the losses.
+    skip = ("second_order",) if dtype != "float32" or "cross_entropy" in name else ()
+    title = f"{name}({_shown(kwargs)})" if kwargs else name
+    return Case(title, f, args, formula, kwargs, edge_points, checks, dtype, skip)
+
+  yield case("softmax", (x,), (edge,))
+  yield case("log_softmax", (x,), (edge,))
+  yield case("logsumexp", (x,), (edge,), axis=-1)
+  yield case("softmax_cross_entropy", (x, t), (edge, t.at[0, -1].set(0)))
+  yield case("softmax_cross_entropy_with_integer_labels", (x, y), (edge, y))
+  yield case("linear_softmax_cross_entropy", (features, weight, y))
+
+
+def _shown(kwargs: dict[str, Any]) -> str:
+  """Keyword arguments as a title shows them, arrays by their name alone."""
+  return ", ".join(k if hasattr(v, "shape") else f"{k}={v}" for k, v in kwargs.items())
+
+
 def _with_options() -> Iterator[Case]:
-  x, t = _logits((8, 4), "float32"), _shares((8, 4), "float32")
+  x = _logits((8, 4), "float32")
   checks = ("value", "vjp", "jvp")
-
-  def case(name: str, args: tuple[Any, ...], reference: Callable[..., Any], **kwargs: Any) -> Case:
-    options = ", ".join(k if hasattr(v, "shape") else f"{k}={v}" for k, v in kwargs.items())
-    f = getattr(softmax_jax, name)
-    return Case(f"{name}({options})", f, args, reference, kwargs, (), checks, "float32")
-
-  mask = t > 0.3
-  for name in ("softmax", "log_softmax"):
-    yield case(name, (x,), getattr(jax.nn, name), axis=0)
-  yield case("softmax", (x,), jax.nn.softmax, axis=0, where=mask)
+  masked: dict[str, Any] = {"axis": 0, "where": _shares((8, 4), "float32") > 0.3}
+  for name, kwargs in (("softmax", {"axis": 0}), ("log_softmax", {"axis": 0}), ("softmax", masked)):
+    f, formula = getattr(softmax_jax, name), getattr(reference, name)
+    yield Case(f"{name}({_shown(kwargs)})", f, (x,), formula, kwargs, (), checks, "float32")
   yield from _with_coefficients((*checks, "second_order", "edge_points"))
 
 
 def _with_coefficients(checks: tuple[str, ...]) -> Iterator[Case]:
-  """By every coefficient, also where it is 0 or 1; with rows that do not count, whatever they hold.
+  """By every coefficient, also where it is 0 or 1, and with rows that hold NaN but do not count.
 
-  Some have more than 16 classes, of which the library treats rows otherwise than shorter ones.
+  Some have more than 16 classes: the library computes such rows differently from shorter ones.
   """
   rows, smoothing, z_loss, zero = 4, np.float32(0.1), np.float32(1e-2), np.float32(0)
   all_rows, last_row = jnp.ones(rows, bool), jnp.arange(rows) == rows - 1
@@ -254,9 +127,9 @@ def _with_coefficients(checks: tuple[str, ...]) -> Iterator[Case]:
     impossible = z.at[-1].set(-jnp.inf)  # No label is there.
     return z, y, weights, weights.at[y[0]].set(0).at[-1].set(0), anything, impossible
 
-  # `start` is 0 or 1, and an integer: points near a smoothing of 1 are at 1 too. Where a logit is
-  # -inf any smoothing makes the loss infinite; a factor of 0 keeps it and its derivatives out, but
-  # none that is NaN. So it does with a label.
+  # `start`, the smoothing at an edge point, is 0 or 1. It is an integer, so that points nearby have
+  # the same. A logit of -inf makes any smoothed loss infinite, and so does a label there: a factor
+  # of 0 takes both out.
   def coefficients(z: Any, counts: Any, start: Any, alpha: Any, penalty: Any, w: Any) -> Any:
     possible = (z != -jnp.inf) | ~counts
     options = {"z_loss": penalty, "class_weights": w, "reduction": "mean"}
@@ -278,15 +151,13 @@ def _with_coefficients(checks: tuple[str, ...]) -> Iterator[Case]:
     return f(x, w, y, bias=bias, softcap=cap, ignore_index=-1, **options)
 
   def case(
-    name: str,
-    f: Callable[..., Any],
-    reference: Callable[..., Any],
-    adapted: Callable[..., Any],
-    args: tuple[Any, ...],
-    *edge_points: tuple[Any, ...],
+    title: str, adapted: Callable[..., Any], args: tuple[Any, ...], *edge_points: tuple[Any, ...]
   ) -> Case:
-    f, reference = functools.partial(adapted, f), functools.partial(adapted, reference)
-    return Case(name, f, args, reference, {}, edge_points, checks, "float32")
+    name, _, _ = title.partition("(")
+    f, formula = (
+      functools.partial(adapted, getattr(module, name)) for module in (softmax_jax, reference)
+    )
+    return Case(title, f, args, formula, {}, edge_points, checks, "float32")
 
   z, y, weights, weightless, anything, impossible = arrays(20)
   t = _shares(z.shape, "float32")
@@ -294,8 +165,6 @@ def _with_coefficients(checks: tuple[str, ...]) -> Iterator[Case]:
   at_0, at_1 = (0, zero, zero, weightless), (1, zero, zero, weightless)
   yield case(
     "logsumexp(axis=0, b)",
-    softmax_jax.logsumexp,
-    _logsumexp,
     by_both,
     (z, t),
     (z, t.at[1:].set(0)),
@@ -303,8 +172,6 @@ def _with_coefficients(checks: tuple[str, ...]) -> Iterator[Case]:
   )
   yield case(
     "softmax_cross_entropy(axis=0, all coefficients, reduction=mean)",
-    softmax_jax.softmax_cross_entropy,
-    _cross_entropy,
     soft,
     (z, t, all_rows, *inside),
     (z, t.at[:3].set(0), all_rows, *at_0),
@@ -317,8 +184,6 @@ def _with_coefficients(checks: tuple[str, ...]) -> Iterator[Case]:
   bias, cap, unlabeled = 0.1 * weights, np.float32(5), jnp.where(last_row, y, -1)
   yield case(
     "linear_softmax_cross_entropy(all coefficients, reduction=mean)",
-    softmax_jax.linear_softmax_cross_entropy,
-    _linear_cross_entropy,
     linear,
     (x, weight, y, bias, cap, *inside),
     (x.at[1].set(0), weight, y, 0 * bias, cap, *at_0),
@@ -329,8 +194,6 @@ def _with_coefficients(checks: tuple[str, ...]) -> Iterator[Case]:
   z, y, weights, weightless, anything, impossible = arrays(8)
   yield case(
     "softmax_cross_entropy_with_integer_labels(axis=0, all coefficients, reduction=mean)",
-    softmax_jax.softmax_cross_entropy_with_integer_labels,
-    _integer_cross_entropy,
     integer,
     (z, y, all_rows, 0, smoothing, z_loss, weights),
     (z, y, all_rows, 0, zero, zero, weightless),
@@ -341,33 +204,40 @@ def _with_coefficients(checks: tuple[str, ...]) -> Iterator[Case]:
   )
 
 
+def _of_rows(derivative: Any, f: Callable[..., Any]) -> Callable[..., Any]:
+  """`jax.jacrev`, `jax.grad` or the like of f, row by row."""
+  return jax.vmap(derivative(f))
+
+
 def _closed_forms() -> Iterator[Case]:
-  """The functions of `softmax_jax.derivatives` beside JAX's autodiff of `jax.nn`."""
+  """The functions of `softmax_jax.derivatives` beside JAX's autodiff of the formulas."""
   x, v = _logits((4, 8), "float32"), _logits((4, 8), "float32", 5)
   w, t = _logits((4, 8), "float32", 6), _shares((4, 8), "float32")
-  nn = jax.nn.softmax
-  hessian = _of_rows(jax.hessian, jax.nn.logsumexp)
+  hessian = _of_rows(jax.hessian, reference.logsumexp)
 
   def pushed(f: Callable[..., Any], x: Any, dot: Any) -> Any:
     return jax.jvp(f, (x,), (dot,))[1]
 
   def pulled(x: Any, bar: Any) -> Any:
-    return vjp(nn, x)[1](bar)[0]
+    return vjp(reference.softmax, x)[1](bar)[0]
 
   def hvp(x: Any, bar: Any, dot: Any) -> Any:
     return pushed(functools.partial(pulled, bar=bar), x, dot)
 
   found: dict[str, tuple[tuple[jax.Array, ...], Callable[..., Any]]] = {
-    "softmax_jacobian": ((x,), _of_rows(jax.jacrev, nn)),
-    "softmax_jvp": ((x, v), functools.partial(pushed, nn)),
+    "softmax_jacobian": ((x,), _of_rows(jax.jacrev, reference.softmax)),
+    "softmax_jvp": ((x, v), functools.partial(pushed, reference.softmax)),
     "softmax_vjp": ((x, v), pulled),
     "softmax_hvp": ((x, w, v), hvp),
-    "log_softmax_jacobian": ((x,), _of_rows(jax.jacrev, jax.nn.log_softmax)),
+    "log_softmax_jacobian": ((x,), _of_rows(jax.jacrev, reference.log_softmax)),
     "logsumexp_hessian": ((x,), hessian),
-    "cross_entropy_gradient": ((x, t), _of_rows(jax.grad, _cross_entropy)),
+    "cross_entropy_gradient": ((x, t), _of_rows(jax.grad, reference.softmax_cross_entropy)),
     "cross_entropy_hessian": ((x,), hessian),
-    "cross_entropy_hvp": ((x, v), functools.partial(pushed, _of_rows(jax.grad, jax.nn.logsumexp))),
+    "cross_entropy_hvp": (
+      (x, v),
+      functools.partial(pushed, _of_rows(jax.grad, reference.logsumexp)),
+    ),
   }
-  for name, (args, reference) in found.items():
+  for name, (args, formula) in found.items():
     f = getattr(derivatives, name)
-    yield Case(f"derivatives.{name}", f, args, reference, {}, (), ("value", "vjp"), "float32")
+    yield Case(f"derivatives.{name}", f, args, formula, {}, (), ("value", "vjp"), "float32")

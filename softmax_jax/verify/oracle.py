@@ -6,13 +6,13 @@ Finite differences of g(h) = f(x + h v) in float64 are taken by Ridders' method:
 
 with steps h from 1/8 to 2^-17 times the size of x, each a quarter of the one before, are
 extrapolated to h = 0 by T[i][j] = T[i][j-1] + (T[i][j-1] - T[i-1][j-1]) / (16^j - 1). For each
-entry of f the T is taken that differs least from those it is made of, a difference that also
-estimates its error. Large steps win where f is smooth or its values are noisy (float32 inside),
-small ones near kinks: the step is chosen by the noise that f shows and not by the name of a dtype.
-For smooth f about 1e-10 remains. Entries at a kink (of a relu, say) have no derivative: NaN.
-Where that leaves much unknown, steps 2^-8 of these are tried, unless f rounds to a dtype below
-float64 inside: there, and already in steps of these lengths where it rounds to sixteen bits, values
-are a staircase with slopes of 0.
+entry of f that T is taken which differs least from the two that it is formed from; the difference
+also estimates its error. Large steps win where f is smooth or its values are noisy (float32
+inside), small ones near kinks: the step is chosen by the noise that f shows, not by the name of a
+dtype. For smooth f an error of about 1e-10 remains. Entries at a kink (of a relu, say) have no
+derivative: NaN. Where much stays unknown, steps 2^-8 times as long are tried, unless f rounds to a
+dtype below float64 inside: on that scale its values are a staircase with slopes of 0. Where f
+rounds to sixteen bits they are one on the scale of the longer steps too, and none is taken.
 
 Source: C. J. F. Ridders, "Accurate computation of F'(x) and F'(x) F''(x)", Advances in Engineering
 Software 4 (1982).
@@ -29,6 +29,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from softmax_jax.verify.errors import first_line
 from softmax_jax.verify.problem import (
   Arrays,
   Leaves,
@@ -46,13 +47,13 @@ from softmax_jax.verify.report import Skip
 
 _STEPS = 2.0**-3 * 4.0 ** -np.arange(8)
 _FINE = 2.0**-8  # times the steps, for values that vary fast
-# What is known worse than this, relative to the typical entry, is left out if little is.
+# Entries known less well than this, relative to the typical one, are left out if they are few.
 _KNOWN = 1e-3
 
 
 @contextlib.contextmanager
 def compiled_with_all_digits() -> Generator[None]:
-  """Products of float32 with all digits on accelerators too; programs though jit is disabled."""
+  """Float32 products keep all digits on accelerators too; jit compiles even if it is disabled."""
   with jax.default_matmul_precision("highest"), jax.disable_jit(False):
     yield
 
@@ -68,11 +69,11 @@ class Oracle:
   """Values and derivatives in float64, of ``reference`` or of f itself.
 
   Attributes:
-    given: whether a reference was given; f itself is differentiated by its own rule, which
-      the check `finite_differences` has to confirm.
+    given: whether a reference was given. Otherwise f is differentiated by its own rule, which the
+      check `finite_differences` has to confirm.
     narrow: why f could not be evaluated in float64, or "". It is then evaluated in its own dtype,
       and its own rule is no reference for itself.
-    inside: the coarsest dtype that values are rounded to on their way.
+    inside: the coarsest dtype to which the function rounds inside.
   """
 
   def __init__(self, problem: Problem, reference: Callable[..., Any] | None):
@@ -111,7 +112,7 @@ class Oracle:
     self._has_jvp = self.given
 
   def at(self, problem: Problem) -> Oracle:
-    """The same oracle, with its compiled programs, for the arguments of another problem."""
+    """The same oracle and compiled programs, at other arguments of the same types."""
     other = copy.copy(self)
     other.problem, other._known = problem, {}
     return other
@@ -143,7 +144,7 @@ class Oracle:
     return [np.asarray(bar, np.float64) for bar in bars]
 
   def jvp(self, xs: Sequence[np.ndarray], vs: Sequence[np.ndarray]) -> tuple[Arrays, Arrays]:
-    """The tangents of the outputs, and what they may be wrong by."""
+    """The tangents of the outputs, and the errors that they may have."""
     if self._has_jvp:
       try:
         with exact():
@@ -164,7 +165,7 @@ class Oracle:
   def hvp(
     self, xs: Sequence[np.ndarray], us: Sequence[np.ndarray], vs: Sequence[np.ndarray]
   ) -> tuple[Arrays, Arrays]:
-    """The derivative of `vjp_at` by xs along vs, and what it may be wrong by."""
+    """The derivative of `vjp_at` by xs along vs, and the error that it may have."""
 
     def values(moved: Arrays) -> Arrays:
       at = [self.vjp_at([x[i] for x in moved], us) for i in range(2 * len(_STEPS) + 1)]
@@ -200,7 +201,7 @@ class Oracle:
     return [d for d, _ in found], [error for _, error in found]
 
   def _moved(self, xs: Sequence[np.ndarray], vs: Sequence[np.ndarray], steps: np.ndarray) -> Arrays:
-    """The arguments after the steps forth, those back, and none, stacked."""
+    """The arguments after the steps forward, those backward, and none, stacked."""
     shifts = np.concatenate([steps, -steps, [0.0]])
     with np.errstate(invalid="ignore"):
       return [
@@ -272,9 +273,8 @@ def _without_kinks(
   """The derivatives with NaN for those at a kink, where there is none, and their errors.
 
   A bend is half the difference of the slopes on both sides, over the distance of a step. From one
-  step to the next it shrinks to a quarter where f is smooth, and grows where it is but noise. Where
-  the step reaches over a kink it does neither; small bends, as of a small tangent, may do so once
-  by chance.
+  step to the next it shrinks to a quarter where f is smooth, and grows where it is only noise.
+  Where the step reaches across a kink it does neither; so may a small bend, once, by chance.
   """
   finite = np.isfinite(best)
   typical = math.sqrt(np.mean(best[finite] ** 2)) if finite.any() else 0.0
@@ -290,8 +290,8 @@ def _without_kinks(
   known = finite & ~unknown
   if not known.any():
     return best, error
-  # What does not shrink to a quarter at the smallest step is noise of the values. And two
-  # extrapolations agree by chance in some entries: none is better known than is typical.
+  # What does not shrink to a quarter at the smallest step is noise of the values. Two
+  # extrapolations may agree by chance: no entry counts as known better than is typical.
   change: np.ndarray = bends[-1] - bends[-2] / 4
   noise = math.sqrt(np.mean(change[known] ** 2)) * smallest
   return best, 3 * error + math.sqrt(np.mean(error[known] ** 2)) + 2 * noise / step
@@ -315,18 +315,3 @@ def _extrapolated(
       chosen = np.where(better, step, chosen)
     previous = current
   return np.where(finite, best, np.nan), np.where(finite, error, 0), chosen
-
-
-def message(error: BaseException) -> str:
-  """What an error says; nothing if that fails, as it may in a class of the user's."""
-  try:
-    return str(error).strip()
-  except Exception:
-    return ""
-
-
-def first_line(error: BaseException, length: int = 100) -> str:
-  """The first line of an error's message, at most so many characters of it."""
-  text = (message(error).splitlines() or [""])[0]
-  text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-  return text if len(text) <= length else text[: length - 3] + "..."

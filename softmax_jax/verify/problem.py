@@ -14,10 +14,10 @@ import numpy as np
 from softmax_jax._arguments import Arguments
 
 Arrays = list[np.ndarray]
-# Of arrays, tracers or types of arrays: whatever JAX traces a function with.
+# Arrays, tracers or types of arrays: whatever JAX traces a function with.
 Leaves = Sequence[Any]
 
-# Functions of JAX that return what it has no types for.
+# Functions of JAX whose results have no types.
 finfo: Callable[[Any], Any] = jnp.finfo
 vjp: Callable[..., Any] = jax.vjp  # pyright: ignore[reportUnknownVariableType]
 _flattened: Callable[[Any], Any] = jax.tree_util.tree_flatten_with_path  # pyright: ignore[reportUnknownVariableType]
@@ -71,8 +71,8 @@ _NEEDS_VALUES = (
 class Problem:
   """``f(*args, **kwargs)`` as a function of its floating leaves ``xs`` and its other arrays ``ns``.
 
-  Floating leaves of the arguments are what f is differentiated by; other arrays are passed along
-  and everything else (strings, functions, None) stays as it is, as do the keyword arguments.
+  f is differentiated by the floating leaves of its arguments; other arrays are passed on, and
+  everything else (strings, functions, None) stays as it is, as do the keyword arguments.
   """
 
   def __init__(
@@ -81,8 +81,12 @@ class Problem:
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     seed: int = 0,
+    like: Problem | None = None,
   ):
-    """Of ``f(*args, **kwargs)``; ``seed`` decides its points."""
+    """Of ``f(*args, **kwargs)``; ``seed`` decides its points.
+
+    The compiled programs are those of ``like``, a problem of the same f, where they fit.
+    """
     self.f, self.kwargs, self.seed = f, dict(kwargs), seed
     paths, self.tree = _flattened(tuple(args))
     names = [f"args{jax.tree_util.keystr(path)}" for path, _ in paths]
@@ -117,25 +121,30 @@ class Problem:
     self.float_outs = [i for i, (_, y) in enumerate(outs) if _is_float(y.dtype)]
     self.out_types = [outs[i][1] for i in self.float_outs]
     self.out_names = [f"out{jax.tree_util.keystr(outs[i][0])}" for i in self.float_outs]
-    # Of the outputs: where they are finite; everywhere, until an oracle was asked.
+    # Where the outputs are finite: everywhere, until an oracle was asked.
     self.masks: Arrays = [np.ones(y.shape, bool) for y in self.out_types]
     self.size = max((math.prod(a.shape) for a in (*self.xs, *self.out_types)), default=0)
     self.float_dtypes = [*self.dtypes, *(y.dtype for y in self.out_types)]
     self.unit_dtypes = [*self.float_dtypes, *rounded_to(jaxpr.jaxpr)]
     self._coarsest = coarsest(self.unit_dtypes)
 
+    # Programs, compiled once for all points.
+    if like is not None and (self.tree, self._types()) == (like.tree, like._types()):
+      self.vjp, self.jvp, self.value = like.vjp, like.jvp, like.value
+    else:
+      self.vjp, self.jvp = compiled(self.vjp_of), compiled(self.jvp_of)
+      self.value = compiled(self.outputs)
+
   def at(self, args: Sequence[Any], seed: int) -> tuple[Problem, bool]:
     """The same function at other arguments, and whether its compiled programs are the same."""
-    other = Problem(self.f, args, self.kwargs, seed)
-    mine, theirs = (
-      [(leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array) else leaf for leaf in problem.leaves]
-      for problem in (self, other)
-    )
-    shared = self.tree == other.tree and mine == theirs
-    if shared:
-      for program in ("vjp", "jvp", "value"):
-        other.__dict__[program] = getattr(self, program)
-    return other, shared
+    other = Problem(self.f, args, self.kwargs, seed, like=self)
+    return other, other.vjp is self.vjp
+
+  def _types(self) -> list[Any]:
+    """What a program of f is compiled for: the types of arrays, and what is no array itself."""
+    return [
+      (leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array) else leaf for leaf in self.leaves
+    ]
 
   def arguments(self, xs: Leaves, ns: Leaves) -> tuple[Any, ...]:
     """The arguments of f with these leaves."""
@@ -158,8 +167,6 @@ class Problem:
     """The floating outputs as a function of the floating leaves, for JAX to differentiate."""
     return lambda *xs: self.outputs(xs, ns)[0]
 
-  # --- programs, compiled once for all points -----------------------------------------------------
-
   def vjp_of(self, xs: Leaves, ns: Leaves, us: Leaves) -> tuple[list[Any], list[Any], list[Any]]:
     """``(floating outputs, other outputs, cotangents of xs)``; a function for JAX to transform."""
 
@@ -173,32 +180,17 @@ class Problem:
     """The tangents of the floating outputs."""
     return jax.jvp(self.floating(ns), tuple(xs), tuple(vs))[1]
 
-  @functools.cached_property
-  def vjp(self) -> Callable[..., Any]:
-    """`vjp_of`, compiled."""
-    return compiled(self.vjp_of)
-
-  @functools.cached_property
-  def jvp(self) -> Callable[..., Any]:
-    """`jvp_of`, compiled."""
-    return compiled(self.jvp_of)
-
-  @functools.cached_property
-  def value(self) -> Callable[..., Any]:
-    """`outputs`, compiled."""
-    return compiled(self.outputs)
-
   # --- points -------------------------------------------------------------------------------------
 
   def point(self, probe: int = 0, near: int = 0, row: int = 0, wide: bool = False) -> Point:
-    """A point: a random number ``probe`` of cotangents and tangents at the arguments.
+    """The arguments with random cotangents and tangents, a set of them for each ``probe``.
 
-    With ``near`` > 0 everything is moved at random by a few ulps, if ``wide`` by those of float64,
-    which then is the dtype of all. With ``row`` > 0 the arguments
-    are other ones, within 10 % of those given, so that signs and infinities stay. Cotangents are
-    normal numbers around 1 or -1 (in one of four probes around 0), so that a term with the sum of
-    the cotangents shows; they are 0 where the output is infinite or NaN. Tangents are normal
-    numbers of the size of the argument, or 1 if that is smaller.
+    With ``near`` > 0 everything is moved at random by a few ulps: by ulps of float64 if ``wide``,
+    in which case all arrays are of that dtype. With ``row`` > 0 the arguments are other ones,
+    within 10 % of those given, so that signs and infinities stay. Cotangents are normal numbers
+    around 1 or -1 (in one of four probes around 0), so that a term with the sum of the cotangents
+    shows; they are 0 where the output is infinite or NaN. Tangents are normal numbers of the size
+    of the argument, or 1 if that is smaller.
     """
     rng = np.random.default_rng([self.seed, probe, row])
     offset = 0.0 if probe % 4 == 3 else rng.choice([-1.0, 1.0])
@@ -230,8 +222,8 @@ def split(outs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
 def compiled(f: Callable[..., Any], *, quickly: bool = False) -> Callable[..., Any]:
   """``f`` compiled, with NumPy arrays as results.
 
-  ``quickly`` leaves out, on a CPU, the optimization of machine code, up to half of the time that it
-  takes to compile a large program; that of JAX's operations stays.
+  ``quickly`` leaves out, on a CPU, the optimization of machine code, which takes up to half of the
+  time to compile a large program. XLA's optimization of the operations stays.
   """
   options = {"xla_backend_optimization_level": 0}
   program = jax.jit(
@@ -241,7 +233,7 @@ def compiled(f: Callable[..., Any], *, quickly: bool = False) -> Callable[..., A
 
 
 def rounded_to(jaxpr: Any) -> set[Any]:
-  """The floating dtypes that a program rounds values of wider ones to."""
+  """The floating dtypes to which a program rounds wider values."""
   found: set[Any] = set()
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == "convert_element_type":

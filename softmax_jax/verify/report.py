@@ -21,7 +21,7 @@ class Skip(Exception):
   """A check does not apply; its text is the reason."""
 
 
-# What says nothing of derivatives, and what compares f's derivatives with themselves.
+# Checks that say nothing about derivatives, and those that compare f's own with each other.
 _NO_DERIVATIVES = ("value", "structure", "residuals", "traces")
 _OWN_DERIVATIVES = ("dot_product", "linearity")
 
@@ -59,8 +59,8 @@ class Row:
 class Report:
   """The rows of a verification. It is true if none failed and enough passed.
 
-  Enough is, for each function, one row in which a derivative agreed with something other than the
-  function's own rules; or any row, where no such check was asked for.
+  Enough means, for each function, one row in which a derivative agreed with something other than
+  the function's own rules; or any row, where no such check was asked for.
 
   `str` gives it as a table, `to_dict` as plain data; in a notebook it renders as a table.
 
@@ -75,7 +75,7 @@ class Report:
   rows: tuple[Row, ...]
 
   def __post_init__(self):
-    """Refuses what is no tuple of rows."""
+    """Refuses anything but a tuple of rows."""
     if type(self.rows) is not tuple or {type(row) for row in self.rows} - {Row}:
       raise TypeError(f"Report expected a tuple of Row, got {type(self.rows).__name__}.")
 
@@ -92,7 +92,7 @@ class Report:
   def _enough(self, function: str) -> bool:
     rows = [row for row in self.rows if row.function == function]
     others = (*_NO_DERIVATIVES, *_OWN_DERIVATIVES)
-    # What tells is the check itself, also at an edge point ("edge_points: 0: value").
+    # At an edge point the name of the check comes last: "edge_points: 0: value".
     telling = [row for row in rows if row.check.split(": ")[-1] not in others]
     return any(row.status == "passed" for row in telling or rows)
 

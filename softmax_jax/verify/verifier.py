@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from softmax_jax.verify import bounds
-from softmax_jax.verify.oracle import Oracle, first_line, message
+from softmax_jax.verify.errors import first_line, not_offered
+from softmax_jax.verify.options import Options
+from softmax_jax.verify.oracle import Oracle
 from softmax_jax.verify.problem import Arrays, Problem, compiled, finfo
 from softmax_jax.verify.report import Row, Skip
 
-# With more entries than this in an array fewer probes do, and then fewer points near each.
+# For arrays with more entries fewer probes suffice, and then fewer points near each.
 _MANY = 10_000
 _LARGE = 1_000_000
 
 
 class Comparison(NamedTuple):
-  """One array, what it should be, and what that may be wrong by.
+  """One array, what it should be, and how far off that may be.
 
-  ``floor`` is a size beside which no difference matters, of a single number. If ``unknown`` is a
-  reason why ``expected`` proves nothing, agreement with it is skipped and not passed.
+  ``floor``, for a single number, is a size beside which no difference matters. ``unknown``, if any,
+  is the reason why ``expected`` proves nothing: agreement with it is then skipped, not passed.
   """
 
   of: str
@@ -42,33 +43,36 @@ Evaluate = Callable[[int, int], list[Comparison]]
 Judged = tuple[Comparison, tuple[int, ...], bounds.Verdict]
 
 
+@dataclasses.dataclass
+class _Compiled:
+  """What verifiers of one function share where their arguments are of the same types."""
+
+  programs: dict[str, Callable[..., Any]] = dataclasses.field(default_factory=dict[str, Any])
+  no_forward: str | None = None  # `Verifier.forward`, once it was asked for
+
+
 class Verifier:
   """A function at its arguments, its oracle, and what the caller asked for."""
 
   def __init__(
-    self,
-    problem: Problem,
-    oracle: Oracle,
-    *,
-    name: str,
-    jacobian: Callable[..., Any] | None = None,
-    edge_points: Sequence[Sequence[Any]] = (),
-    limits: Mapping[str, float] | None = None,
-    max_residual_bytes: int | None = None,
-    skip: Collection[str] = (),
+    self, problem: Problem, oracle: Oracle, options: Options, compiled: _Compiled | None = None
   ):
-    """The options are those of `check_derivatives`; ``limits`` its ``bounds``."""
-    self.problem, self.oracle, self.name = problem, oracle, name
-    self.jacobian, self.edge_points = jacobian, edge_points
-    self.limits, self.max_residual_bytes = dict(limits or {}), max_residual_bytes
-    self.skip = skip  # what edge points are to do without
-    self._programs: dict[str, Callable[..., Any]] = {}
+    """``compiled`` comes from another verifier of the same function."""
+    self.problem, self.oracle, self.options = problem, oracle, options
+    self.name = _name(problem.f) if options.name is None else options.name
     self.known: dict[str, Any] = {}  # what checks found out at these arguments
-    self._mask_outputs()
+    self._compiled = _Compiled() if compiled is None else compiled
+    ys, _ = oracle.value(problem.xs)
+    problem.masks = [np.isfinite(y) for y in ys]
 
-  @functools.cached_property
+  @property
   def forward(self) -> str:
     """Why f has no forward mode, or ""."""
+    if self._compiled.no_forward is None:
+      self._compiled.no_forward = self._no_forward()
+    return self._compiled.no_forward
+
+  def _no_forward(self) -> str:
     # Some reasons only show when JAX compiles.
     try:
       self.problem.jvp(self.problem.xs, self.problem.ns, self.problem.xs)
@@ -78,26 +82,16 @@ class Verifier:
 
   def at(self, args: Sequence[Any], seed: int) -> Verifier:
     """The same at other arguments, with programs that are compiled already where they fit."""
-    other = object.__new__(Verifier)
-    other.__dict__.update(self.__dict__)
-    other.problem, shared = self.problem.at(args, seed)
-    if not shared:
-      other._programs = {}
-      other.__dict__.pop("forward", None)
-    other.oracle = self.oracle.at(other.problem)
-    other.known = {}
-    other._mask_outputs()
-    return other
-
-  def _mask_outputs(self) -> None:
-    ys, _ = self.oracle.value(self.problem.xs)
-    self.problem.masks = [np.isfinite(y) for y in ys]
+    problem, shared = self.problem.at(args, seed)
+    if shared:
+      return Verifier(problem, self.oracle.at(problem), self.options, self._compiled)
+    return Verifier(problem, Oracle(problem, self.options.reference), self.options)
 
   def program(
     self, name: str, f: Callable[..., Any], *, quickly: bool = False
   ) -> Callable[..., Any]:
     """``f`` compiled, once under this name."""
-    return self._programs.setdefault(name, compiled(f, quickly=quickly))
+    return self._compiled.programs.setdefault(name, compiled(f, quickly=quickly))
 
   # --- conditions ---------------------------------------------------------------------------------
 
@@ -167,7 +161,7 @@ class Verifier:
   ) -> list[Row]:
     """Evaluates a check at several probes and near them, and judges it: a row for the worst array.
 
-    Arrays of which nothing can be said because their noise is too large get a row of their own.
+    Arrays that are too noisy to be judged get a row of their own.
     """
     judged = self.judge(check, evaluate, probes, near)
     return self.rows(f"{check}: {transformation}" if transformation else check, judged)
@@ -182,14 +176,14 @@ class Verifier:
     useless: float = bounds.USELESS,
     unit: float | None = None,
   ) -> list[Judged]:
-    """What `measure` finds of each array."""
+    """The verdict on each array."""
     if self.problem.size > _MANY:
       probes = min(probes, 2)
     if self.problem.size > _LARGE:
       near = 1
     with np.errstate(all="ignore"):  # Infinities are judged below.
       runs = [[evaluate(p, k) for p in range(probes)] for k in range(near + 1)]
-    # Comparisons are told apart by their place in the list.
+    # A comparison is known by its place in the list.
     judged: list[Judged] = []
     for place, first in enumerate(runs[0][0]):
 
@@ -212,7 +206,7 @@ class Verifier:
         dtype=first.dtype,
         unit=bounds.unit_roundoff(self.problem.unit_dtypes) if unit is None else unit,
         size=self.problem.size,
-        bound=self.limits.get(check),
+        bound=(self.options.bounds or {}).get(check),
         useless=useless,
         floor=max(run[place].floor for run in runs[0]),
       )
@@ -222,7 +216,7 @@ class Verifier:
     return judged
 
   def rows(self, label: str, judged: Sequence[Judged]) -> list[Row]:
-    """A row for the worst array, and one for each of which nothing can be said."""
+    """A row for the worst array, and one for each that cannot be judged."""
     rows: list[Row] = []
     telling = [j for j in judged if not j[2].useless]
     silent = {(j[0].of, j[2].useless): j for j in judged if j[2].useless}
@@ -247,14 +241,14 @@ class Verifier:
   def count(
     self, check: str, number: float, allowed: float, *, of: str = "", reason: str = ""
   ) -> list[Row]:
-    """A row about a number and what it may be."""
+    """A row about a number and its limit."""
     status = "passed" if number <= allowed else "failed"
     return [
       Row(self.name, check, status, of=of, error=float(number), bound=float(allowed), reason=reason)
     ]
 
   def run(self, check: str, function: Callable[[Verifier], list[Row]]) -> list[Row]:
-    """The rows of a check; what it does not apply to, and what it raises, become rows too."""
+    """The rows of a check; where it does not apply or raises, that is a row too."""
     try:
       return function(self)
     except Skip as skip:
@@ -266,16 +260,8 @@ class Verifier:
       return [Row(self.name, check, "failed", reason=first_line(error))]
 
 
-def not_offered(error: BaseException) -> str:
-  """Why JAX cannot transform a function that way, or "" if ``error`` says something else."""
-  text = message(error)
-  if isinstance(error, TypeError) and ("forward-mode" in text or "in forward mode" in text):
-    return "f has no forward mode (see softmax_jax.enable_forward_mode)"
-  if isinstance(error, ValueError) and "Reverse-mode differentiation does not work" in text:
-    return "f has no reverse mode"
-  if isinstance(error, NotImplementedError) or "do not support JVP" in text:
-    return f"JAX cannot do this: {first_line(error)}"
-  return ""
+def _name(f: Callable[..., Any]) -> str:
+  return getattr(f, "__name__", None) or getattr(getattr(f, "func", None), "__name__", "f")
 
 
 def _rounded_to_infinity(x: np.ndarray, dtype: Any) -> np.ndarray:

@@ -225,6 +225,15 @@ def test_nan_at_edge_points():
   assert "6 NaN" in report.failed[0].reason
 
 
+def test_an_edge_point_with_another_flag():
+  """What is no array may be another there than at the arguments."""
+  f = lambda x, kind: jnp.sin(x) if kind == "sine" else jnp.cos(x)
+  for reference in (None, f):
+    check_derivatives(
+      f, X, "sine", reference=reference, edge_points=[(X, "cosine")], checks=["edge_points"]
+    ).raise_if_failed()
+
+
 def test_second_derivatives_at_edge_points():
   """The mixed derivatives of c x^2 by c and x, which a wrong rule makes 0 where c is 0."""
   f = jax.custom_vjp(lambda c, x: c * x**2)

@@ -48,7 +48,7 @@ def one_by_one(v: Verifier, us: list[np.ndarray]) -> list[tuple[int, str, list[n
 
 
 def inner(xs: Any, ys: Any) -> float:
-  """The sum of the products; what is NaN among ys is not defined and left out."""
+  """The sum of the products, without those by a NaN among ys, which is not defined."""
   total = 0.0
   for x, y in zip(xs, ys, strict=True):
     product = np.asarray(x, np.float64) * np.asarray(y, np.float64)

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from softmax_jax.verify.checks.common import MAX_ARGUMENTS, directions, inner, one_by_one
-from softmax_jax.verify.oracle import first_line
+from softmax_jax.verify.errors import first_line, not_offered
 from softmax_jax.verify.problem import Arrays
 from softmax_jax.verify.report import Skip
-from softmax_jax.verify.verifier import Comparison, Judged, Verifier, not_offered
+from softmax_jax.verify.verifier import Comparison, Judged, Verifier
 
-# A bound above this share of the derivative confirms nothing. Beside this share of the value a
-# derivative counts as 0: it is the sum of terms that cancel.
+# A bound above this share of the derivative confirms nothing. A derivative below this share of the
+# value counts as 0: it is a sum of terms that cancel.
 _CONFIRMS = 0.05
 _NEGLIGIBLE = 2e-5
 # Below this bound differences have converged.
@@ -75,8 +75,8 @@ def _differences(v: Verifier) -> list[tuple[str, Judged]]:
     compare = functools.partial(evaluate, wide=wide)
     return v.judge("finite_differences", compare, 4, 2, useless=_CONFIRMS, unit=unit)
 
-  # If f is in float64 so are both sides: their noise is that of float64. Only if values vary faster
-  # than the steps tell apart, so that they look like noise, may it be that of coarser arguments.
+  # If f is in float64 so are both sides, and their noise is that of float64. Only where values vary
+  # faster than the steps resolve, and so look like noise, may it be that of coarser arguments.
   wide = v.oracle.inside == np.float64
   judged = judge(wide)
   if wide and any(not verdict.passed and verdict.bound > _RESOLVED for _, _, verdict in judged):
@@ -118,7 +118,7 @@ def _reason(why: str) -> str:
 def cotangents(
   v: Verifier, actual: Sequence[Any], expected: Arrays, note: str = ""
 ) -> list[Comparison]:
-  """Comparisons of cotangents of the arguments with those of the oracle, where that is to trust."""
+  """Cotangents of the arguments compared with those of the oracle, where those can be trusted."""
   reasons = unconfirmed(v)
   comparisons = v.of_arguments(actual, expected, note)
   return [

@@ -21,11 +21,11 @@ def edge_points(v: Verifier) -> list[Row]:
   and ones in the search for NaN), but not NaN. Second derivatives must be the reference's where it
   has them: at a kink they are skipped.
   """
-  if not v.edge_points:
+  if not v.options.edge_points:
     raise Skip("none was named with edge_points=")
   v.need_floats()
   rows: list[Row] = []
-  for place, args in enumerate(v.edge_points):
+  for place, args in enumerate(v.options.edge_points):
     rows += v.run(f"edge_points: {place}", lambda v, place=place, args=args: _edge(v, place, args))
   return rows
 
@@ -53,10 +53,10 @@ def _edge(v: Verifier, place: int, args: Any) -> list[Row]:
       ]  # fmt: skip
   rows: list[Row] = []
   for check in (value, finite_differences, vjp, jvp):
-    if check.__name__ not in v.skip:
+    if check.__name__ not in v.options.skip:
       rows += at.run(check.__name__, check)
   rows = [row for row in rows if row.status != "skipped"] or rows
-  if second_order.__name__ not in v.skip:
+  if second_order.__name__ not in v.options.skip:
     told = {v.forward}  # Why second derivatives are skipped here, once each.
     for row in at.run(second_order.__name__, second_order):
       if row.status != "skipped" or row.reason not in told:

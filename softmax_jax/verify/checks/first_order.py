@@ -143,8 +143,8 @@ def each_argument(v: Verifier) -> list[Row]:
 def finite_differences(v: Verifier) -> list[Row]:
   """The rule of f in float64: <J^T u, v> = <u, Jv>, with Jv by differences of the values alone.
 
-  v moves one argument at a time, and all together; so does u among several outputs. What passes
-  makes f in float64 a reference for its own derivatives in other checks. Those run this one for
+  v moves one argument at a time, and all together; so does u among several outputs. Where this
+  passes, f in float64 is a reference for its own derivatives in other checks. They run it for
   themselves where it was not asked for, and are skipped where it fails or cannot tell.
   """
   v.need_derivatives()

@@ -75,7 +75,7 @@ def jacobian(v: Verifier) -> list[Row]:
       return rows_of(name, lambda xs: program(xs, problem.ns))
 
     rows += v.run(f"jacobian: {name}", attempt)
-  closed_jacobian = v.jacobian
+  closed_jacobian = v.options.jacobian
   if closed_jacobian is None:
     reason = "none was given with jacobian="
     return [*rows, Row(v.name, "jacobian: closed form", "skipped", reason=reason)]

@@ -67,7 +67,7 @@ def second_order(v: Verifier) -> list[Row]:
       np.sum(_products(point.us, run(ws))),
       np.sum(terms),
       np.sum(np.abs(errors)),
-      float(np.linalg.norm(terms)),  # of the sum, were it not for terms that cancel
+      float(np.linalg.norm(terms)),  # of the sum, if no terms cancelled
       next(iter(unconfirmed(v).values()), ""),
     )
 

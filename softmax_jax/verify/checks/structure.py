@@ -54,13 +54,14 @@ def residuals(v: Verifier) -> list[Row]:
   kept = [a for buffer, a in held.items() if buffer not in alive]
   number = sum(a.nbytes for a in kept)
   arrays = f"{len(kept)} array{'' if len(kept) == 1 else 's'} of {number:,} bytes"
-  if v.max_residual_bytes is None:
+  allowed = v.options.max_residual_bytes
+  if allowed is None:
     raise Skip(f"{arrays}; max_residual_bytes= sets a bound")
-  return v.count("residuals", number, v.max_residual_bytes, of="bytes", reason=arrays)
+  return v.count("residuals", number, allowed, of="bytes", reason=arrays)
 
 
 def traces(v: Verifier) -> list[Row]:
-  """A jitted step x -> x - J^T 1, called thrice, each on the result of the one before.
+  """A jitted step x -> x - J^T 1, called three times, each on the result before.
 
   It is traced once; a cotangent of another dtype makes JAX trace and compile again.
   """
