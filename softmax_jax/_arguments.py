@@ -54,7 +54,7 @@ class Arguments:
       return value
     protocols = [p for p in _ARRAY_PROTOCOLS if hasattr(value, p)]
     if not protocols and not isinstance(value, (bool, int, float, complex)):
-      raise TypeError(no_array)  # of some other things JAX makes booleans
+      raise TypeError(no_array)  # JAX turns some other objects into booleans
     try:
       x = jnp.asarray(value)
       exact = np.asarray(value) if protocols == ["__array__"] else None
@@ -310,7 +310,7 @@ class Arguments:
     array: jax.Array,
     **same: jax.Array,
   ) -> None:
-    """Raises unless ``axis_name`` is a mesh axis that ``array`` is spread over, ``same`` not."""
+    """Raises unless ``axis_name`` is a mesh axis that spreads ``array`` and none of ``same``."""
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     if not names or not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
       raise TypeError(
@@ -354,7 +354,7 @@ class Arguments:
   def check_merged(self, axes: tuple[int, ...], parts: Sequence[Any]) -> None:
     """Raises unless several class axes can be made one where their types say how they are spread.
 
-    ``parts`` are the mesh axes of each: None does not come before another.
+    ``parts`` are the mesh axes of each; all that are None must come last.
     """
     whole = [part is None for part in parts]
     if whole != sorted(whole):

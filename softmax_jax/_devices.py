@@ -99,9 +99,9 @@ def varying_alike(*arrays: *Args, without: AxisName | None = None) -> tuple[*Arg
 def align(lead: Array, *others: *Args, without: AxisName | None = None) -> tuple[Array, *Args]:
   """Arrays of the rank of ``lead``, to which they broadcast, spread over devices like it.
 
-  An axis that ``lead`` has whole on each device is spread as the first of the others that spreads
-  it. Over the manual axes ``without`` the arrays vary as they did. None stays None. Outside of a
-  rule this is differentiated by JAX: cotangents come back spread as the arguments were.
+  An axis that is whole on each device in ``lead`` is spread as in the first of the others to
+  spread it. Over the manual axes ``without`` the arrays vary as they did. None stays None. Outside
+  of a rule this is differentiated by JAX: cotangents come back spread as the arguments were.
   """
   arrays: Any = (lead, *others)
   shardings = [explicit_sharding(x) for x in arrays if x is not None]

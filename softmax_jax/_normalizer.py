@@ -4,7 +4,7 @@ Notation, for the entries x_k of one row (those along the axes that are reduced)
 
     e_k = exp(x_k - shift),   S = sum_k e_k,   a_k = e_k / S   (the softmax, seed step 1)
 
-where ``shift`` is the largest x_k. Every formula built on it holds for any number in its place, so
+where ``shift`` is the largest x_k. Every formula below holds for any other number as well, so
 that the derivative of ``shift`` may be chosen: it is that of the dominant entry of the row, or 0
 where there is none (`differentiable`), which keeps the digits of second derivatives. "Seed step 1"
 to "seed step 6" are the steps of the derivation in `softmax_jax.derivatives`.
@@ -60,7 +60,7 @@ class Normalizer(NamedTuple):
     """``z - shift``, exactly 0 for the dominant entry.
 
     Where z is a product, XLA may recompute it in each loop that uses it, with another rounding, so
-    that ``max(z) - shift`` need not be 0. It could exceed the share of all other entries.
+    that ``max(z) - shift`` need not be 0. This error could exceed the sum of all other entries.
     """
     return _minus_shift(z, self.shift, self.rest)
 
@@ -99,7 +99,7 @@ def compiled(rule: Callable[P, R], static_argnums: int | tuple[int, ...]) -> Cal
   return jax.jit(rule, static_argnums=static_argnums, inline=True)
 
 
-# Where the others sum to less than this, S - 1 would have lost digits of them. (Where another entry
+# Where the others sum to less than this, forming S first loses their digits. (Where another entry
 # is nearly as large as the largest, they sum to more.)
 _DOMINATED = 0.75
 
@@ -195,7 +195,7 @@ def _dominated(rest: jax.Array) -> jax.Array:
 
 
 def _is_dominant(z: jax.Array, shift: jax.Array, rest: jax.Array) -> jax.Array:
-  """Whether an entry holds most of the sum of its row: no other is as near to the shift as -1/4."""
+  """Whether an entry dominates its row; then no other lies within 1/4 of it: exp(-1/4) > 0.75."""
   return _dominated(rest) & (z - shift > -0.25)
 
 
@@ -310,11 +310,11 @@ def underflow_floor(shift: jax.Array) -> jax.Array:
 def where_needed(
   needed: jax.Array, careful: Callable[[*Args], jax.Array], quick: jax.Array, *args: *Args
 ) -> jax.Array:
-  """``careful(*args)`` if ``needed``, else that or the known array ``quick``, whichever is cheaper.
+  """``careful(*args)``; unless ``needed``, possibly the known array ``quick``, if that is cheaper.
 
   A second pass over an array costs as much as the first where arithmetic is the limit, as on a CPU:
   there it is skipped if no row needs it. Elsewhere it is fused with the first, and a branch would
-  only separate them. Inside `jax.shard_map` there is none either: JAX cannot vmap it there.
+  only separate them. Inside `jax.shard_map` there is no branch either: JAX cannot vmap one there.
 
   The derivative is always that of ``careful``: that of ``quick`` may be NaN where its value is
   replaced.

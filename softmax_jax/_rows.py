@@ -58,8 +58,6 @@ class Rows(NamedTuple):
     self, top: jax.Array, any_: jax.Array | None
   ) -> tuple[jax.Array, jax.Array | None]:
     """The largest over the devices of ``top``, and whether any device has ``any_``."""
-    if self.axis_name is None:
-      return top, any_
     if any_ is None:
       return lax.pmax(top, self.axis_name), None
     top, count = lax.pmax(_stacked(top, any_.astype(top.dtype)), self.axis_name)
@@ -92,7 +90,7 @@ class Rows(NamedTuple):
 def _stacked(*arrays: jax.Array) -> jax.Array:
   """`jnp.stack` of arrays that broadcast together.
 
-  The rule of `jnp.stack` for `jax.vmap` fails with an ``spmd_axis_name``, over whose devices only
+  `jnp.stack` cannot be vmapped with an ``spmd_axis_name``, over whose devices only
   what is batched varies.
   """
   return jnp.concatenate([x[None] for x in jnp.broadcast_arrays(*arrays)])

@@ -56,9 +56,9 @@ def _softmax_fwd(
 #   x_bar_j = sum_i J_ij c_i = a_j (c_j - sum_i a_i c_i).
 # When one a_t is close to 1 this difference cancels. Since J 1 = 0 we may subtract the mean
 # sum_i a_i c_i from c first; doing it twice removes the residual. Then c_t is nearly 0, and the
-# formula is right to the last digits if an a_t next to 1 is 1, which the rounding of the division
-# may have missed. (The minimum drops further derivatives by that a_t. They would multiply c_t,
-# which is nearly 0.)
+# formula is right to the last digits if an a_t next to 1 is exactly 1. The rounded division may
+# have missed that, so all a are scaled up by one unit, up to 1. (The minimum drops further
+# derivatives by that a_t. They would multiply c_t, which is nearly 0.)
 @functools.partial(compiled, static_argnums=0)
 def _softmax_bwd(
   rows: Rows, residuals: _SoftmaxResiduals, y_bar: jax.Array
@@ -105,6 +105,7 @@ def _normalized(z: jax.Array, top: jax.Array, rows: Rows) -> jax.Array:
     exact_e = lax.platform_dependent(z, shift, e, cpu=lambda z, shift, e: e, default=exact)
   else:
     exact_e = exact(z, shift, e)
+  # The sum is left as it is: the errors of its terms are weighted by a_k and have either sign.
   return exact_e / rows.sum(e)
 
 
@@ -193,9 +194,9 @@ def _log_softmax_fwd(
 
 # y_i = log a_i, and with seed step 5: dy_i/dx_j = (1 / a_i) a_i (delta_ij - a_j) = delta_ij - a_j,
 # so   x_bar_j = y_bar_j - a_j sum_i y_bar_i,   a_j = exp(y_j).
-# When one a_t is close to 1 that difference leaves rounding errors at t. But P = I - a 1^T is a
-# projection, P P = P, as a sums to 1, and P e_t = e_t - a is nearly 0 at t. A second projection
-# removes them, and also the error of sum(a) != 1 of a rounded y.
+# When one a_t is close to 1 that difference leaves rounding errors at t. But P^T = I - a 1^T is a
+# projection, P^T P^T = P^T, as a sums to 1, and it takes the t-th unit vector to one that is nearly
+# 0 at t. A second projection removes them, and also the error from sum(a) != 1, as y is rounded.
 @functools.partial(compiled, static_argnums=0)
 def _log_softmax_bwd(
   rows: Rows, residuals: _LogSoftmaxResiduals, y_bar: jax.Array
@@ -348,7 +349,7 @@ def _scaled_logsumexp_fwd(
   shift = jnp.where(jnp.isfinite(top), top, jnp.zeros_like(top))
   total = rows.sum(w * _bounded_exp(z - shift))  # T = sum_k b_k e_k
   sign = jnp.sign(total)
-  # A sum over nothing has no derivative, which is what dividing by infinity makes of it.
+  # A sum over nothing gets derivative 0: the backward rule divides by T, which is set to inf.
   nothing = top == -jnp.inf
   total = jnp.where(nothing, jnp.inf, total)
   log = jnp.where(nothing, -jnp.inf, shift + jnp.log(jnp.abs(total)))  # shift + log|T|
@@ -384,7 +385,7 @@ _scaled_logsumexp = compiled(enable_forward_mode(_scaled_logsumexp_rule), static
 def _scaled_entries(
   a: jax.Array, b: jax.Array, mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-  """The entries and their coefficients; -inf and 0 where masked, or where 0 meets no number."""
+  """Entries and coefficients; -inf and 0 if masked or if b = 0 meets an infinite or NaN entry."""
   dtype = compute_dtype(a.dtype)
   w = masked(jnp.broadcast_to(b, a.shape).astype(dtype), mask, 0)
   z = masked(a.astype(dtype), mask, -jnp.inf)
@@ -469,7 +470,7 @@ def logsumexp(
     \frac{\partial \operatorname{lse}}{\partial b_j} = \frac{e^{a_j}}{\sum_k b_k e^{a_k}}
 
   A drop-in replacement for `jax.nn.logsumexp` on real numbers, differentiable in both modes.
-  Without ``b`` the derivative is `softmax`. Only the inputs and two scalars per row are saved for
+  Without ``b`` the derivative is `softmax`. Only the inputs and a few scalars per row are saved for
   the backward pass.
 
   Args:
@@ -477,7 +478,8 @@ def logsumexp(
       `jax.nn` converts them. Sixteen-bit input is computed in float32, narrower is refused.
     axis: the axis or axes to sum over; None (the default) stands for all.
     b: optional coefficients of the exponentials, differentiable; ``a`` and ``b`` broadcast against
-      each other. An entry whose coefficient is 0 takes no part, whatever it holds.
+      each other. An entry whose coefficient is 0 adds nothing, even where it is
+      infinite or NaN.
     keepdims: whether the axes that are summed over are kept with size 1.
     return_sign: whether to return the sign of the sum too, and the logarithm of its absolute
       value.
@@ -490,7 +492,7 @@ def logsumexp(
 
   Returns:
     Array of the shape of ``a`` without ``axis`` and of the (floating) dtype of ``a`` and ``b``;
-    with ``return_sign`` a pair of two, of which the sign has derivative 0. A sum over nothing, over
+    with ``return_sign`` a pair of two; the sign has derivative 0. A sum over nothing, over
     masked entries or over entries of -inf gives -inf with derivative 0; +inf gives +inf. A negative
     sum gives NaN unless ``return_sign`` is set.
 

@@ -12,7 +12,7 @@ before it are batch axes ``*B``. The code of the whole package cites these steps
 6. With the cross-entropy ``L = -sum_i t_i log a_i`` of a label t that sums to 1, the chain rule
    ``dL/dz_j = sum_i (-t_i / a_i) J_ij`` leaves ``dL/dz_j = a_j - t_j``.
 
-Step 5 as a matrix, and the projection P that it holds, are all that the functions here are made of:
+All functions here are built from step 5 as a matrix and from the projection P inside it:
 
     J = diag(a) - a a^T = J^T = diag(a) P,    P = I - 1 a^T.
 
@@ -72,10 +72,10 @@ def softmax_jacobian(x: ArrayLike) -> jax.Array:
   probability 1 - a_i is formed as the sum of the others, so that no digit cancels.
 
   Args:
-    x: logits ``[*B, K]`` of a floating dtype, differentiable; integers promote as by `jnp.exp`.
+    x: logits ``[*B, K]`` of a floating dtype, differentiable; integers promote as in `jnp.exp`.
 
   Returns:
-    Array ``[*B, K, K]`` of the (floating) dtype of ``x``, the output along the second last axis.
+    Array ``[*B, K, K]`` of the (floating) dtype of ``x``, the output along the second-to-last axis.
 
   Raises:
     TypeError: if ``x`` is not an array of real numbers.
@@ -100,7 +100,7 @@ def softmax_jvp(x: ArrayLike, x_dot: ArrayLike) -> jax.Array:
   .. math:: \dot a_i = \sum_j J_{ij} \dot x_j = a_i \Big(\dot x_i - \sum_k a_k \dot x_k\Big)
 
   Args:
-    x: logits ``[*B, K]`` of a floating dtype, differentiable; integers promote as by `jnp.exp`.
+    x: logits ``[*B, K]`` of a floating dtype, differentiable; integers promote as in `jnp.exp`.
     x_dot: tangent of ``x``, of the same shape and any real dtype, differentiable (linear).
 
   Returns:
@@ -133,7 +133,7 @@ def softmax_vjp(x: ArrayLike, y_bar: ArrayLike) -> jax.Array:
   J is symmetric (seed step 5), so this is the same expression as `softmax_jvp`.
 
   Args:
-    x: logits ``[*B, K]`` of a floating dtype, differentiable; integers promote as by `jnp.exp`.
+    x: logits ``[*B, K]`` of a floating dtype, differentiable; integers promote as in `jnp.exp`.
     y_bar: cotangent of the softmax of ``x``, of the same shape and any real dtype, differentiable
       (linear).
 
@@ -174,11 +174,11 @@ def softmax_hvp(x: ArrayLike, y_bar: ArrayLike, x_dot: ArrayLike) -> jax.Array:
     p_i = \Big(\bar y_i - \sum_k a_k \bar y_k\Big) \Big(\dot x_i - \sum_k a_k \dot x_k\Big)
 
   The error is a few units of rounding relative to the norm of a p. The result is smaller than that
-  only where p is the same at all likely classes (two tied classes alone give 0), and there it hangs
-  on the last digits of ``x``.
+  only where p is the same at all likely classes (exactly two tied classes give 0), and there it
+  depends on the last digits of ``x``.
 
   Args:
-    x: logits ``[*B, K]`` of a floating dtype, differentiable; integers promote as by `jnp.exp`.
+    x: logits ``[*B, K]`` of a floating dtype, differentiable; integers promote as in `jnp.exp`.
     y_bar: cotangent of the softmax of ``x``, of the same shape and any real dtype, differentiable
       (linear).
     x_dot: tangent of ``x``, likewise. Exchanging it with ``y_bar`` does not change the result.
@@ -221,11 +221,11 @@ def log_softmax_jacobian(x: ArrayLike) -> jax.Array:
   Its rows sum to zero. It is not symmetric, and P P = P.
 
   Args:
-    x: logits ``[*B, K]`` of a floating dtype, differentiable; integers promote as by `jnp.exp`.
+    x: logits ``[*B, K]`` of a floating dtype, differentiable; integers promote as in `jnp.exp`.
       The formula also holds where an entry is -inf: its column is 0 but for a 1 on the diagonal.
 
   Returns:
-    Array ``[*B, K, K]`` of the (floating) dtype of ``x``, the output along the second last axis.
+    Array ``[*B, K, K]`` of the (floating) dtype of ``x``, the output along the second-to-last axis.
 
   Raises:
     TypeError: if ``x`` is not an array of real numbers.
@@ -257,7 +257,7 @@ def logsumexp_hessian(x: ArrayLike) -> jax.Array:
   is symmetric because it is a Hessian).
 
   Args:
-    x: logits ``[*B, K]`` of a floating dtype, differentiable; integers promote as by `jnp.exp`.
+    x: logits ``[*B, K]`` of a floating dtype, differentiable; integers promote as in `jnp.exp`.
 
   Returns:
     Array ``[*B, K, K]`` of the (floating) dtype of ``x``. A row of -inf alone, where logsumexp is
@@ -287,7 +287,7 @@ def logsumexp_hessian(x: ArrayLike) -> jax.Array:
 
 
 def cross_entropy_gradient(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
-  r"""The gradient of cross-entropy by the logits: the prediction minus the label.
+  r"""The gradient of cross-entropy in the logits: the prediction minus the label.
 
   .. math:: L = -\sum_k t_k \log a_k, \qquad
     \frac{\partial L}{\partial z_j} = -\sum_k t_k (\delta_{kj} - a_j) = a_j \sum_k t_k - t_j
@@ -336,7 +336,7 @@ def cross_entropy_gradient(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
 
 
 def cross_entropy_hessian(logits: ArrayLike) -> jax.Array:
-  r"""The Hessian of cross-entropy by the logits, for labels that sum to one.
+  r"""The Hessian of cross-entropy in the logits, for labels that sum to one.
 
   .. math:: \frac{\partial^2 L}{\partial z_i \partial z_j}
     = \frac{\partial}{\partial z_j} (a_i - t_i) = a_i (\delta_{ij} - a_j)
@@ -369,7 +369,7 @@ def cross_entropy_hessian(logits: ArrayLike) -> jax.Array:
 
 
 def cross_entropy_hvp(logits: ArrayLike, x_dot: ArrayLike) -> jax.Array:
-  r"""The Hessian of cross-entropy by the logits, times ``x_dot``, for labels that sum to one.
+  r"""The Hessian of cross-entropy in the logits, times ``x_dot``, for labels that sum to one.
 
   .. math:: \sum_j \frac{\partial^2 L}{\partial z_i \partial z_j} \dot x_j
     = a_i \Big(\dot x_i - \sum_k a_k \dot x_k\Big)
@@ -419,7 +419,7 @@ class _Softmax(NamedTuple):
 # The derivative by x flows through x_k as well, which makes that of e_k exactly 0, so that further
 # derivatives are as exact as the formulas.
 def _softmax(x: jax.Array, *vectors: jax.Array) -> _Softmax:
-  """The softmax of x [*B, K] in the dtype to compute in, which the vectors have a say in."""
+  """The softmax of x [*B, K] in the compute dtype of x and the vectors."""
   x = x.astype(compute_dtype(x.dtype, *(v.dtype for v in vectors)))
   if x.shape[-1] == 0:
     return _Softmax(x, x, jnp.zeros(x.shape, bool))
@@ -460,7 +460,7 @@ def _center(row: _Softmax, v: jax.Array) -> jax.Array:
 
 
 def _matrix(diagonal: jax.Array, off_diagonal: jax.Array) -> jax.Array:
-  """[*B, K, K] with the given diagonal [*B, K] and the rest from what broadcasts to that shape."""
+  """[*B, K, K] with the given diagonal [*B, K] ; off it, what ``off_diagonal`` broadcasts to."""
   eye = jnp.eye(diagonal.shape[-1], dtype=bool)
   if sharding := devices.explicit_sharding(diagonal):
     eye = devices.put(eye, sharding, sharding.spec[-1], None)
@@ -468,7 +468,7 @@ def _matrix(diagonal: jax.Array, off_diagonal: jax.Array) -> jax.Array:
 
 
 def _across(a: jax.Array) -> jax.Array:
-  """``a`` along the columns of a matrix, whole on each device: the rows of that are spread."""
+  """``a`` as a row [1, K] of a matrix, whole on each device (the matrix is spread by rows)."""
   if sharding := devices.explicit_sharding(a):
     a = devices.put(a, sharding, *sharding.spec[:-1], None)
   return a[..., None, :]
@@ -491,7 +491,7 @@ def _subtract(p: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class _Arguments(Arguments):
-  """Those of the closed forms, which have the classes along the last axis."""
+  """The arguments of a closed form, whose classes lie along the last axis."""
 
   def as_rows(self, name: str, value: Any, floating: bool = False) -> jax.Array:
     """``value`` as rows [*B, K]; if it must be ``floating`` integers are refused."""

@@ -3,7 +3,7 @@ r"""The textbook formulas of all that the library computes, to compare it with.
 Each function has the name, the arguments and the mathematics of the one in `softmax_jax`, in plain
 `jax.numpy` without a rule of its own: JAX differentiates it, in any mode and to any order. Nothing
 guards it against overflow or cancellation, so evaluate it in float64. There exponentials overflow
-above 709, and next to a probability of 1 - d results that hang on d keep about 1e-15 / d.
+above 709, and next to a probability of 1 - d results that depend on d are off by about 1e-15 / d.
 
 Rounding apart, results and derivatives are those of the library for finite arguments, for logits of
 -inf beside finite ones, and with masks, whatever is masked. Arguments are not checked. Missing are
@@ -331,7 +331,7 @@ def _masked(x: jax.Array, where: jax.Array | None) -> jax.Array:
 
 
 def _rows(x: jax.Array, axis: Axis) -> jax.Array:
-  """``x`` as ``[*B, K]``: the class axes become one, in their order, which is the last."""
+  """``x`` as ``[*B, K]``: the class axes, in the order given, merged into one last axis."""
   axes = range(x.ndim) if axis is None else (axis,) if isinstance(axis, int) else axis
   x = jnp.moveaxis(x, tuple(axes), tuple(range(-len(axes), 0)))
   batch = x.shape[: x.ndim - len(axes)]

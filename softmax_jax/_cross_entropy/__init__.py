@@ -13,8 +13,8 @@ digits. Here they are sums of terms of one sign,
 
     nll = (shift - z_t) + log1p(rest),      1 - a_t = ((1 - e_t) + rest) / S,
 
-of which the second is exact in its first term where t is the largest class, and at least 1
-elsewhere.
+where the second numerator is ``rest`` itself if t is the largest class (e_t = 1), and at least 1
+otherwise.
 """
 
 from softmax_jax._cross_entropy.integer import softmax_cross_entropy_with_integer_labels

@@ -115,7 +115,7 @@ def fwd(
   s = differentiable(s, z, rows)
 
   nll = by_row(index, s.log_sum() - s.minus_shift(z_t))  # -log a_t = log S - (z_t - shift)
-  lse = jnp.where(index == IGNORED, 0, s.shift + s.log_sum())
+  lse = jnp.where(index == IGNORED, 0, s.shift + s.log_sum())  # shift + log S
   weight = jnp.where(index == IGNORED, 0, jnp.ones_like(nll) if w_t is None else w_t)
   uniform_loss = None
   if uniform is not None:
@@ -146,7 +146,7 @@ def bwd(
   g, u = bars.lse, None
   if uniform is not None:
     u = uniform_label(weights, mask, uniform.divisor(static.num_classes), z)
-    g = g + bars.uniform * uniform.label_sum(static.num_classes)
+    g = g + bars.uniform * uniform.label_sum(static.num_classes)  # + uniform_bar sum_k u_k
   # z may be NaN in a row that does not count. The select keeps that NaN out of derivatives by g.
   g = jnp.where(index == IGNORED, jnp.zeros_like(g), g)
   z_bar = logits_bar(z, index, s, g, bars.nll, rows)  # a_j (g + nll_bar) - delta_tj nll_bar
@@ -172,6 +172,7 @@ def logits_bar(
   e_t = s.exp(z_t)
   # Exactly 1 for the largest entry, however XLA rounds it, but with the derivative of e_t.
   e_t += lax.stop_gradient(jnp.where(s.minus_shift(z_t) == 0, 1 - e_t, jnp.zeros_like(e_t)))
+  # a_t g - (1 - a_t) nll_bar
   at_label = (e_t * inverse) * g - (((1 - e_t) + s.rest) * inverse) * nll_bar
   elsewhere = s.exp(z) * ((g + nll_bar) * inverse)  # a_j (g + nll_bar)
   return jnp.where(is_label(z, index, rows), at_label, elsewhere)
@@ -332,7 +333,7 @@ def softmax_cross_entropy_with_integer_labels(
 
   A drop-in replacement for the function of this name in `optax.losses`, differentiable in both
   modes. Unlike there, loss and gradient keep all digits where the correct class has probability
-  close to 1. No one-hot array is built, and only the inputs and two scalars per row are saved for
+  close to 1. No one-hot array is built, and only the inputs and a few scalars per row are saved for
   the backward pass, whatever the options. With all options, the loss of a row is
 
   .. math:: L = (1 - \alpha)\, w_t\, (-\log a_t) + \frac{\alpha}{K} \sum_k w_k\, (-\log a_k)
@@ -343,7 +344,7 @@ def softmax_cross_entropy_with_integer_labels(
       in float32, narrower ones are refused.
     labels: integers ``[*B]`` in ``[0, V)`` of any integer dtype; not differentiable. Their axes may
       broadcast against those of the logits. A label out of range gives a loss of NaN and, in
-      its own row, a gradient of NaN by the logits (of 0, if a select discards that loss; by the
+      its own row, a gradient of NaN in the logits (of 0, if a select discards that loss; in the
       options it is NaN even then).
     axis: the axis of the classes. With a tuple (or None, for all axes) a label is a flat index into
       those axes of the logits, in the order given.
@@ -368,7 +369,7 @@ def softmax_cross_entropy_with_integer_labels(
       of the `jax.sharding.PartitionSpec` that spreads the classes, ``("a", "b")`` for ``P(("a",
       "b"))``: labels count in that order. In another order the loss is that of other classes; JAX
       does not tell a function how its arguments are spread, so that this is no error. One reduction
-      of one or two scalars per row and one of three to six make the loss, and none its gradient.
+      of one or two scalars per row and one of three to seven make the loss, and none its gradient.
       Where the number of classes is no multiple of that of the devices, pad the logits and leave
       out the padding with ``where``.
     return_aux: whether to return a `CrossEntropyAux` with the log-normalizer, the part that the
@@ -462,7 +463,7 @@ def softmax_cross_entropy_with_integer_labels(
   logits, index, mask, weights = devices.align(*arrays, without=axis_name)
   # Over the devices that classes are spread over, labels stay the same.
   logits, mask, weights = devices.varying_alike(logits, mask, weights)
-  if mask is not None and mask.shape[class_axis] != size:  # one value per row: index says it all
+  if mask is not None and mask.shape[class_axis] != size:  # one value per row: index can hold it
     index, mask = jnp.where(mask, index, IGNORED), None
 
   if num_classes == 0:

@@ -99,11 +99,11 @@ def bar_by_row(index: jax.Array, bar: jax.Array) -> jax.Array:
 
 
 # The results of rows that do not count are replaced by 0 at the end, which is faster than masking
-# their entries first. That is too late for derivatives: in their products 0 would meet NaN. (In a
-# scan that JAX 0.10 differentiates twice it does, as that forgets this rule.)
+# their entries first. That is too late for derivatives: their products would be 0 * NaN. (In a scan
+# that is differentiated twice they still are, as JAX 0.10 drops this rule there.)
 @jax.custom_jvp
 def counted(x: jax.Array, counts: jax.Array) -> jax.Array:
-  """``x``; in derivatives by it 0 in rows that do not count, which may hold anything."""
+  """``x``, but for derivatives 0 in rows that do not count, which may hold anything."""
   return x
 
 

@@ -32,7 +32,7 @@ class CrossEntropyAux(NamedTuple):
     z_loss: the part of the loss that the z-loss adds, reduced like the loss.
     weight: what the mean divides by, the sum of the weights of the rows that count; a scalar.
 
-  All are of the dtype of the loss: float32, or float64 for logits in float64.
+  All are of the dtype of the loss: float32, or float64 where an argument has it.
 
   Example:
     >>> import jax.numpy as jnp
@@ -97,7 +97,7 @@ def combine(options: Options, per_row: PerRow) -> tuple[jax.Array, CrossEntropyA
 
 
 def mean(x: jax.Array, weight: jax.Array) -> jax.Array:
-  """The sum of ``x`` over ``weight``; 0 where that is 0, or so small that it is taken for it."""
+  """The sum of ``x`` divided by ``weight``; 0 where the weight is 0 or subnormal."""
   none = jnp.abs(weight) < np.finfo(weight.dtype).tiny
   return jnp.where(none, 0, _quotient(jnp.sum(x), jnp.where(none, 1, weight)))
 

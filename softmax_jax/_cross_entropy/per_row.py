@@ -97,7 +97,7 @@ def _linear_product(v: jax.Array, factor: jax.Array, like: jax.Array) -> jax.Arr
 
 
 def batched_like(weight: jax.Array, x: jax.Array) -> jax.Array:
-  """``weight``, which `jax.vmap` takes to depend on ``x``.
+  """``weight``, made to depend on ``x``, so that `jax.vmap` batches both or neither.
 
   JAX 0.10 to 0.12 mix up shapes where a compiled custom_jvp function is batched, differentiated and
   has an output that is not batched with the others.
@@ -113,8 +113,8 @@ def inverse_sum(s: Normalizer) -> jax.Array:
 def minus_log_softmax(z: jax.Array, s: Normalizer) -> jax.Array:
   """``-log a``, as a sum of two terms that are at least 0."""
   # Without the barrier XLA:CPU materializes the broadcast shift that two sums along the row use.
-  behind = s._replace(shift=jax.lax.optimization_barrier(s.shift))
-  return s.log_sum() - behind.minus_shift_in_a_sum(z)
+  held = s._replace(shift=jax.lax.optimization_barrier(s.shift))
+  return s.log_sum() - held.minus_shift_in_a_sum(z)
 
 
 def log_sum_from_constant(s: Normalizer) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Cross-entropy with one weight per class and row."""
+"""Cross-entropy with soft labels: a distribution over the classes for each row."""
 
 from __future__ import annotations
 
@@ -92,9 +92,9 @@ def _fwd(
   s = differentiable(s, z, rows)
 
   if nll is None or total is None:
-    nll = _likelihood(logits, labels, mask, weights, s, rows)  # -sum_k p_k log a_k
+    nll = _nll(logits, labels, mask, weights, s, rows)  # -sum_k p_k log a_k
   else:
-    nll = nll + total * log_sum_from_constant(s)
+    nll = nll + total * log_sum_from_constant(s)  # + log S sum_k p_k
   if uniform is not None:
     uniform_loss = uniform.loss(s, static.num_classes)  # -sum_k u_k log a_k
     uniform = uniform._replace(cost=None)
@@ -128,13 +128,13 @@ def _bwd(
   if uniform is not None:
     divisor = uniform.divisor(num_classes)
     u = uniform_label(weights, mask, divisor, z)
-    g = g + bars.uniform * uniform.label_sum(num_classes)
+    g = g + bars.uniform * uniform.label_sum(num_classes)  # + uniform_bar sum_k u_k
   scale = bars.nll * inverse  # nll_bar / S
   total = (rows.local_sum(p) if total is None else total) * scale
-  # Terms in another cotangent have a barrier of their own: JAX cannot transpose half of a barrier.
+  # g has its own barrier, as it is linear in other cotangents: JAX cannot transpose half a barrier.
   total, scale, rest = rows.barrier((total, scale, s.rest * scale))
   g = jax.lax.optimization_barrier(g * inverse)
-  # (e_j sum_k p_k - p_j) nll_bar / S and, added up, e_j g / S - p_j rest nll_bar / S
+  # (e_j sum_k p_k - p_j) nll_bar / S + (e_j g / S - p_j rest nll_bar / S)
   z_bar = (e * total - p * scale) + (e * g - p * rest)
   if u is not None:
     z_bar = z_bar - u * bars.uniform  # - u_j uniform_bar
@@ -221,7 +221,7 @@ def _weighted_label(
 
 
 @functools.partial(compiled, static_argnums=5)
-def _likelihood(
+def _nll(
   logits: jax.Array,
   labels: jax.Array,
   mask: jax.Array | None,
@@ -233,7 +233,7 @@ def _likelihood(
   dtype = s.shift.dtype
   careful = mask is not None or rows.are_short(logits.shape)
 
-  def likelihood(
+  def nll_of(
     careful: bool,
     logits: jax.Array,
     labels: jax.Array,
@@ -246,11 +246,11 @@ def _likelihood(
     return rows.local_sum(p * (cost_of(p, cost) if careful else cost))
 
   operands = logits, labels, mask, weights, s
-  nll = likelihood(careful, *operands)
+  nll = nll_of(careful, *operands)
   if careful:
     return nll
   # Looking for labels of 0 at infinite costs in every sum would double its time.
-  return where_needed(jnp.any(jnp.isnan(nll)), functools.partial(likelihood, True), nll, *operands)
+  return where_needed(jnp.any(jnp.isnan(nll)), functools.partial(nll_of, True), nll, *operands)
 
 
 @overload
@@ -322,8 +322,8 @@ def softmax_cross_entropy(
 
   A drop-in replacement for the function of this name in `optax.losses`, differentiable in both
   modes and in both arguments. Unlike there, loss and gradient keep all digits where the softmax is
-  close to a one-hot label. Only the inputs and two scalars per row are saved for the backward pass,
-  whatever the options. With all options, the loss of a row is
+  close to a one-hot label. Only the inputs and a few scalars per row are saved for the backward
+  pass, whatever the options. With all options, the loss of a row is
 
   .. math:: L = -\sum_k w_k \Bigl((1 - \alpha)\, t_k + \frac{\alpha}{K}\Bigr) \log a_k
     + \lambda \Bigl(\log \sum_k e^{z_k}\Bigr)^2

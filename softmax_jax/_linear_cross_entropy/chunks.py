@@ -29,7 +29,7 @@ def default_chunk_size(
 
   A tile takes at most `TILE_BYTES` or, if that is more, a quarter of the bytes of the weight's
   gradient: each chunk reads and writes that gradient, and small chunks would do so too often. The
-  chunks are all of the same size if that does not halve them.
+  size is reduced, by less than half, to one that divides the tokens, if there is such a size.
   """
   most = max(1, TILE_BYTES // (item_bytes * max(1, num_classes)), num_features // 4)
   if num_tokens <= most:

@@ -100,7 +100,7 @@ def linear_softmax_cross_entropy(
       `jax.sharding.PartitionSpec` that spreads the classes, ``("a", "b")`` for ``P(("a", "b"))``:
       labels and ``num_classes`` count in that order. In another order the loss is that of other
       classes; JAX does not tell a function how its arguments are spread, so that this is no error.
-      For each chunk it takes one reduction of one number per token and one of three to five; class
+      For each chunk it takes one reduction of one number per token and one of three to six; class
       weights take one more, and the gradient one of x's cotangent.
 
   Returns:
@@ -117,7 +117,7 @@ def linear_softmax_cross_entropy(
       or does not divide a symbolic number of tokens or is missing where the number of classes is
       symbolic, a coefficient is known while tracing and out of its range, or ``axis_name`` is no
       axis of a surrounding `jax.shard_map` with ``check_vma=True`` over which the weight, but not x
-      and the labels, are spread.
+      and the labels, is spread.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -222,8 +222,8 @@ def _sums(arrays: Arrays, static: Static) -> tuple[jax.Array, jax.Array]:
     shares = shares._replace(lse=jnp.broadcast_to(arrays.z_loss, index.shape))
   unit = jnp.ones((), static.projection.dtype)
   if arrays.class_weights is not None:
-    # Gradients are summed before the sum of the weights divides them. In this unit, a power of two,
-    # they are normal numbers then.
+    # A mean divides only after gradients are summed: tiny weights would make those sums subnormal.
+    # So weights below 2^-64 are given in this unit, a power of two, by which the sum is multiplied.
     unit = jnp.where(jnp.max(jnp.abs(counted)) < 2.0**-64, unit * 2.0**-64, unit)
     shares = shares._replace(nll=shares.nll / unit)
     if shares.lse is not None:

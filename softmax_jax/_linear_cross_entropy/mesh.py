@@ -50,7 +50,7 @@ def on_mesh(
   specs = Arrays(*(None if a is None else _spec(a) for a in arrays))
   if not any(any(s) for s in specs if s is not None):
     if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
-      # The types of arrays that `jax.jit` is given may name no mesh, those of others do.
+      # Arguments of `jax.jit` may have types without a mesh, while other arrays have one.
       arrays = jax.tree.map(_whole, arrays)
     return f(arrays, static)
   names, vocab_axis = devices.mesh_axes, static.projection.vocab_axis

@@ -76,7 +76,7 @@ class Projection(NamedTuple):
 
 
 # The softcap z = c tanh v of y, with v = y / c. Its derivatives keep their digits both where it
-# saturates and where it is far away:
+# saturates (large |v|) and where it hardly acts (small |v|):
 #   dz/dy = 1 - tanh^2 v = 4 E / (1 + E)^2 with E = exp(-2 |v|),
 #   dz/dc = tanh v - v dz/dy = (sinh(2v) / 2 - v) dz/dy, by its Taylor series for small v.
 def capped(y: jax.Array, softcap: jax.Array) -> jax.Array:
@@ -95,7 +95,7 @@ def _tanh_slope(v: jax.Array) -> jax.Array:
   return 4 * e / (1 + e) ** 2
 
 
-# Stated, as the kink of |v| at 0 would make the next derivative there 0.
+# By hand: the derivative of the formula above has the factor 1 - E, which cancels for small v.
 @_tanh_slope.defjvp
 def _tanh_slope_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
   slope = _tanh_slope(*primals)

@@ -214,14 +214,14 @@ def _rounded_product_jvp(
 # The logits of a chunk are cut into blocks of classes, so that nothing else of their size is held.
 # z_bar of a block is that of the dense loss, with u the weighted uniform label:
 #   z_bar_j = a_j (lse_bar + uniform_bar sum_k u_k + nll_bar) - delta_tj nll_bar - u_j uniform_bar.
-# A row whose label is in another block has its nll_bar added to lse_bar, and none of its own. Then,
-# with s = dz/dy,
-#   y_bar = s z_bar,   x_bar = y_bar W^T,   W_bar = x^T y_bar,   b_bar = sum_t y_bar_t,
-#   c_bar = sum z_bar dz/dc,   u_bar_j = sum_t uniform_bar (-log a_j).
+# A row whose label is in another block has its nll_bar added to lse_bar, and none of its own. Then
+#   y_bar = z_bar dz/dy,   x_bar = y_bar W^T,   W_bar = x^T y_bar,   b_bar = sum_i y_bar_i,
+#   c_bar = sum z_bar dz/dc,   u_bar_j = sum_i uniform_bar (-log a_j),
+# where i runs over the tokens.
 def _add_gradients(
   sums: Inputs, chunk: Chunk, bars: PerRow, first_row: Any, wanted: Inputs, static: Static
 ) -> Inputs:
-  """``sums`` with the part of a chunk added, which in that of x are its rows."""
+  """``sums`` plus the part of a chunk; in the gradient of x that part is the rows of the chunk."""
   inputs, index, y, z, s, uniform_sum = chunk
   projection = static.projection
   num_classes = y.shape[1]
@@ -257,15 +257,15 @@ def _add_gradients(
       z_bar = z_bar - cut(u) * bars.uniform  # - u_j uniform_bar
     y_bar = z_bar
     if inputs.softcap is not None:
-      y_bar = z_bar * cap_slope(y_block, inputs.softcap)  # s z_bar
-    if u is not None and wanted.class_weights:  # sum_t uniform_bar (-log a_j)
+      y_bar = z_bar * cap_slope(y_block, inputs.softcap)  # z_bar dz/dy
+    if u is not None and wanted.class_weights:  # sum_i uniform_bar (-log a_j)
       cost = cost_of(cut(u), minus_log_softmax(z_block, s))
       u_bar = jnp.sum(linear_scale_or_zero(bars.uniform, cost), axis=0, keepdims=True)
       sums = sums._replace(class_weights=add(sums.class_weights, u_bar / static.num_classes, 1))
     if inputs.softcap is not None and wanted.softcap:  # sum z_bar dz/dc
       c_bar = jnp.sum(z_bar * cap_slope_by_softcap(y_block, inputs.softcap))
       sums = sums._replace(softcap=sums.softcap + c_bar)
-    if wanted.bias:  # sum_t y_bar_t
+    if wanted.bias:  # sum_i y_bar_i
       sums = sums._replace(bias=add(sums.bias, jnp.sum(y_bar, axis=0), 0))
     if wanted.weight:  # x^T y_bar
       weight_bar = _rounded_product(projection.outer_product, y_bar, inputs.x, scale)
@@ -338,6 +338,7 @@ def _losses_fwd(inputs: Any, index: Any, static: Static) -> tuple[PerRow, Any]:
   return per_row, (wanted, inputs, index, normalizer, uniform_sum)
 
 
+# The derivation is above `_add_gradients`, which forms the gradients.
 def _losses_bwd(static: Static, residuals: Any, bars: Any) -> tuple[Inputs, None]:
   bars = jax.tree.map(
     lambda bar: jnp.zeros(bar.shape, bar.dtype) if _is_zero(bar) else bar, bars, is_leaf=_is_zero
@@ -416,67 +417,68 @@ _losses_rule.defvjp(_losses_fwd, _losses_bwd, symbolic_zeros=True)
 losses = enable_forward_mode(_losses_rule, tangent=_losses_tangent)
 
 
-# Their weighted sum, sum_t p_t nll_t + q_t uniform_t + r_t lse_t^2, where `weights` holds p as nll,
+# Their weighted sum, sum_i p_i nll_i + q_i uniform_i + r_i lse_i^2, where `shares` holds p as nll,
 # q as uniform and r as lse.
 
 
-def _weighted_sum(weights: PerRow, per_row: PerRow) -> jax.Array:
-  total = jnp.sum(scale_or_zero(weights.nll, per_row.nll))
-  if weights.uniform is not None:
-    total += jnp.sum(scale_or_zero(weights.uniform, per_row.uniform))
-  if weights.lse is not None:
-    total += jnp.sum(scale_or_zero(weights.lse, per_row.lse**2))
+def _weighted_sum(shares: PerRow, per_row: PerRow) -> jax.Array:
+  total = jnp.sum(scale_or_zero(shares.nll, per_row.nll))
+  if shares.uniform is not None:
+    total += jnp.sum(scale_or_zero(shares.uniform, per_row.uniform))
+  if shares.lse is not None:
+    total += jnp.sum(scale_or_zero(shares.lse, per_row.lse**2))
   return total
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _sum_rule(inputs: Inputs, weights: PerRow, index: jax.Array, static: Static) -> jax.Array:
-  return _weighted_sum(weights, _forward(inputs, index, static)[0])
+def _sum_rule(inputs: Inputs, shares: PerRow, index: jax.Array, static: Static) -> jax.Array:
+  return _weighted_sum(shares, _forward(inputs, index, static)[0])
 
 
 # In the forward pass, for a cotangent of 1: nll_bar = p, uniform_bar = q, lse_bar = 2 r lse.
-def _sum_fwd(inputs: Any, weights: Any, index: Any, static: Static) -> tuple[jax.Array, Any]:
+def _sum_fwd(inputs: Any, shares: Any, index: Any, static: Static) -> tuple[jax.Array, Any]:
   wanted = _Wanted.of(inputs)
-  inputs, weights, index = _values((inputs, weights, index))
-  gradients, per_row = _sum_gradients(inputs, weights, index, wanted, static)
-  # Arrays of no elements stand for the dtypes that the gradients are to have.
+  inputs, shares, index = _values((inputs, shares, index))
+  gradients, per_row = _sum_gradients(inputs, shares, index, wanted, static)
+  # Empty arrays carry the dtypes of the gradients: a residual must be an array.
   likes = jax.tree.map(lambda x: jnp.zeros(0, x.dtype), inputs)
-  return _weighted_sum(weights, per_row), (gradients, likes, per_row, weights, index)
+  return _weighted_sum(shares, per_row), (gradients, likes, per_row, shares, index)
 
 
 @functools.partial(rule_with_loops, static_argnums=(3, 4))
 def _sum_gradients(
-  inputs: Inputs, weights: PerRow, index: jax.Array, wanted: _Wanted, static: Static
+  inputs: Inputs, shares: PerRow, index: jax.Array, wanted: _Wanted, static: Static
 ) -> tuple[Inputs, PerRow]:
   def body(sums: Inputs, tokens: Any, first: Any) -> tuple[Inputs, PerRow]:
-    x, weights, index = tokens
+    x, shares, index = tokens
     of_chunk, y, z = _logits(inputs._replace(x=x), index, static)
     per_row, dense = integer.fwd(z, index, None, of_chunk.class_weights, static.dense)
-    lse_bar = jnp.zeros_like(per_row.lse) if weights.lse is None else 2 * weights.lse * per_row.lse
-    bars = weights._replace(lse=lse_bar)
+    lse_bar = jnp.zeros_like(per_row.lse) if shares.lse is None else 2 * shares.lse * per_row.lse
+    bars = shares._replace(lse=lse_bar)
     chunk = Chunk(of_chunk, index, y, z, dense.normalizer, _uniform_sum(dense, static))
     sums = _add_gradients(sums, chunk, bars, first, wanted.inputs, static)
     return sums, per_row._replace(weight=None)
 
   sums = _zeros(wanted.inputs, inputs, static)
-  return _over_chunks(body, sums, (inputs.x, weights, index), inputs, static)
+  return _over_chunks(body, sums, (inputs.x, shares, index), inputs, static)
 
 
+# All gradients are those of `_sum_fwd`, times bar.
 def _sum_bwd(static: Static, residuals: Any, bar: Any) -> tuple[Any, ...]:
-  gradients, likes, per_row, weights, index = residuals
+  gradients, likes, per_row, shares, index = residuals
   if _is_zero(bar):
     return None, None, None
   gradients = jax.tree.map(lambda gradient: bar * gradient, gradients)
-  bars = jax.tree.map(lambda weight: bar * weight, weights)
+  bars = jax.tree.map(lambda share: bar * share, shares)
   inputs_bar = _as_gradients(gradients, likes, _poison(index, bars))
-  _, pull = jax.vjp(lambda weights: _weighted_sum(weights, per_row), weights)
+  _, pull = jax.vjp(lambda shares: _weighted_sum(shares, per_row), shares)
   return inputs_bar, pull(bar)[0], None
 
 
-# The gradients are there, so that the tangent is their product with those of the inputs.
+# The gradients are known by now: the tangent is their product with the tangents of the inputs.
 def _sum_tangent(static: Static, residuals: Any, args_dot: tuple[Any, ...]) -> jax.Array:
-  gradients, _, per_row, weights, index = residuals
-  dots, weights_dot, _ = args_dot
+  gradients, _, per_row, shares, index = residuals
+  dots, shares_dot, _ = args_dot
   dots = Inputs(*dots)
   if dots.x is not None:
     dots = dots._replace(x=_features(dots.x, index, static))
@@ -486,16 +488,16 @@ def _sum_tangent(static: Static, residuals: Any, args_dot: tuple[Any, ...]) -> j
       total += jnp.sum(gradient * dot.astype(gradient.dtype))
   total = static.rows.sum_over_devices(total)
   if any(dot is not None for dot in dots):
-    total += jnp.sum(_poison(index, weights))
+    total += jnp.sum(_poison(index, shares))
   moving = [
-    jnp.zeros_like(weight) if dot is None and weight is not None else dot
-    for weight, dot in zip(weights, weights_dot, strict=True)
+    jnp.zeros_like(share) if dot is None and share is not None else dot
+    for share, dot in zip(shares, shares_dot, strict=True)
   ]
 
-  def weigh(weights: PerRow) -> jax.Array:
-    return _weighted_sum(weights, per_row)
+  def weigh(shares: PerRow) -> jax.Array:
+    return _weighted_sum(shares, per_row)
 
-  return total + jax.jvp(weigh, (weights,), (PerRow(*moving),))[1]
+  return total + jax.jvp(weigh, (shares,), (PerRow(*moving),))[1]
 
 
 _sum_rule.defvjp(_sum_fwd, _sum_bwd, symbolic_zeros=True)
