@@ -60,7 +60,8 @@ class Normalizer(NamedTuple):
     """``z - shift``, exactly 0 for the dominant entry.
 
     Where z is a product, XLA may recompute it in each loop that uses it, with another rounding, so
-    that ``max(z) - shift`` need not be 0. This error could exceed the sum of all other entries.
+    that ``max(z) - shift`` need not be 0 (https://github.com/jax-ml/jax/issues/38609). This error
+    could exceed the sum of all other entries.
     """
     return _minus_shift(z, self.shift, self.rest)
 
@@ -293,6 +294,7 @@ def difference(x: jax.Array, shift: jax.Array) -> jax.Array:
   Where x is a product (a scale times the logits, say), CPUs and GPUs contract it with the
   subtraction into a fused multiply-add, which subtracts from the exact product: the result is not 0
   for the x that is ``shift``. Adding a zero that the compiler does not know prevents that.
+  (https://github.com/openxla/xla/issues/41579)
   """
   zero = lax.optimization_barrier(0 * shift)
   return (x + zero) - shift

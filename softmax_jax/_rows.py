@@ -80,7 +80,7 @@ class Rows(NamedTuple):
     """`jax.lax.optimization_barrier`, one for each array where rows are spread over devices.
 
     The tangents of one barrier must vary over the same devices, and zeros among them vary over
-    none.
+    none. (Newer JAX leaves out the zeros: https://github.com/jax-ml/jax/pull/39429.)
     """
     if self.axis_name is None:
       return lax.optimization_barrier(arrays)

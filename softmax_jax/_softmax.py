@@ -1,6 +1,7 @@
 r"""Softmax, its logarithm, and the logarithm of its normalizer.
 
-The notation is that of `softmax_jax._normalizer`.
+The notation is that of `softmax_jax._normalizer`. Shapes are given for the last axis: ``[*B, K]``
+for the entries of rows, ``[*B, 1]`` for one scalar per row.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def _softmax_rule(x: jax.Array, mask: jax.Array | None, rows: Rows) -> jax.Array
 def _softmax_fwd(
   x: jax.Array, mask: jax.Array | None, rows: Rows
 ) -> tuple[jax.Array, _SoftmaxResiduals]:
-  z, top, _ = entries_and_largest(x, mask, rows, compute_dtype(x.dtype))
+  z, top, _ = entries_and_largest(x, mask, rows, compute_dtype(x.dtype))  # [*B, K], [*B, 1]
   y = masked(_normalized(z, top, rows).astype(x.dtype), mask, 0)
   return y, _SoftmaxResiduals(y, mask)
 
@@ -65,7 +66,7 @@ def _softmax_bwd(
 ) -> tuple[jax.Array, None]:
   y, mask = residuals
   dtype = compute_dtype(y.dtype)
-  a, c = y.astype(dtype), masked(y_bar, mask, 0).astype(dtype)
+  a, c = y.astype(dtype), masked(y_bar, mask, 0).astype(dtype)  # [*B, K]
   a = jnp.minimum(a * (1 + np.finfo(dtype).eps), 1)
   for _ in range(2):
     c = c - rows.sum(a * c)  # c_j - mean
@@ -181,8 +182,8 @@ def _log_softmax_fwd(
   x: jax.Array, mask: jax.Array | None, rows: Rows
 ) -> tuple[jax.Array, _LogSoftmaxResiduals]:
   dtype = compute_dtype(x.dtype)
-  s = normalizer(x, mask, rows, dtype)
-  z = entries(x, mask, s.any, dtype)
+  s = normalizer(x, mask, rows, dtype)  # of [*B, 1]
+  z = entries(x, mask, s.any, dtype)  # [*B, K]
   # A row with +inf is NaN, as in the softmax.
   log_sum = jnp.where(s.rest == jnp.inf, jnp.nan, s.log_sum())
   # Without the barrier XLA:CPU materializes these per-row scalars, broadcast along the row.
@@ -203,7 +204,7 @@ def _log_softmax_bwd(
 ) -> tuple[jax.Array, None]:
   y, mask = residuals
   dtype = compute_dtype(y.dtype)
-  a, x_bar = jnp.exp(y.astype(dtype)), masked(y_bar, mask, 0).astype(dtype)
+  a, x_bar = jnp.exp(y.astype(dtype)), masked(y_bar, mask, 0).astype(dtype)  # [*B, K]
   for _ in range(2):
     x_bar = x_bar - a * rows.sum(x_bar)  # y_bar_j - a_j sum_i y_bar_i
   return masked(x_bar, mask, 0).astype(y.dtype), None
@@ -309,8 +310,8 @@ def _logsumexp_bwd(
   rows: Rows, residuals: _LogSumExpResiduals, lse_bar: jax.Array
 ) -> tuple[jax.Array, None]:
   a, mask, s = residuals
-  z = entries(a, mask, s.any, s.shift.dtype)
-  s = differentiable(s, z, rows)
+  z = entries(a, mask, s.any, s.shift.dtype)  # [*B, K]
+  s = differentiable(s, z, rows)  # of [*B, 1]
   scale = lse_bar.astype(z.dtype) / jnp.where(s.rest == -1, 1, 1 + s.rest)  # lse_bar / S
   a_bar = s.exp(z) * scale  # exp(a_j - shift) lse_bar / S
   return masked(a_bar, mask, 0).astype(a.dtype), None
@@ -343,11 +344,11 @@ def _scaled_logsumexp_rule(
 def _scaled_logsumexp_fwd(
   a: jax.Array, b: jax.Array, mask: jax.Array | None, rows: Rows
 ) -> tuple[_Signed, _ScaledResiduals]:
-  z, w = _scaled_entries(a, b, mask)
+  z, w = _scaled_entries(a, b, mask)  # [*B, K]
   counted = lax.stop_gradient(jnp.where(w != 0, z, -jnp.inf))
   _, top, _ = entries_and_largest(counted, None, rows, z.dtype)
   shift = jnp.where(jnp.isfinite(top), top, jnp.zeros_like(top))
-  total = rows.sum(w * _bounded_exp(z - shift))  # T = sum_k b_k e_k
+  total = rows.sum(w * _bounded_exp(z - shift))  # T = sum_k b_k e_k, [*B, 1]
   sign = jnp.sign(total)
   # A sum over nothing gets derivative 0: the backward rule divides by T, which is set to inf.
   nothing = top == -jnp.inf

@@ -98,8 +98,8 @@ def fwd(
   dtype = compute_dtype(logits.dtype)
   local = local_sum(logits, mask, rows, dtype)
   label = Label.of(index, logits.shape[axis], rows)
-  z = _counted(entries(logits, mask, local.any, dtype), index, static)
-  z_t = label.take(z, axis)
+  z = _counted(entries(logits, mask, local.any, dtype), index, static)  # [*B, V]
+  z_t = label.take(z, axis)  # [*B, 1], as all that follows
   w_t = None
   if weights is not None:
     w_t = label.take_weight(weights, axis, logits)
@@ -135,7 +135,7 @@ def bwd(
 ) -> tuple[jax.Array, None, None, jax.Array | None]:
   rows = static.rows
   logits, index, mask, weights, s, uniform = residuals
-  z = _counted(entries(logits, mask, s.any, s.shift.dtype), index, static)
+  z = _counted(entries(logits, mask, s.any, s.shift.dtype), index, static)  # [*B, V]
   s = s._replace(shift=_counted(s.shift, index, static))
   s = differentiable(s, z, rows)
   bars = bars._replace(

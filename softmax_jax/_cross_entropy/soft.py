@@ -81,7 +81,7 @@ def _fwd(
   dtype = compute_dtype(logits.dtype, labels.dtype)
   local = local_sum(logits, mask, rows, dtype)
   nll = total = uniform = uniform_loss = None
-  z = entries(logits, mask, local.any, dtype)
+  z = entries(logits, mask, local.any, dtype)  # [*B, V]
   if rows.axis_name is not None:  # the sums without log S, which this device does not know yet
     p = jnp.broadcast_to(_weighted_label(labels, mask, weights, dtype), logits.shape)
     nll = rows.local_sum(p * cost_of(p, -difference(z, local.shift)))  # sum_k p_k (shift - z_k)
@@ -120,8 +120,8 @@ def _bwd(
   dtype = s.shift.dtype
   z = entries(logits, mask, s.any, dtype)
   s = differentiable(s, z, rows)
-  p = jnp.broadcast_to(_weighted_label(labels, mask, weights, dtype), z.shape)
-  cost = minus_log_softmax(z, s)
+  p = jnp.broadcast_to(_weighted_label(labels, mask, weights, dtype), z.shape)  # [*B, V]
+  cost = minus_log_softmax(z, s)  # -log a
   e, inverse = s.exp(z), inverse_sum(s)
   g = bars.lse
   u, divisor = None, 1
