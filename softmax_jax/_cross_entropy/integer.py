@@ -461,10 +461,10 @@ def softmax_cross_entropy_with_integer_labels(
     weights = jnp.expand_dims(weights, [a for a in range(logits.ndim) if a != class_axis])
   arrays = logits, index, mask, weights
   logits, index, mask, weights = devices.align(*arrays, without=axis_name)
-  # Over the devices that classes are spread over, labels stay the same.
-  logits, mask, weights = devices.varying_alike(logits, mask, weights)
   if mask is not None and mask.shape[class_axis] != size:  # one value per row: index can hold it
     index, mask = jnp.where(mask, index, IGNORED), None
+  # Over the devices that classes are spread over, labels stay the same.
+  logits, mask, weights = devices.varying_alike(logits, mask, weights)
 
   if num_classes == 0:
     per_row = PerRow(*[jnp.zeros(index.shape, dtype)] * 4)

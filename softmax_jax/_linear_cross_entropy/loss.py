@@ -159,8 +159,6 @@ def linear_softmax_cross_entropy(
     weights = arguments.as_class_weights(class_weights, (size,)).astype(dtype)
   labels = arguments.as_class_indices(labels)
   arguments.check_labels_of_tokens(labels.shape, x.shape)
-  if ignore_index is not None:
-    ignore_index = arguments.as_ignore_index(ignore_index, labels.dtype)
   if chunk_size is not None:
     chunk_size = arguments.as_chunk_size(chunk_size)
   arguments.check_symbolic_sizes(math.prod(rows), size, chunk_size)
@@ -174,6 +172,8 @@ def linear_softmax_cross_entropy(
 
   if math.prod(rows) == 0 or num_classes == 0:
     return jnp.zeros(rows if reduction == "none" else (), dtype)
+  if ignore_index is not None:
+    ignore_index = arguments.as_ignore_index(ignore_index, labels.dtype)
   arrays = Arrays(
     x=x,
     index=class_index(labels, ignore_index, num_classes),

@@ -1,5 +1,6 @@
 """Classes spread over the devices of a mesh axis, inside shard_map: the same numbers as on one."""
 
+import functools
 import re
 
 import jax
@@ -16,6 +17,7 @@ from mesh_cases import (
   LOGITS,
   MASK,
   OPTIONS,
+  PROBABILITIES,
   SAME,
   SPREAD,
   WEIGHT,
@@ -192,6 +194,27 @@ def test_padding_left_out_by_a_mask_takes_no_part():
   np.testing.assert_allclose(value, expected, rtol=1e-6)
   assert relative_error(g[:, :classes], expected_g) < 1e-6
   assert not np.any(g[:, classes:])
+
+
+@pytest.mark.parametrize(
+  "loss, labels, spec", [(integer, LABELS, SAME), (soft, PROBABILITIES, SPREAD)]
+)
+def test_rows_left_out_by_a_mask_are_the_same_on_all_devices(loss, labels, spec):
+  """Losses, and gradients that are taken inside by coefficients: no device varies from another."""
+  counts = np.arange(T) != 1
+
+  def f(n, z, t, w, alpha, c):
+    of_row = lambda alpha, c: loss(
+      z, t, where=counts, label_smoothing=alpha, z_loss=c, class_weights=w, axis_name=n
+    )
+    total = lambda alpha, c: jnp.sum(jnp.sin(of_row(alpha, c)))
+    return of_row(alpha, c), jax.grad(total, (0, 1))(alpha, c)
+
+  args = LOGITS, labels, CLASS_WEIGHTS, np.float32(0.1), np.float32(0.2)
+  actual = jax.jit(spread(f, (SPREAD, spec, P("v"), SAME, SAME), SAME))(*args)
+  expected = jax.jit(functools.partial(f, None))(*args)
+  for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+    assert relative_error(a, e) < 1e-5
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
