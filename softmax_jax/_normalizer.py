@@ -1,4 +1,4 @@
-"""What softmax and the losses share: the normalizer of a row, masks and broadcasting.
+"""The normalizer of a row, which softmax and the losses share.
 
 Notation, for the entries x_k of one row (those along the axes that are reduced):
 
@@ -13,8 +13,7 @@ to "seed step 6" are the steps of the derivation in `softmax_jax.derivatives`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, TypeVar, TypeVarTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +21,8 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from softmax_jax._devices import varying_axes
+from softmax_jax._arrays import compiled, masked, where_needed
 from softmax_jax._rows import Axes, Parts, Rows
-
-P = ParamSpec("P")
-R = TypeVar("R")
-Args = TypeVarTuple("Args")
 
 
 class Normalizer(NamedTuple):
@@ -70,7 +65,7 @@ class Normalizer(NamedTuple):
     return _minus_shift_in_a_sum(z, self.shift, self.rest)
 
 
-class LocalSum(NamedTuple):
+class LocalNormalizer(NamedTuple):
   """What one device knows of a `Normalizer`.
 
   Attributes:
@@ -95,11 +90,6 @@ class LocalSum(NamedTuple):
     return Normalizer(self.shift, rest + (excluded - 1), self.any), others
 
 
-def compiled(rule: Callable[P, R], static_argnums: int | tuple[int, ...]) -> Callable[P, R]:
-  """``rule`` as one program, not many small ones, where no `jax.jit` surrounds the call."""
-  return jax.jit(rule, static_argnums=static_argnums, inline=True)
-
-
 # Where the others sum to less than this, forming S first loses their digits. (Where another entry
 # is nearly as large as the largest, they sum to more.)
 _DOMINATED = 0.75
@@ -107,12 +97,14 @@ _DOMINATED = 0.75
 
 def normalizer(x: jax.Array, mask: jax.Array | None, rows: Rows, dtype: DTypeLike) -> Normalizer:
   """The normalizer of the entries of ``x`` in each row."""
-  s, _ = local_sum(x, mask, rows, dtype).over_devices((), rows)
+  s, _ = local_normalizer(x, mask, rows, dtype).over_devices((), rows)
   return differentiable(s, entries(x, mask, s.any, dtype), rows)
 
 
 @functools.partial(compiled, static_argnums=(2, 3))
-def local_sum(x: jax.Array, mask: jax.Array | None, rows: Rows, dtype: DTypeLike) -> LocalSum:
+def local_normalizer(
+  x: jax.Array, mask: jax.Array | None, rows: Rows, dtype: DTypeLike
+) -> LocalNormalizer:
   """The sum of ``exp(z - shift)`` over the entries z on this device, all but the largest.
 
   The largest e is 1. Added to the others it wipes out their digits where it holds nearly all of the
@@ -140,7 +132,7 @@ def local_sum(x: jax.Array, mask: jax.Array | None, rows: Rows, dtype: DTypeLike
 
     others = where_needed(jnp.any(_dominated(rest)), sum_of_others, rest, x, mask, any_, shift)
   rest = jnp.where(_dominated(rest), others, rest)
-  return LocalSum(shift, jnp.where(local_top == jnp.inf, jnp.inf, rest), excluded_max, any_)
+  return LocalNormalizer(shift, jnp.where(local_top == jnp.inf, jnp.inf, rest), excluded_max, any_)
 
 
 def entries_and_largest(
@@ -164,9 +156,9 @@ def entries_and_largest(
 # shift_dot = 0 and rest_dot = S_dot = sum_k e_dot_k.
 #
 # In a scan that is differentiated twice, JAX 0.10 drops the rules of custom_jvp functions whose
-# arguments it knows beforehand, and differentiates their code: here `local_sum`, with a constant
-# shift. So a backward rule calls `differentiable` again. Then either both the normalizer and the
-# functions of it below have their rules, or neither has.
+# arguments it knows beforehand, and differentiates their code: here `local_normalizer`, with a
+# constant shift. So a backward rule calls `differentiable` again. Then either both the normalizer
+# and the functions of it below have their rules, or neither has.
 def differentiable(s: Normalizer, z: jax.Array, rows: Rows) -> Normalizer:
   """``s``, computed from the entries z, with its derivative by them."""
   shift, rest = _differentiable(z, s.shift, s.rest, rows)
@@ -238,7 +230,7 @@ def exp_of_difference(x: jax.Array, shift: jax.Array) -> jax.Array:
   d = y - shift
   back = d - y
   error = (y - (d - back)) - (shift + back)
-  e = jnp.exp(difference(x, shift))  # as in `local_sum`: XLA computes it once for both
+  e = jnp.exp(difference(x, shift))  # as in `local_normalizer`: XLA computes it once for both
   return e + e * error
 
 
@@ -308,44 +300,6 @@ def underflow_floor(shift: jax.Array) -> jax.Array:
   return lax.optimization_barrier(jnp.maximum(below, np.finfo(shift.dtype).min))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def where_needed(
-  needed: jax.Array, careful: Callable[[*Args], jax.Array], quick: jax.Array, *args: *Args
-) -> jax.Array:
-  """``careful(*args)``; unless ``needed``, possibly the known array ``quick``, if that is cheaper.
-
-  A second pass over an array costs as much as the first where arithmetic is the limit, as on a CPU:
-  there it is skipped if no row needs it. Elsewhere it is fused with the first, and a branch would
-  only separate them. Inside `jax.shard_map` there is no branch either: JAX cannot vmap one there.
-
-  The derivative is always that of ``careful``: that of ``quick`` may be NaN where its value is
-  replaced.
-  """
-  if any(varying_axes(x) for x in jax.tree.leaves((quick, args))):
-    return careful(*args)
-
-  def branch(needed: jax.Array, quick: jax.Array, *args: *Args) -> jax.Array:
-    yes = lambda _, *args: careful(*args)  # pyright: ignore[reportArgumentType]
-    return lax.cond(needed, yes, lambda quick, *_: quick, quick, *args)
-
-  def no_branch(needed: jax.Array, quick: jax.Array, *args: *Args) -> jax.Array:
-    return careful(*args)
-
-  return lax.platform_dependent(needed, quick, *args, cpu=branch, default=no_branch)
-
-
-@where_needed.defjvp
-def _where_needed_jvp(careful: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Any, Any]:
-  needed, quick, *args = primals
-  value = where_needed(needed, careful, quick, *args)
-  return value, jax.jvp(careful, tuple(args), tuple(tangents[2:]))[1]
-
-
-def masked(x: jax.Array, mask: jax.Array | None, fill: float) -> jax.Array:
-  """``x`` with ``fill`` where the mask is False."""
-  return x if mask is None else jnp.where(mask, x, jnp.full((), fill, x.dtype))
-
-
 def entries(
   x: jax.Array, mask: jax.Array | None, any_: jax.Array | None, dtype: DTypeLike
 ) -> jax.Array:
@@ -354,14 +308,3 @@ def entries(
   if mask is None or any_ is None:
     return z
   return jnp.where(mask, z, jnp.where(any_, -jnp.inf, 0).astype(z.dtype))
-
-
-def broadcast(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """``x`` with shape ``shape``; itself, not a copy, where it has that already."""
-  return x if x.shape == shape else jnp.broadcast_to(x, shape)
-
-
-def unbroadcast(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """The sum of ``x`` over the axes along which an array of ``shape`` was repeated."""
-  axes = tuple(i for i, size in enumerate(shape) if size != x.shape[i])
-  return jnp.sum(x, axis=axes, keepdims=True) if axes else x

@@ -16,18 +16,15 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from softmax_jax._arguments import Arguments, Axis, compute_dtype
+from softmax_jax._arrays import broadcast, compiled, masked, unbroadcast
 from softmax_jax._devices import align
 from softmax_jax._forward_mode import enable_forward_mode
 from softmax_jax._normalizer import (
   Normalizer,
-  broadcast,
-  compiled,
   differentiable,
   entries,
   entries_and_largest,
-  masked,
   normalizer,
-  unbroadcast,
   underflow_floor,
 )
 from softmax_jax._rows import AxisName, Rows
@@ -345,8 +342,8 @@ def _scaled_logsumexp_fwd(
   a: jax.Array, b: jax.Array, mask: jax.Array | None, rows: Rows
 ) -> tuple[_Signed, _ScaledResiduals]:
   z, w = _scaled_entries(a, b, mask)  # [*B, K]
-  counted = lax.stop_gradient(jnp.where(w != 0, z, -jnp.inf))
-  _, top, _ = entries_and_largest(counted, None, rows, z.dtype)
+  weighted = lax.stop_gradient(jnp.where(w != 0, z, -jnp.inf))
+  _, top, _ = entries_and_largest(weighted, None, rows, z.dtype)
   shift = jnp.where(jnp.isfinite(top), top, jnp.zeros_like(top))
   total = rows.sum(w * _bounded_exp(z - shift))  # T = sum_k b_k e_k, [*B, 1]
   sign = jnp.sign(total)

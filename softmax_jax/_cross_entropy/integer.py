@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from softmax_jax import _devices as devices
 from softmax_jax._arguments import Arguments, Axis, compute_dtype
+from softmax_jax._arrays import broadcast, compiled, masked, unbroadcast
 from softmax_jax._cross_entropy import options
 from softmax_jax._cross_entropy.label import (
   IGNORED,
@@ -20,34 +21,16 @@ from softmax_jax._cross_entropy.label import (
   bar_by_row,
   by_row,
   class_index,
-  counted,
   is_label,
+  stop_gradient_unless,
   weight_of_label,
 )
 from softmax_jax._cross_entropy.options import CrossEntropyAux, Reduction
-from softmax_jax._cross_entropy.per_row import (
-  PerRow,
-  UniformSums,
-  batched_like,
-  cost_of,
-  inverse_sum,
-  linear_scale_or_zero,
-  minus_log_softmax,
-  scale_or_zero,
-  uniform_label,
-  uniform_sums,
-)
+from softmax_jax._cross_entropy.per_row import PerRow, batched_like, inverse_sum, minus_log_softmax
+from softmax_jax._cross_entropy.products import cost_of, linear_scale_or_zero, scale_or_zero
+from softmax_jax._cross_entropy.uniform import UniformSums, uniform_label, uniform_sums
 from softmax_jax._forward_mode import enable_forward_mode
-from softmax_jax._normalizer import (
-  Normalizer,
-  broadcast,
-  compiled,
-  differentiable,
-  entries,
-  local_sum,
-  masked,
-  unbroadcast,
-)
+from softmax_jax._normalizer import Normalizer, differentiable, entries, local_normalizer
 from softmax_jax._rows import Axes, AxisName, Rows
 
 
@@ -96,9 +79,9 @@ def fwd(
 ) -> tuple[PerRow, Residuals]:
   rows, (axis,) = static.rows, static.rows.axes
   dtype = compute_dtype(logits.dtype)
-  local = local_sum(logits, mask, rows, dtype)
+  local = local_normalizer(logits, mask, rows, dtype)
   label = Label.of(index, logits.shape[axis], rows)
-  z = _counted(entries(logits, mask, local.any, dtype), index, static)  # [*B, V]
+  z = _stop_gradient_if_ignored(entries(logits, mask, local.any, dtype), index, static)  # [*B, V]
   z_t = label.take(z, axis)  # [*B, 1], as all that follows
   w_t = None
   if weights is not None:
@@ -111,7 +94,7 @@ def fwd(
   if s.any is not None:  # a row without any class does not count
     index = jnp.where(s.any, index, IGNORED)
   rest = masked(s.rest, index != IGNORED, 0) if static.ignores else s.rest
-  s = s._replace(shift=_counted(s.shift, index, static), rest=rest)
+  s = s._replace(shift=_stop_gradient_if_ignored(s.shift, index, static), rest=rest)
   s = differentiable(s, z, rows)
 
   nll = by_row(index, s.log_sum() - s.minus_shift(z_t))  # -log a_t = log S - (z_t - shift)
@@ -135,8 +118,10 @@ def bwd(
 ) -> tuple[jax.Array, None, None, jax.Array | None]:
   rows = static.rows
   logits, index, mask, weights, s, uniform = residuals
-  z = _counted(entries(logits, mask, s.any, s.shift.dtype), index, static)  # [*B, V]
-  s = s._replace(shift=_counted(s.shift, index, static))
+  z = _stop_gradient_if_ignored(
+    entries(logits, mask, s.any, s.shift.dtype), index, static
+  )  # [*B, V]
+  s = s._replace(shift=_stop_gradient_if_ignored(s.shift, index, static))
   s = differentiable(s, z, rows)
   bars = bars._replace(
     nll=bar_by_row(index, bars.nll),
@@ -257,8 +242,8 @@ _rule.defvjp(fwd, bwd)
 _integer_cross_entropy = compiled(enable_forward_mode(_rule, tangent=tangent), static_argnums=4)
 
 
-def _counted(x: jax.Array, index: jax.Array, static: Static) -> jax.Array:
-  return counted(x, index != IGNORED) if static.ignores else x
+def _stop_gradient_if_ignored(x: jax.Array, index: jax.Array, static: Static) -> jax.Array:
+  return stop_gradient_unless(index != IGNORED, x) if static.ignores else x
 
 
 @overload

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from softmax_jax import _devices as devices
+from softmax_jax._arrays import masked
 from softmax_jax._forward_mode import linear_map
-from softmax_jax._normalizer import masked
 from softmax_jax._rows import Rows
 
 # What stands in place of the class index in a row whose label is out of range, and in a row that
@@ -102,12 +102,12 @@ def bar_by_row(index: jax.Array, bar: jax.Array) -> jax.Array:
 # their entries first. That is too late for derivatives: their products would be 0 * NaN. (In a scan
 # that is differentiated twice they still are, as JAX 0.10 drops this rule there.)
 @jax.custom_jvp
-def counted(x: jax.Array, counts: jax.Array) -> jax.Array:
+def stop_gradient_unless(counts: jax.Array, x: jax.Array) -> jax.Array:
   """``x``, but for derivatives 0 in rows that do not count, which may hold anything."""
   return x
 
 
-@counted.defjvp
-def _counted_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-  x, counts = primals
-  return masked(x, counts, 0), masked(tangents[0], counts, 0)
+@stop_gradient_unless.defjvp
+def _stop_gradient_unless_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+  counts, x = primals
+  return masked(x, counts, 0), masked(tangents[1], counts, 0)

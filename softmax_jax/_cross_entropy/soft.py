@@ -12,33 +12,26 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from softmax_jax._arguments import Arguments, Axis, compute_dtype
+from softmax_jax._arrays import broadcast, compiled, masked, unbroadcast, where_needed
 from softmax_jax._cross_entropy import options
 from softmax_jax._cross_entropy.options import CrossEntropyAux, Reduction
 from softmax_jax._cross_entropy.per_row import (
   PerRow,
-  UniformSums,
   batched_like,
-  cost_of,
   inverse_sum,
-  linear_scale_or_zero,
   log_sum_from_constant,
   minus_log_softmax,
-  uniform_label,
-  uniform_sums,
 )
+from softmax_jax._cross_entropy.products import cost_of, linear_scale_or_zero
+from softmax_jax._cross_entropy.uniform import UniformSums, uniform_label, uniform_sums
 from softmax_jax._devices import align
 from softmax_jax._forward_mode import enable_forward_mode
 from softmax_jax._normalizer import (
   Normalizer,
-  broadcast,
-  compiled,
   difference,
   differentiable,
   entries,
-  local_sum,
-  masked,
-  unbroadcast,
-  where_needed,
+  local_normalizer,
 )
 from softmax_jax._rows import AxisName, Rows
 
@@ -79,7 +72,7 @@ def _fwd(
 ) -> tuple[PerRow, _Residuals]:
   rows = static.rows
   dtype = compute_dtype(logits.dtype, labels.dtype)
-  local = local_sum(logits, mask, rows, dtype)
+  local = local_normalizer(logits, mask, rows, dtype)
   nll = total = uniform = uniform_loss = None
   z = entries(logits, mask, local.any, dtype)  # [*B, V]
   if rows.axis_name is not None:  # the sums without log S, which this device does not know yet

@@ -14,7 +14,8 @@ from softmax_jax._arguments import cast, compute_dtype
 from softmax_jax._cross_entropy import options
 from softmax_jax._cross_entropy.label import IGNORED, class_index, weight_of_label
 from softmax_jax._cross_entropy.options import Reduction
-from softmax_jax._cross_entropy.per_row import PerRow, scale_or_zero
+from softmax_jax._cross_entropy.per_row import PerRow
+from softmax_jax._cross_entropy.products import scale_or_zero
 from softmax_jax._linear_cross_entropy import rules
 from softmax_jax._linear_cross_entropy.arguments import LinearArguments
 from softmax_jax._linear_cross_entropy.mesh import Arrays, on_mesh
@@ -195,15 +196,15 @@ def linear_softmax_cross_entropy(
   )
   if reduction == "none":
     return on_mesh(arguments, _losses, arrays, static, summed=False)
-  total, counted = on_mesh(arguments, _sums, arrays, static, summed=True)
-  return options.mean(total, counted) if reduction == "mean" else total
+  total, total_weight = on_mesh(arguments, _sums, arrays, static, summed=True)
+  return options.mean(total, total_weight) if reduction == "mean" else total
 
 
 def _losses(arrays: Arrays, static: Static) -> jax.Array:
   """The loss of each token."""
   inputs, index, weight = _of_rules(arrays, static)
-  inputs, index = _varying_alike(inputs, index, static.axis_name)
-  per_row = rules.losses(inputs, index, static)._replace(weight=_counted(weight, index))
+  inputs, index = _inputs_varying_alike(inputs, index, static.axis_name)
+  per_row = rules.losses(inputs, index, static)._replace(weight=_weight_that_counts(weight, index))
   if arrays.class_weights is not None:
     per_row = per_row._replace(nll=scale_or_zero(weight, per_row.nll))
   chosen = options.Options(arrays.label_smoothing, arrays.z_loss, "none")
@@ -213,7 +214,7 @@ def _losses(arrays: Arrays, static: Static) -> jax.Array:
 def _sums(arrays: Arrays, static: Static) -> tuple[jax.Array, jax.Array]:
   """The sum of the losses and that of the weights of the tokens that count."""
   inputs, index, weight = _of_rules(arrays, static)
-  counted = _counted(weight, index)
+  counted = _weight_that_counts(weight, index)
   shares = PerRow(nll=weight, lse=None, uniform=None, weight=None)
   if arrays.label_smoothing is not None:
     alpha = arrays.label_smoothing
@@ -230,7 +231,7 @@ def _sums(arrays: Arrays, static: Static) -> tuple[jax.Array, jax.Array]:
       shares = shares._replace(lse=shares.lse / unit)
     if inputs.class_weights is not None:
       inputs = inputs._replace(class_weights=inputs.class_weights / unit)
-  inputs, (shares, index) = _varying_alike(inputs, (shares, index), static.axis_name)
+  inputs, (shares, index) = _inputs_varying_alike(inputs, (shares, index), static.axis_name)
   return unit * rules.sum_of_losses(inputs, shares, index, static), jnp.sum(counted)
 
 
@@ -259,12 +260,14 @@ def _of_rules(arrays: Arrays, static: Static) -> tuple[Inputs, jax.Array, jax.Ar
   return Inputs(x, arrays.weight, arrays.bias, softcap, class_weights), index, weight
 
 
-def _counted(weight: jax.Array, index: jax.Array) -> jax.Array:
+def _weight_that_counts(weight: jax.Array, index: jax.Array) -> jax.Array:
   """The weights of the rows, by which a mean divides: 0 where a row does not count."""
   return jnp.where(index == IGNORED, 0, weight)
 
 
-def _varying_alike(inputs: Inputs, per_row: T, axis_name: AxisName | None) -> tuple[Inputs, T]:
+def _inputs_varying_alike(
+  inputs: Inputs, per_row: T, axis_name: AxisName | None
+) -> tuple[Inputs, T]:
   """The arguments, varying over the same axes of a `jax.shard_map` as far as the rules need it.
 
   The inputs vary over ``axis_name`` too, over which the cotangents of those that are the same on

@@ -22,14 +22,9 @@ from jax.custom_derivatives import SymbolicZero
 
 from softmax_jax._cross_entropy import integer
 from softmax_jax._cross_entropy.label import IGNORED, INVALID, bar_by_row
-from softmax_jax._cross_entropy.per_row import (
-  PerRow,
-  UniformSums,
-  cost_of,
-  linear_scale_or_zero,
-  minus_log_softmax,
-  scale_or_zero,
-)
+from softmax_jax._cross_entropy.per_row import PerRow, minus_log_softmax
+from softmax_jax._cross_entropy.products import cost_of, linear_scale_or_zero, scale_or_zero
+from softmax_jax._cross_entropy.uniform import UniformSums
 from softmax_jax._forward_mode import enable_forward_mode, rule_with_loops
 from softmax_jax._linear_cross_entropy.chunks import (
   block_size,
@@ -320,7 +315,7 @@ def _as_gradients(gradients: Inputs, inputs: Inputs, poison: jax.Array) -> Input
   return Inputs(*map(with_poison, gradients, inputs, poisons))
 
 
-# The losses of all rows.
+# --- the losses of all rows -----------------------------------------------------------------------
 
 # What loops over the chunks is compiled, here and below: outside of `jax.jit` a loop would be
 # compiled in every call, as its body is a new function each time.
@@ -417,7 +412,9 @@ _losses_rule.defvjp(_losses_fwd, _losses_bwd, symbolic_zeros=True)
 losses = enable_forward_mode(_losses_rule, tangent=_losses_tangent)
 
 
-# Their weighted sum, sum_i p_i nll_i + q_i uniform_i + r_i lse_i^2, where `shares` holds p as nll,
+# --- their weighted sum ---------------------------------------------------------------------------
+
+# The sum is sum_i p_i nll_i + q_i uniform_i + r_i lse_i^2, where `shares` holds p as nll,
 # q as uniform and r as lse.
 
 

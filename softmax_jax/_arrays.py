@@ -1,0 +1,71 @@
+"""Masks, broadcasting, and sums that only some rows need."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, TypeVarTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from softmax_jax._devices import varying_axes
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Args = TypeVarTuple("Args")
+
+
+def compiled(rule: Callable[P, R], static_argnums: int | tuple[int, ...]) -> Callable[P, R]:
+  """``rule`` as one program, not many small ones, where no `jax.jit` surrounds the call."""
+  return jax.jit(rule, static_argnums=static_argnums, inline=True)
+
+
+def masked(x: jax.Array, mask: jax.Array | None, fill: float) -> jax.Array:
+  """``x`` with ``fill`` where the mask is False."""
+  return x if mask is None else jnp.where(mask, x, jnp.full((), fill, x.dtype))
+
+
+def broadcast(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """``x`` with shape ``shape``; itself, not a copy, where it has that already."""
+  return x if x.shape == shape else jnp.broadcast_to(x, shape)
+
+
+def unbroadcast(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """The sum of ``x`` over the axes along which an array of ``shape`` was repeated."""
+  axes = tuple(i for i, size in enumerate(shape) if size != x.shape[i])
+  return jnp.sum(x, axis=axes, keepdims=True) if axes else x
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def where_needed(
+  needed: jax.Array, careful: Callable[[*Args], jax.Array], quick: jax.Array, *args: *Args
+) -> jax.Array:
+  """``careful(*args)``; unless ``needed``, possibly the known array ``quick``, if that is cheaper.
+
+  A second pass over an array costs as much as the first where arithmetic is the limit, as on a CPU:
+  there it is skipped if no row needs it. Elsewhere it is fused with the first, and a branch would
+  only separate them. Inside `jax.shard_map` there is no branch either: JAX cannot vmap one there.
+
+  The derivative is always that of ``careful``: that of ``quick`` may be NaN where its value is
+  replaced.
+  """
+  if any(varying_axes(x) for x in jax.tree.leaves((quick, args))):
+    return careful(*args)
+
+  def branch(needed: jax.Array, quick: jax.Array, *args: *Args) -> jax.Array:
+    yes = lambda _, *args: careful(*args)  # pyright: ignore[reportArgumentType]
+    return lax.cond(needed, yes, lambda quick, *_: quick, quick, *args)
+
+  def no_branch(needed: jax.Array, quick: jax.Array, *args: *Args) -> jax.Array:
+    return careful(*args)
+
+  return lax.platform_dependent(needed, quick, *args, cpu=branch, default=no_branch)
+
+
+@where_needed.defjvp
+def _where_needed_jvp(careful: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Any, Any]:
+  needed, quick, *args = primals
+  value = where_needed(needed, careful, quick, *args)
+  return value, jax.jvp(careful, tuple(args), tuple(tangents[2:]))[1]
