@@ -52,7 +52,7 @@ class Rows(NamedTuple):
     if self.axis_name is None:
       return parts
     leaves, tree = jax.tree.flatten(parts)
-    return jax.tree.unflatten(tree, lax.psum(_stacked(*leaves), self.axis_name))
+    return jax.tree.unflatten(tree, _unstacked(lax.psum(_stacked(*leaves), self.axis_name)))
 
   def max_over_devices(
     self, top: jax.Array, any_: jax.Array | None
@@ -60,7 +60,7 @@ class Rows(NamedTuple):
     """The largest over the devices of ``top``, and whether any device has ``any_``."""
     if any_ is None:
       return lax.pmax(top, self.axis_name), None
-    top, count = lax.pmax(_stacked(top, any_.astype(top.dtype)), self.axis_name)
+    top, count = _unstacked(lax.pmax(_stacked(top, any_.astype(top.dtype)), self.axis_name))
     return top, count > 0
 
   def first_entry(self, size: int) -> jax.Array | int:
@@ -90,7 +90,15 @@ class Rows(NamedTuple):
 def _stacked(*arrays: jax.Array) -> jax.Array:
   """`jnp.stack` of arrays that broadcast together.
 
-  `jnp.stack` cannot be vmapped with an ``spmd_axis_name``, over whose devices only
-  what is batched varies.
+  `jnp.stack` cannot be vmapped with an ``spmd_axis_name``, over whose devices only what is batched
+  varies.
   """
   return jnp.concatenate([x[None] for x in jnp.broadcast_arrays(*arrays)])
+
+
+def _unstacked(x: jax.Array) -> list[jax.Array]:
+  """The arrays along the first axis.
+
+  To iterate over ``x`` is not enough: its transpose is a `jnp.stack` from JAX 0.12 on.
+  """
+  return [lax.index_in_dim(x, i, keepdims=False) for i in range(x.shape[0])]
