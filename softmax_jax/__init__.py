@@ -14,13 +14,14 @@ from softmax_jax._linear_cross_entropy import linear_softmax_cross_entropy
 from softmax_jax._softmax import log_softmax, logsumexp, softmax
 
 if TYPE_CHECKING:
+  from softmax_jax import reference as reference
   from softmax_jax import verify as verify
 else:
 
   def __getattr__(name: str) -> Any:
-    """Imports `softmax_jax.verify` when it is first used, which keeps other imports cheap."""
-    if name == "verify":
-      return importlib.import_module("softmax_jax.verify")
+    """Imports these modules when they are first used, which keeps other imports cheap."""
+    if name in ("reference", "verify"):
+      return importlib.import_module(f"softmax_jax.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

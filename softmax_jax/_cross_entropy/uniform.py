@@ -58,7 +58,7 @@ def uniform_sums(
   cost = -difference(z, shift)
   if weights is None and mask is None:
     return UniformSums(rows.local_sum(cost), None, None)
-  w = masked(jnp.ones(()) if weights is None else weights, mask, 0)
+  w = masked(jnp.ones((), z.dtype) if weights is None else weights, mask, 0)
   return UniformSums(
     rows.local_sum(scale_or_zero(w, cost, counts)),
     None if weights is None else rows.local_sum(w),

@@ -206,3 +206,20 @@ def test_a_difference_of_logits_that_overflows():
   assert value == np.inf
   np.testing.assert_array_equal(gradient, [-0.25, 0.25])
   assert softmax_cross_entropy(logits.astype(np.float32), np.float32([0, 1])) == 0
+
+
+# A 1 of the default dtype made the uniform label of masked classes one of float64 under x64, where
+# forward mode then refused the loss.
+
+
+def test_smoothing_over_unmasked_classes_keeps_float32_under_x64():
+  z, mask = np.float32([[1, 2, 0], [0, 1, 3]]), np.array([[True, True, False], [True] * 3])
+  options = {"where": mask, "label_smoothing": 0.1}
+  losses = {
+    "integer": lambda z: softmax_cross_entropy_with_integer_labels(z, np.array([1, 0]), **options),
+    "soft": lambda z: softmax_cross_entropy(z, np.full((2, 3), 1 / 3, np.float32), **options),
+  }
+  with jax.enable_x64(True):
+    for name, loss in losses.items():
+      assert loss(z).dtype == np.float32, name
+      assert jax.hessian(lambda z: loss(z).sum())(z).dtype == np.float32, name  # noqa: B023
