@@ -79,9 +79,14 @@ def fwd(
 ) -> tuple[PerRow, Residuals]:
   rows, (axis,) = static.rows, static.rows.axes
   dtype = compute_dtype(logits.dtype)
-  local = local_normalizer(logits, mask, rows, dtype)
+  x = logits  # [*B, V]
+  if static.ignores and rows.axis_name is not None:
+    # The sums over devices share one array. Their cotangents of 0 reach the exponentials there, and
+    # would meet NaN.
+    x = masked(logits, index != IGNORED, 0)
+  local = local_normalizer(x, mask, rows, dtype)
   label = Label.of(index, logits.shape[axis], rows)
-  z = _stop_gradient_if_ignored(entries(logits, mask, local.any, dtype), index, static)  # [*B, V]
+  z = _stop_gradient_if_ignored(entries(x, mask, local.any, dtype), index, static)
   z_t = label.take(z, axis)  # [*B, 1], as all that follows
   w_t = None
   if weights is not None:

@@ -23,6 +23,7 @@ from mesh_cases import (
   LOGITS,
   PROBABILITIES,
   SAME,
+  SPREAD,
   WEIGHT,
   X,
   integer,
@@ -219,6 +220,24 @@ def test_labels_count_the_classes_in_the_order_of_the_names(names):
 
   expected = jax.jit(lambda *args: every_derivative(on_one, args, 3))(*args)
   assert_close(actual, expected)
+
+
+@pytest.mark.without("debug_nans")
+@pytest.mark.parametrize("junk", [np.nan, np.inf])
+def test_ignored_rows_may_hold_anything_in_reverse_over_forward_mode(junk):
+  z, labels = wide(LOGITS).copy(), LABELS.copy()
+  labels[1], z[1, 0] = -1, junk
+
+  v = np.cos(wide(LOGITS))
+
+  def gradient(f):
+    return jax.jit(jax.grad(lambda z: jax.jvp(lambda z: jnp.sum(f(z)), (z,), (v,))[1]))
+
+  f = lambda z, n=None: integer(z, labels, ignore_index=-1, label_smoothing=0.1, axis_name=n)
+  g = jax.shard_map(lambda z: f(z, "v"), mesh=mesh(2, 4), in_specs=SPREAD, out_specs=SAME)
+  actual = gradient(g)(z)
+  np.testing.assert_array_equal(actual[1], 0)
+  assert relative_error(actual, gradient(f)(z)) < 1e-11
 
 
 @ORDERS
