@@ -228,7 +228,7 @@ def test_ignored_rows_may_hold_anything_in_reverse_over_forward_mode(junk):
   z, labels = wide(LOGITS).copy(), LABELS.copy()
   labels[1], z[1, 0] = -1, junk
 
-  v = np.cos(wide(LOGITS))
+  v = jnp.cos(wide(LOGITS))
 
   def gradient(f):
     return jax.jit(jax.grad(lambda z: jax.jvp(lambda z: jnp.sum(f(z)), (z,), (v,))[1]))
