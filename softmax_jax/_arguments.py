@@ -18,6 +18,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
+from softmax_jax._arrays import with_rank
 from softmax_jax._devices import varying_axes
 
 Axis = int | Sequence[int] | None
@@ -187,7 +188,7 @@ class Arguments:
       raise ValueError(
         f"{self} expected where to broadcast to {name} of shape {shape}, got shape {mask.shape}."
       )
-    return _with_rank(mask, len(shape))
+    return with_rank(mask, len(shape))
 
   def as_class_mask(
     self,
@@ -215,7 +216,7 @@ class Arguments:
       )
     if per_row:
       mask = jnp.expand_dims(mask, class_axes)
-    return _with_rank(mask, len(shape))
+    return with_rank(mask, len(shape))
 
   def _as_booleans(self, where: Any) -> jax.Array:
     mask = self.as_array("where", where)
@@ -419,11 +420,6 @@ def known_number(scalar: Any) -> float | None:
   as_jax = getattr(scalar, "__jax_array__", None)
   x = scalar if as_jax is None else as_jax()
   return float(np.asarray(x)) if is_concrete(x) else None
-
-
-def _with_rank(x: jax.Array, ndim: int) -> jax.Array:
-  """``x`` with axes of size 1 in front."""
-  return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
 
 def _broadcast_shapes(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:

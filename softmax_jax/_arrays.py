@@ -32,6 +32,11 @@ def broadcast(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return x if x.shape == shape else jnp.broadcast_to(x, shape)
 
 
+def with_rank(x: jax.Array, ndim: int) -> jax.Array:
+  """``x`` with axes of size 1 in front."""
+  return x.reshape((1,) * (ndim - x.ndim) + x.shape)
+
+
 def unbroadcast(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """The sum of ``x`` over the axes along which an array of ``shape`` was repeated."""
   axes = tuple(i for i, size in enumerate(shape) if size != x.shape[i])

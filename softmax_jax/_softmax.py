@@ -16,7 +16,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from softmax_jax._arguments import Arguments, Axis, compute_dtype
-from softmax_jax._arrays import broadcast, compiled, masked, unbroadcast
+from softmax_jax._arrays import broadcast, compiled, masked, unbroadcast, with_rank
 from softmax_jax._devices import align
 from softmax_jax._forward_mode import enable_forward_mode
 from softmax_jax._normalizer import (
@@ -517,7 +517,7 @@ def logsumexp(
   if b is not None:
     a, b = arguments.promoted("a", a, "b", b)
     a = broadcast(a, arguments.common_shape("a", a.shape, "b", b.shape))
-    b = b.reshape((1,) * (a.ndim - b.ndim) + b.shape)
+    b = with_rank(b, a.ndim)
   a, mask, rows = _as_input(arguments, "a", a, axis, where, axis_name)
   keepdims = arguments.as_flag("keepdims", keepdims)
   return_sign = arguments.as_flag("return_sign", return_sign)

@@ -80,10 +80,10 @@ def fwd(
   rows, (axis,) = static.rows, static.rows.axes
   dtype = compute_dtype(logits.dtype)
   x = logits  # [*B, V]
-  if static.ignores and rows.axis_name is not None:
+  if rows.axis_name is not None:
     # The sums over devices share one array. Their cotangents of 0 reach the exponentials there, and
     # would meet NaN.
-    x = masked(logits, index != IGNORED, 0)
+    x = _zero_if_ignored(logits, index, static)
   local = local_normalizer(x, mask, rows, dtype)
   label = Label.of(index, logits.shape[axis], rows)
   z = _stop_gradient_if_ignored(entries(x, mask, local.any, dtype), index, static)
@@ -98,8 +98,10 @@ def fwd(
   s, (z_t, w_t, uniform) = local.over_devices((z_t, w_t, uniform), rows)
   if s.any is not None:  # a row without any class does not count
     index = jnp.where(s.any, index, IGNORED)
-  rest = masked(s.rest, index != IGNORED, 0) if static.ignores else s.rest
-  s = s._replace(shift=_stop_gradient_if_ignored(s.shift, index, static), rest=rest)
+  s = s._replace(
+    shift=_stop_gradient_if_ignored(s.shift, index, static),
+    rest=_zero_if_ignored(s.rest, index, static),
+  )
   s = differentiable(s, z, rows)
 
   nll = by_row(index, s.log_sum() - s.minus_shift(z_t))  # -log a_t = log S - (z_t - shift)
@@ -123,9 +125,8 @@ def bwd(
 ) -> tuple[jax.Array, None, None, jax.Array | None]:
   rows = static.rows
   logits, index, mask, weights, s, uniform = residuals
-  z = _stop_gradient_if_ignored(
-    entries(logits, mask, s.any, s.shift.dtype), index, static
-  )  # [*B, V]
+  z = entries(logits, mask, s.any, s.shift.dtype)  # [*B, V]
+  z = _stop_gradient_if_ignored(z, index, static)
   s = s._replace(shift=_stop_gradient_if_ignored(s.shift, index, static))
   s = differentiable(s, z, rows)
   bars = bars._replace(
@@ -143,9 +144,7 @@ def bwd(
   if u is not None:
     z_bar = z_bar - u * bars.uniform  # - u_j uniform_bar
   # What does not count may hold anything. Its derivative is 0.
-  if static.ignores:
-    z_bar = masked(z_bar, index != IGNORED, 0)
-  z_bar = masked(z_bar, mask, 0).astype(logits.dtype)
+  z_bar = masked(_zero_if_ignored(z_bar, index, static), mask, 0).astype(logits.dtype)
   return z_bar, None, None, _weights_bar(z, s, u, static, residuals, bars)
 
 
@@ -192,9 +191,8 @@ def _weights_bar(
     return weights_bar
   # -log a_j uniform_bar, divided as the weights are in u
   u_bar = linear_scale_or_zero(bars.uniform, cost_of(u, minus_log_softmax(z, s)))
-  if static.ignores:
-    u_bar = masked(u_bar, index != IGNORED, 0)
-  u_bar = masked(u_bar, mask, 0) / uniform.divisor(static.num_classes)
+  u_bar = masked(_zero_if_ignored(u_bar, index, static), mask, 0)
+  u_bar = u_bar / uniform.divisor(static.num_classes)
   return weights_bar + unbroadcast(u_bar, weights.shape)
 
 
@@ -207,10 +205,10 @@ def tangent(static: Static, residuals: Residuals, args_dot: tuple[Any, ...]) -> 
   logits, index, mask, weights, s, uniform = residuals
   logits_dot, _, _, weights_dot = args_dot
   dtype = s.shift.dtype
-  z = entries(logits, mask, s.any, dtype)
-  if static.ignores:
-    z, shift, rest = (masked(v, index != IGNORED, 0) for v in (z, s.shift, s.rest))
-    s = s._replace(shift=shift, rest=rest)
+  z = _zero_if_ignored(entries(logits, mask, s.any, dtype), index, static)
+  s = s._replace(
+    shift=_zero_if_ignored(s.shift, index, static), rest=_zero_if_ignored(s.rest, index, static)
+  )
   s = differentiable(s, z, rows)
   z_dot = nll_dot = lse_dot = uniform_dot = weight_dot = None
   if logits_dot is not None:
@@ -245,6 +243,10 @@ def tangent(static: Static, residuals: Residuals, args_dot: tuple[Any, ...]) -> 
 
 _rule.defvjp(fwd, bwd)
 _integer_cross_entropy = compiled(enable_forward_mode(_rule, tangent=tangent), static_argnums=4)
+
+
+def _zero_if_ignored(x: jax.Array, index: jax.Array, static: Static) -> jax.Array:
+  return masked(x, index != IGNORED, 0) if static.ignores else x
 
 
 def _stop_gradient_if_ignored(x: jax.Array, index: jax.Array, static: Static) -> jax.Array:

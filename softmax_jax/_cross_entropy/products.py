@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from softmax_jax._arrays import unbroadcast
+from softmax_jax._arrays import unbroadcast, with_rank
 from softmax_jax._devices import varying_alike
 from softmax_jax._forward_mode import linear_map
 
@@ -56,7 +56,7 @@ linear_scale_or_zero.defjvp(functools.partial(_product_jvp, linear_scale_or_zero
 
 def _linear_product(v: jax.Array, factor: jax.Array, like: jax.Array) -> jax.Array:
   """``v * factor`` with 0 * inf = 0, and so in its transpose; linear in v, of the type of like."""
-  v, factor = varying_alike(v.reshape((1,) * (like.ndim - v.ndim) + v.shape), factor)
+  v, factor = varying_alike(with_rank(v, like.ndim), factor)
   shape = v.shape
 
   def product(factors: Any, vs: Any) -> tuple[jax.Array]:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from softmax_jax._arguments import Arguments, Axis, compute_dtype
-from softmax_jax._arrays import broadcast, compiled, masked, unbroadcast, where_needed
+from softmax_jax._arrays import broadcast, compiled, masked, unbroadcast, where_needed, with_rank
 from softmax_jax._cross_entropy import options
 from softmax_jax._cross_entropy.options import CrossEntropyAux, Reduction
 from softmax_jax._cross_entropy.per_row import (
@@ -397,7 +397,7 @@ def softmax_cross_entropy(
   if where is not None:
     mask = arguments.as_class_mask(where, logits.shape, labels.shape, shape, axes)
   logits = broadcast(logits, shape)
-  labels = labels.reshape((1,) * (len(shape) - labels.ndim) + labels.shape)
+  labels = with_rank(labels, len(shape))
   if axis_name is not None:
     arguments.check_axis_name(axis_name, "logits", logits)
 

@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from oracle import linearize, random, relative_error
+from plain import QUICKLY
 
 import softmax_jax
 from softmax_jax import reference
@@ -17,10 +18,6 @@ X = random(0, (3, 5, 4), np.float64, scale=3)
 MASK = random(1, X.shape) > -0.5
 LABELS = np.array([[0, 1, 3, 2], [4, 4, 0, 1], [2, 3, 1, 0]], np.int32)  # along axis 1
 SHARES = np.abs(random(2, X.shape, np.float64))
-
-
-# Compiling is what takes time here, and not running.
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @pytest.fixture(autouse=True)
