@@ -43,6 +43,11 @@ class Rows(NamedTuple):
     """The largest entry on this device, a constant for every derivative."""
     return lax.stop_gradient(jnp.max(x, axis=self.axes, keepdims=True, initial=-jnp.inf))
 
+  def max(self, x: jax.Array) -> jax.Array:
+    """The largest of all entries."""
+    top = self.local_max(x)
+    return top if self.axis_name is None else self.max_over_devices(top, None)[0]
+
   def sum(self, x: jax.Array) -> jax.Array:
     """The sum over all entries."""
     return self.sum_over_devices(self.local_sum(x))

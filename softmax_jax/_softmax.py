@@ -15,18 +15,13 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from softmax_jax import _maps as maps
 from softmax_jax._arguments import Arguments, Axis, compute_dtype
 from softmax_jax._arrays import broadcast, compiled, masked, unbroadcast, with_rank
 from softmax_jax._devices import align
+from softmax_jax._exponentials import entries, finite_or_zero
 from softmax_jax._forward_mode import enable_forward_mode
-from softmax_jax._normalizer import (
-  Normalizer,
-  differentiable,
-  entries,
-  entries_and_largest,
-  normalizer,
-  underflow_floor,
-)
+from softmax_jax._normalizer import Normalizer, differentiable, normalizer
 from softmax_jax._rows import AxisName, Rows
 
 # --- softmax --------------------------------------------------------------------------------------
@@ -45,29 +40,17 @@ def _softmax_rule(x: jax.Array, mask: jax.Array | None, rows: Rows) -> jax.Array
 def _softmax_fwd(
   x: jax.Array, mask: jax.Array | None, rows: Rows
 ) -> tuple[jax.Array, _SoftmaxResiduals]:
-  z, top, _ = entries_and_largest(x, mask, rows, compute_dtype(x.dtype))  # [*B, K], [*B, 1]
-  y = masked(_normalized(z, top, rows).astype(x.dtype), mask, 0)
+  y = masked(maps.softmax(x, mask, rows, compute_dtype(x.dtype)).astype(x.dtype), mask, 0)
   return y, _SoftmaxResiduals(y, mask)
 
 
-# Seed step 5: J_ij = a_i (delta_ij - a_j), so with the cotangent c = y_bar
-#   x_bar_j = sum_i J_ij c_i = a_j (c_j - sum_i a_i c_i).
-# When one a_t is close to 1 this difference cancels. Since J 1 = 0 we may subtract the mean
-# sum_i a_i c_i from c first; doing it twice removes the residual. Then c_t is nearly 0, and the
-# formula is right to the last digits if an a_t next to 1 is exactly 1. The rounded division may
-# have missed that, so all a are scaled up by one unit, up to 1. (The minimum drops further
-# derivatives by that a_t. They would multiply c_t, which is nearly 0.)
 @functools.partial(compiled, static_argnums=0)
 def _softmax_bwd(
   rows: Rows, residuals: _SoftmaxResiduals, y_bar: jax.Array
 ) -> tuple[jax.Array, None]:
   y, mask = residuals
   dtype = compute_dtype(y.dtype)
-  a, c = y.astype(dtype), masked(y_bar, mask, 0).astype(dtype)  # [*B, K]
-  a = jnp.minimum(a * (1 + np.finfo(dtype).eps), 1)
-  for _ in range(2):
-    c = c - rows.sum(a * c)  # c_j - mean
-  x_bar = a * (c - rows.sum(a * c))  # a_j (c_j - sum_i a_i c_i)
+  x_bar = maps.softmax_vjp(y.astype(dtype), masked(y_bar, mask, 0).astype(dtype), rows)
   return masked(x_bar, mask, 0).astype(y.dtype), None
 
 
@@ -80,31 +63,6 @@ def _softmax_tangent(
 
 _softmax_rule.defvjp(_softmax_fwd, _softmax_bwd)
 _softmax = compiled(enable_forward_mode(_softmax_rule, tangent=_softmax_tangent), static_argnums=2)
-
-
-def _normalized(z: jax.Array, top: jax.Array, rows: Rows) -> jax.Array:
-  """The exponentials of ``z``, the largest of which is ``top``, divided by their sum.
-
-  On a CPU every operation counts, and short rows of float32 keep the rounding error of
-  ``z - shift``: up to |z - shift| / 2 units in the last place.
-  """
-  # With an integer shift only z - shift is rounded, and the error of that is cheap to know.
-  shift = jnp.ceil(top)
-  e = jnp.exp(z - shift)
-
-  # exp(z - shift + error) = e (1 + error)
-  def exact(z: jax.Array, shift: jax.Array, e: jax.Array) -> jax.Array:
-    z = jnp.maximum(z, underflow_floor(shift))
-    error = z - ((z - shift) + shift)
-    return e + e * error
-
-  # Inside `jax.shard_map` JAX cannot vmap what depends on the platform.
-  if rows.are_short(z.shape) and z.dtype == jnp.float32 and rows.axis_name is None:
-    exact_e = lax.platform_dependent(z, shift, e, cpu=lambda z, shift, e: e, default=exact)
-  else:
-    exact_e = exact(z, shift, e)
-  # The sum is left as it is: the errors of its terms are weighted by a_k and have either sign.
-  return exact_e / rows.sum(e)
 
 
 def softmax(
@@ -178,36 +136,23 @@ def _log_softmax_rule(x: jax.Array, mask: jax.Array | None, rows: Rows) -> jax.A
 def _log_softmax_fwd(
   x: jax.Array, mask: jax.Array | None, rows: Rows
 ) -> tuple[jax.Array, _LogSoftmaxResiduals]:
-  dtype = compute_dtype(x.dtype)
-  s = normalizer(x, mask, rows, dtype)  # of [*B, 1]
-  z = entries(x, mask, s.any, dtype)  # [*B, K]
-  # A row with +inf is NaN, as in the softmax.
-  log_sum = jnp.where(s.rest == jnp.inf, jnp.nan, s.log_sum())
-  # Without the barrier XLA:CPU materializes these per-row scalars, broadcast along the row.
-  s, log_sum = rows.barrier((s, log_sum))
-  # (x_j - shift) - log S: both terms are at most 0, so that nothing cancels.
-  y = masked((s.minus_shift(z) - log_sum).astype(x.dtype), mask, -jnp.inf)
+  y = maps.log_softmax(x, mask, rows, compute_dtype(x.dtype)).astype(x.dtype)
+  y = masked(y, mask, -jnp.inf)
   return y, _LogSoftmaxResiduals(y, mask)
 
 
-# y_i = log a_i, and with seed step 5: dy_i/dx_j = (1 / a_i) a_i (delta_ij - a_j) = delta_ij - a_j,
-# so   x_bar_j = y_bar_j - a_j sum_i y_bar_i,   a_j = exp(y_j).
-# When one a_t is close to 1 that difference leaves rounding errors at t. But P^T = I - a 1^T is a
-# projection, P^T P^T = P^T, as a sums to 1, and it takes the t-th unit vector to one that is nearly
-# 0 at t. A second projection removes them, and also the error from sum(a) != 1, as y is rounded.
 @functools.partial(compiled, static_argnums=0)
 def _log_softmax_bwd(
   rows: Rows, residuals: _LogSoftmaxResiduals, y_bar: jax.Array
 ) -> tuple[jax.Array, None]:
   y, mask = residuals
   dtype = compute_dtype(y.dtype)
-  a, x_bar = jnp.exp(y.astype(dtype)), masked(y_bar, mask, 0).astype(dtype)  # [*B, K]
-  for _ in range(2):
-    x_bar = x_bar - a * rows.sum(x_bar)  # y_bar_j - a_j sum_i y_bar_i
+  x_bar = maps.log_softmax_vjp(y.astype(dtype), masked(y_bar, mask, 0).astype(dtype), rows)
   return masked(x_bar, mask, 0).astype(y.dtype), None
 
 
-# Likewise y_dot_i = x_dot_i - sum_j a_j x_dot_j, the product with the projection I - 1 a^T.
+# y_i = log a_i, so   y_dot_i = x_dot_i - sum_j a_j x_dot_j,   the product with P = I - 1 a^T. As
+# that is a projection, P P = P, a second one removes rounding errors.
 @functools.partial(compiled, static_argnums=0)
 def _log_softmax_tangent(
   rows: Rows, residuals: _LogSoftmaxResiduals, args_dot: tuple[jax.Array, None]
@@ -343,8 +288,8 @@ def _scaled_logsumexp_fwd(
 ) -> tuple[_Signed, _ScaledResiduals]:
   z, w = _scaled_entries(a, b, mask)  # [*B, K]
   weighted = lax.stop_gradient(jnp.where(w != 0, z, -jnp.inf))
-  _, top, _ = entries_and_largest(weighted, None, rows, z.dtype)
-  shift = jnp.where(jnp.isfinite(top), top, jnp.zeros_like(top))
+  top = rows.max(weighted)
+  shift = finite_or_zero(top)
   total = rows.sum(w * _bounded_exp(z - shift))  # T = sum_k b_k e_k, [*B, 1]
   sign = jnp.sign(total)
   # A sum over nothing gets derivative 0: the backward rule divides by T, which is set to inf.

@@ -27,10 +27,11 @@ from softmax_jax._cross_entropy.label import (
 )
 from softmax_jax._cross_entropy.options import CrossEntropyAux, Reduction
 from softmax_jax._cross_entropy.per_row import PerRow, batched_like, inverse_sum, minus_log_softmax
-from softmax_jax._cross_entropy.products import cost_of, linear_scale_or_zero, scale_or_zero
-from softmax_jax._cross_entropy.uniform import UniformSums, uniform_label, uniform_sums
+from softmax_jax._cross_entropy.uniform import UniformSums, uniform_label
+from softmax_jax._exponentials import entries
 from softmax_jax._forward_mode import enable_forward_mode
-from softmax_jax._normalizer import Normalizer, differentiable, entries, local_normalizer
+from softmax_jax._normalizer import Normalizer, differentiable, local_normalizer
+from softmax_jax._products import cost_of, linear_scale_or_zero, scale_or_zero
 from softmax_jax._rows import Axes, AxisName, Rows
 
 
@@ -84,18 +85,21 @@ def fwd(
     # The sums over devices share one array. Their cotangents of 0 reach the exponentials there, and
     # would meet NaN.
     x = _zero_if_ignored(logits, index, static)
-  local = local_normalizer(x, mask, rows, dtype)
+  x = _stop_gradient_if_ignored(x, index, static)
+  smoothing = ()
+  if static.smoothed:
+    smoothing = (Weights(None, weights, index != IGNORED if static.ignores else None),)
+  local, costs = local_normalizer(x, mask, smoothing, rows, dtype)
   label = Label.of(index, logits.shape[axis], rows)
-  z = _stop_gradient_if_ignored(entries(x, mask, local.any, dtype), index, static)
-  z_t = label.take(z, axis)  # [*B, 1], as all that follows
+  z_t = label.take_entry(x, mask, local.any, dtype, axis)  # [*B, 1], as all that follows
   w_t = None
   if weights is not None:
     w_t = label.take_weight(weights, axis, logits)
   uniform = None
   if static.smoothed:
-    counts = index != IGNORED if static.ignores else None
-    uniform = uniform_sums(weights, z, mask, counts, local.shift, rows)
+    uniform = UniformSums.of(costs[0].total, weights, mask, logits.shape, dtype, rows)
   s, (z_t, w_t, uniform) = local.over_devices((z_t, w_t, uniform), rows)
+  z = entries(x, mask, s.any, dtype)
   if s.any is not None:  # a row without any class does not count
     index = jnp.where(s.any, index, IGNORED)
   s = s._replace(

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from softmax_jax import _devices as devices
 from softmax_jax._arrays import masked
+from softmax_jax._exponentials import entries
 from softmax_jax._forward_mode import linear_map
 from softmax_jax._rows import Rows
 
@@ -53,6 +55,24 @@ class Label(NamedTuple):
     else:
       x_t = jnp.take_along_axis(x, self.position, axis=axis, mode="clip")
     return masked(x_t, self.here, elsewhere)
+
+  def take_entry(
+    self,
+    x: jax.Array,
+    mask: jax.Array | None,
+    any_: jax.Array | None,
+    dtype: DTypeLike,
+    axis: int,
+    elsewhere: float = 0,
+  ) -> jax.Array:
+    """The `entries` of ``x`` at the labels.
+
+    Taken before they are converted: XLA would write the whole converted array to take them from.
+    """
+    if mask is None:
+      return self.take(x, axis, elsewhere).astype(dtype)
+    mask_t = self.take(jnp.broadcast_to(mask, x.shape), axis)
+    return masked(entries(self.take(x, axis), mask_t, any_, dtype), self.here, elsewhere)
 
   def take_weight(self, weights: jax.Array, axis: int, like: jax.Array | None) -> jax.Array:
     """The weights of the labels, from an array with one weight per class along ``axis``.

@@ -11,7 +11,7 @@ import numpy as np
 
 from softmax_jax._arguments import Arguments
 from softmax_jax._cross_entropy.per_row import PerRow
-from softmax_jax._cross_entropy.products import scale_or_zero
+from softmax_jax._products import scale_or_zero
 
 Reduction = Literal["none", "sum", "mean"]
 

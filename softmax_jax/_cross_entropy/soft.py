@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from softmax_jax._arguments import Arguments, Axis, compute_dtype
-from softmax_jax._arrays import broadcast, compiled, masked, unbroadcast, where_needed, with_rank
+from softmax_jax._arrays import broadcast, compiled, masked, unbroadcast, with_rank
 from softmax_jax._cross_entropy import options
 from softmax_jax._cross_entropy.options import CrossEntropyAux, Reduction
 from softmax_jax._cross_entropy.per_row import (
@@ -22,17 +22,13 @@ from softmax_jax._cross_entropy.per_row import (
   log_sum_from_constant,
   minus_log_softmax,
 )
-from softmax_jax._cross_entropy.products import cost_of, linear_scale_or_zero
-from softmax_jax._cross_entropy.uniform import UniformSums, uniform_label, uniform_sums
+from softmax_jax._cross_entropy.uniform import UniformSums, uniform_label
 from softmax_jax._devices import align
+from softmax_jax._exponentials import entries
 from softmax_jax._forward_mode import enable_forward_mode
-from softmax_jax._normalizer import (
-  Normalizer,
-  difference,
-  differentiable,
-  entries,
-  local_normalizer,
-)
+from softmax_jax._normalizer import Normalizer, differentiable, local_normalizer
+from softmax_jax._products import cost_of, linear_scale_or_zero
+from softmax_jax._row_sums import Weights
 from softmax_jax._rows import AxisName, Rows
 
 
@@ -48,7 +44,7 @@ class _Residuals(NamedTuple):
   mask: jax.Array | None
   weights: jax.Array | None
   normalizer: Normalizer
-  total: jax.Array | None  # the sum of the weighted label, where rows are spread over devices
+  total: jax.Array  # the sum of the weighted label
   uniform: UniformSums | None
 
 
@@ -72,22 +68,15 @@ def _fwd(
 ) -> tuple[PerRow, _Residuals]:
   rows = static.rows
   dtype = compute_dtype(logits.dtype, labels.dtype)
-  local = local_normalizer(logits, mask, rows, dtype)
-  nll = total = uniform = uniform_loss = None
-  z = entries(logits, mask, local.any, dtype)  # [*B, V]
-  if rows.axis_name is not None:  # the sums without log S, which this device does not know yet
-    p = jnp.broadcast_to(_weighted_label(labels, mask, weights, dtype), logits.shape)
-    nll = rows.local_sum(p * cost_of(p, -difference(z, local.shift)))  # sum_k p_k (shift - z_k)
-    total = rows.local_sum(p)
+  of_costs = (Weights(labels, weights), Weights(None, weights))[: 1 + static.smoothed]
+  local, costs = local_normalizer(logits, mask, of_costs, rows, dtype)
+  uniform = uniform_loss = None
   if static.smoothed:
-    uniform = uniform_sums(weights, z, mask, None, local.shift, rows)
-  s, (nll, total, uniform) = local.over_devices((nll, total, uniform), rows)
-  s = differentiable(s, z, rows)
+    uniform = UniformSums.of(costs[1].total, weights, mask, logits.shape, dtype, rows)
+  s, (cost, uniform) = local.over_devices((costs[0], uniform), rows)
+  s = differentiable(s, entries(logits, mask, s.any, dtype), rows)
 
-  if nll is None or total is None:
-    nll = _nll(logits, labels, mask, weights, s, rows)  # -sum_k p_k log a_k
-  else:
-    nll = nll + total * log_sum_from_constant(s)  # + log S sum_k p_k
+  nll = cost.total + cost.weight * log_sum_from_constant(s)  # -sum_k p_k log a_k
   if uniform is not None:
     uniform_loss = uniform.loss(s, static.num_classes)  # -sum_k u_k log a_k
     uniform = uniform._replace(cost=None)
@@ -95,7 +84,7 @@ def _fwd(
   lse = masked(s.shift + s.log_sum(), s.any, 0)
   weight = batched_like(masked(jnp.ones_like(nll), s.any, 0), lse)
   per_row = PerRow(nll, lse, uniform_loss, weight)
-  return per_row, _Residuals(logits, labels, mask, weights, s, total, uniform)
+  return per_row, _Residuals(logits, labels, mask, weights, s, cost.weight, uniform)
 
 
 # With p = w t the weighted label and u the weighted uniform one, nll = -sum_k p_k log a_k for any
@@ -113,7 +102,7 @@ def _bwd(
   dtype = s.shift.dtype
   z = entries(logits, mask, s.any, dtype)
   s = differentiable(s, z, rows)
-  p = jnp.broadcast_to(_weighted_label(labels, mask, weights, dtype), z.shape)  # [*B, V]
+  p = jnp.broadcast_to(Weights(labels, weights).p(mask, dtype), z.shape)  # [*B, V]
   cost = minus_log_softmax(z, s)  # -log a
   e, inverse = s.exp(z), inverse_sum(s)
   g = bars.lse
@@ -123,7 +112,7 @@ def _bwd(
     u = uniform_label(weights, mask, divisor, z)
     g = g + bars.uniform * uniform.label_sum(num_classes)  # + uniform_bar sum_k u_k
   scale = bars.nll * inverse  # nll_bar / S
-  total = (rows.local_sum(p) if total is None else total) * scale
+  total = total * scale
   # g has its own barrier, as it is linear in other cotangents: JAX cannot transpose half a barrier.
   total, scale, rest = rows.barrier((total, scale, s.rest * scale))
   g = jax.lax.optimization_barrier(g * inverse)
@@ -170,7 +159,7 @@ def _tangent(
 
   nll_dot = uniform_dot = jnp.zeros_like(z)
   lse_dot = jnp.zeros_like(s.shift)
-  p = _weighted_label(labels, mask, weights, dtype)
+  p = Weights(labels, weights).p(mask, dtype)
   u, divisor = None, 1
   if uniform is not None:
     divisor = uniform.divisor(num_classes)
@@ -190,9 +179,9 @@ def _tangent(
     cost = minus_log_softmax(z, s)
     p_dot = jnp.zeros_like(z)
     if labels_dot is not None:
-      p_dot += _weighted_label(labels_dot, mask, weights, dtype)
+      p_dot += Weights(labels_dot, weights).p(mask, dtype)
     if weights_dot is not None:
-      p_dot += _weighted_label(labels, mask, weights_dot, dtype)
+      p_dot += Weights(labels, weights_dot).p(mask, dtype)
     nll_dot += linear_scale_or_zero(masked(p_dot, mask, 0), cost_of(p, cost))  # - p_dot_j log a_j
     if u is not None and weights_dot is not None:
       u_dot = uniform_label(weights_dot, mask, divisor, z)
@@ -203,47 +192,6 @@ def _tangent(
 
 _rule.defvjp(_fwd, _bwd)
 _soft_cross_entropy = compiled(enable_forward_mode(_rule, tangent=_tangent), static_argnums=4)
-
-
-def _weighted_label(
-  labels: jax.Array, mask: jax.Array | None, weights: jax.Array | None, dtype: jnp.dtype
-) -> jax.Array:
-  """The label t times the class weights, 0 where masked."""
-  t = masked(labels.astype(dtype), mask, 0)
-  return t if weights is None else t * weights
-
-
-@functools.partial(compiled, static_argnums=5)
-def _nll(
-  logits: jax.Array,
-  labels: jax.Array,
-  mask: jax.Array | None,
-  weights: jax.Array | None,
-  s: Normalizer,
-  rows: Rows,
-) -> jax.Array:
-  """``-sum_k p_k log a_k`` with the weighted label p, in which 0 log 0 = 0."""
-  dtype = s.shift.dtype
-  careful = mask is not None or rows.are_short(logits.shape)
-
-  def nll_of(
-    careful: bool,
-    logits: jax.Array,
-    labels: jax.Array,
-    mask: jax.Array | None,
-    weights: jax.Array | None,
-    s: Normalizer,
-  ) -> jax.Array:
-    p = _weighted_label(labels, mask, weights, dtype)
-    cost = minus_log_softmax(entries(logits, mask, s.any, dtype), s)
-    return rows.local_sum(p * (cost_of(p, cost) if careful else cost))
-
-  operands = logits, labels, mask, weights, s
-  nll = nll_of(careful, *operands)
-  if careful:
-    return nll
-  # Looking for labels of 0 at infinite costs in every sum would double its time.
-  return where_needed(jnp.any(jnp.isnan(nll)), functools.partial(nll_of, True), nll, *operands)
 
 
 @overload

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from softmax_jax._arrays import masked
 from softmax_jax._cross_entropy.per_row import log_sum_from_constant
-from softmax_jax._cross_entropy.products import scale_or_zero
-from softmax_jax._normalizer import Normalizer, difference
+from softmax_jax._normalizer import Normalizer
 from softmax_jax._rows import Rows
 
 
@@ -28,6 +27,22 @@ class UniformSums(NamedTuple):
   weight: jax.Array | None
   classes: jax.Array | None
 
+  @classmethod
+  def of(
+    cls,
+    cost: jax.Array,
+    weights: jax.Array | None,
+    mask: jax.Array | None,
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    rows: Rows,
+  ) -> UniformSums:
+    """Those over the classes of one device, of which the cost is known; for logits of ``shape``."""
+    if mask is None:
+      return cls(cost, None if weights is None else rows.local_sum(weights), None)
+    weight = None if weights is None else rows.local_sum(masked(weights, mask, 0))
+    return cls(cost, weight, rows.local_sum(jnp.broadcast_to(mask, shape).astype(dtype)))
+
   def loss(self, s: Normalizer, num_classes: int) -> jax.Array:
     """``-sum_k u_k log a_k`` with the (weighted) uniform label u."""
     cost = self.cost / self.divisor(num_classes)
@@ -41,29 +56,6 @@ class UniformSums(NamedTuple):
   def divisor(self, num_classes: int) -> jax.Array | int:
     """What the weights of the classes are divided by in u: their number, or 1."""
     return num_classes if self.classes is None else jnp.maximum(self.classes, 1)
-
-
-def uniform_sums(
-  weights: jax.Array | None,
-  z: jax.Array,
-  mask: jax.Array | None,
-  counts: jax.Array | None,
-  shift: jax.Array,
-  rows: Rows,
-) -> UniformSums:
-  """The sums over the classes of one device, of the entries z and a constant shift.
-
-  ``counts`` says which rows count, or is None where all do that have an entry.
-  """
-  cost = -difference(z, shift)
-  if weights is None and mask is None:
-    return UniformSums(rows.local_sum(cost), None, None)
-  w = masked(jnp.ones((), z.dtype) if weights is None else weights, mask, 0)
-  return UniformSums(
-    rows.local_sum(scale_or_zero(w, cost, counts)),
-    None if weights is None else rows.local_sum(w),
-    None if mask is None else rows.local_sum(jnp.broadcast_to(mask, z.shape).astype(z.dtype)),
-  )
 
 
 def uniform_label(

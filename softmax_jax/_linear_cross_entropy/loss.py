@@ -15,12 +15,12 @@ from softmax_jax._cross_entropy import options
 from softmax_jax._cross_entropy.label import IGNORED, class_index, weight_of_label
 from softmax_jax._cross_entropy.options import Reduction
 from softmax_jax._cross_entropy.per_row import PerRow
-from softmax_jax._cross_entropy.products import scale_or_zero
 from softmax_jax._linear_cross_entropy import rules
 from softmax_jax._linear_cross_entropy.arguments import LinearArguments
 from softmax_jax._linear_cross_entropy.mesh import Arrays, on_mesh
 from softmax_jax._linear_cross_entropy.projection import Inputs, Projection
 from softmax_jax._linear_cross_entropy.rules import Static
+from softmax_jax._products import scale_or_zero
 from softmax_jax._rows import AxisName, Rows
 
 T = TypeVar("T")

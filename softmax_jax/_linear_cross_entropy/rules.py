@@ -23,7 +23,6 @@ from jax.custom_derivatives import SymbolicZero
 from softmax_jax._cross_entropy import integer
 from softmax_jax._cross_entropy.label import IGNORED, INVALID, bar_by_row
 from softmax_jax._cross_entropy.per_row import PerRow, minus_log_softmax
-from softmax_jax._cross_entropy.products import cost_of, linear_scale_or_zero, scale_or_zero
 from softmax_jax._cross_entropy.uniform import UniformSums
 from softmax_jax._forward_mode import enable_forward_mode, rule_with_loops
 from softmax_jax._linear_cross_entropy.chunks import (
@@ -41,6 +40,7 @@ from softmax_jax._linear_cross_entropy.projection import (
   capped_tangent,
 )
 from softmax_jax._normalizer import Normalizer, differentiable
+from softmax_jax._products import cost_of, linear_scale_or_zero, scale_or_zero
 from softmax_jax._rows import AxisName, Rows
 
 

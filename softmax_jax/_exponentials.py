@@ -1,0 +1,72 @@
+"""Entries of a row, their distance from the largest, and the exponentials of that."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
+
+# Where all entries but the largest sum to less than this, forming the whole sum first loses their
+# digits. (Where another entry is nearly as large as the largest, they sum to more.)
+DOMINATED = 0.75
+
+
+def exp_of_difference(x: jax.Array, shift: jax.Array) -> jax.Array:
+  """``exp(x - shift)`` for ``x <= shift``, free of the rounding error of the difference.
+
+  The difference d is off by up to u |d|, and its exponential by as many units of itself. The error
+  is known exactly (the two-sum of Knuth), and exp(d + error) = exp(d) (1 + error).
+  """
+  y = jnp.maximum(x, underflow_floor(shift))
+  d = y - shift
+  back = d - y
+  error = (y - (d - back)) - (shift + back)
+  e = jnp.exp(difference(x, shift))  # as in `in_passes`: XLA computes it once for both
+  return e + e * error
+
+
+def drop_dominant(e: jax.Array) -> jax.Array:
+  """``e`` where it is below `DOMINATED`, 0 where it is more; without a select, for speed.
+
+  The derivative is that of ``e`` everywhere: what is dropped is the constant 1 in S - 1, while its
+  entry is part of S.
+  """
+  return e - lax.stop_gradient(e) * jnp.floor(e + (1 - DOMINATED))
+
+
+def difference(x: jax.Array, shift: jax.Array) -> jax.Array:
+  """``x - shift``, with ``x`` rounded first.
+
+  Where x is a product (a scale times the logits, say), CPUs and GPUs contract it with the
+  subtraction into a fused multiply-add, which subtracts from the exact product: the result is not 0
+  for the x that is ``shift``. Adding a zero that the compiler does not know prevents that.
+  (https://github.com/openxla/xla/issues/41579)
+  """
+  zero = lax.optimization_barrier(0 * shift)
+  return (x + zero) - shift
+
+
+def underflow_floor(shift: jax.Array, *, barrier: bool = True) -> jax.Array:
+  """A finite number whose exponential is 0 beside that of ``shift``."""
+  far = 128 if shift.dtype == jnp.float32 else 1024
+  below = jnp.minimum(shift * (1 - 2**-10), shift * (1 + 2**-10)) - far
+  floor = jnp.maximum(below, np.finfo(shift.dtype).min)
+  # Without the barrier XLA:CPU recomputes it for every entry of the row.
+  return lax.optimization_barrier(floor) if barrier else floor
+
+
+def entries(
+  x: jax.Array, mask: jax.Array | None, any_: jax.Array | None, dtype: DTypeLike
+) -> jax.Array:
+  """``x`` in ``dtype``, with -inf where masked; 0 in rows without ``any_``, which avoids NaN."""
+  z = x.astype(dtype)
+  if mask is None or any_ is None:
+    return z
+  return jnp.where(mask, z, jnp.where(any_, -jnp.inf, 0).astype(z.dtype))
+
+
+def finite_or_zero(top: jax.Array) -> jax.Array:
+  """The largest entry of a row, to subtract from all; 0 where it is not finite."""
+  return jnp.where(jnp.isfinite(top), top, jnp.zeros_like(top))

@@ -1,0 +1,220 @@
+"""Softmax, its logarithm and their backward passes, each in the forms of `softmax_jax._platform`.
+
+The forms of one map stand side by side. Shapes are given for the last axis: ``[*B, K]`` for the
+entries of rows, ``[*B, 1]`` for one scalar per row.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
+
+from softmax_jax._arrays import masked
+from softmax_jax._exponentials import DOMINATED, drop_dominant, entries, underflow_floor
+from softmax_jax._normalizer import normalizer
+from softmax_jax._platform import by_platform, fits_on_chip
+from softmax_jax._row_sums import RowSums, compensated_mean, in_one_read, in_passes, row_sums
+from softmax_jax._rows import Rows
+
+# --- softmax --------------------------------------------------------------------------------------
+
+
+def softmax(x: jax.Array, mask: jax.Array | None, rows: Rows, dtype: DTypeLike) -> jax.Array:
+  """The softmax of the entries of ``x`` in each row, in ``dtype``."""
+  of_normalizer = functools.partial(_softmax_of_normalizer, rows, dtype)
+  if rows.axis_name is not None:
+    return of_normalizer(row_sums, x, mask)
+  plain = functools.partial(_softmax_in_passes, rows, dtype)
+  one_read = functools.partial(of_normalizer, in_one_read)
+  on_chip = functools.partial(_softmax_on_chip, rows, dtype) if fits_on_chip(x, rows) else None
+  return by_platform(plain, one_read, on_chip, x, mask)
+
+
+def _softmax_in_passes(
+  rows: Rows, dtype: DTypeLike, x: jax.Array, mask: jax.Array | None
+) -> jax.Array:
+  """With an integer shift, so that only z - shift is rounded, and the error of that is cheap.
+
+  Short rows of float32, where every operation counts, keep that error: up to |z - shift| / 2 units
+  in the last place.
+  """
+  any_ = None if mask is None else jnp.any(mask, axis=rows.axes, keepdims=True)
+  z = entries(x, mask, any_, dtype)
+  shift = jnp.ceil(rows.local_max(z))
+  e = jnp.exp(z - shift)
+  exact_e = e
+  if not (rows.are_short(z.shape) and z.dtype == jnp.float32):
+    z = jnp.maximum(z, underflow_floor(shift))
+    error = z - ((z - shift) + shift)
+    exact_e = e + e * error  # exp(z - shift + error)
+  # The sum is left as it is: the errors of its terms are weighted by a_k and have either sign.
+  return exact_e / rows.local_sum(e)
+
+
+def _softmax_on_chip(
+  rows: Rows, dtype: DTypeLike, x: jax.Array, mask: jax.Array | None
+) -> jax.Array:
+  _, e = _differences_on_chip(rows, masked(x.astype(dtype), mask, -jnp.inf))
+  return e / rows.local_sum(e)
+
+
+def _softmax_of_normalizer(
+  rows: Rows,
+  dtype: DTypeLike,
+  sums: Callable[..., RowSums],
+  x: jax.Array,
+  mask: jax.Array | None,
+) -> jax.Array:
+  s = normalizer(x, mask, rows, dtype, sums)
+  # A row with +inf is NaN, and so is one of -inf alone, where it is 0 / 0.
+  total = jnp.where(s.rest == jnp.inf, jnp.nan, 1 + s.rest)
+  return s.exp(entries(x, mask, s.any, dtype)) / total
+
+
+def _differences_on_chip(rows: Rows, z: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """``z - max(z)`` and its exponential, free of the rounding error of the difference.
+
+  XLA:GPU begins its one kernel at a difference whose right side it uses only once. So the largest
+  entry has a copy for all other uses, which XLA does not recognize as one.
+  """
+  top = rows.local_max(z)
+  copy = -lax.stop_gradient(jnp.min(-z, axis=rows.axes, keepdims=True, initial=jnp.inf))
+  d = (z + 0 * copy) - top  # the zero is that of `difference`
+  y = jnp.maximum(z, underflow_floor(copy, barrier=False))
+  back = (y - copy) - y
+  error = (y - ((y - copy) - back)) - (copy + back)
+  e = jnp.exp(d)
+  return d, e + e * error
+
+
+# Seed step 5: J_ij = a_i (delta_ij - a_j), so with the cotangent c = y_bar
+#   x_bar_j = sum_i J_ij c_i = a_j (c_j - sum_i a_i c_i).
+# When one a_t is close to 1 this difference cancels. But J 1 = 0, so that any number may be
+# subtracted from c first; with c_t, the term of t is exactly 0 and nothing cancels.
+def softmax_vjp(y: jax.Array, y_bar: jax.Array, rows: Rows) -> jax.Array:
+  """The product of the cotangent with the (symmetric) Jacobian of softmax at its output y."""
+  if rows.axis_name is not None:
+    return _softmax_vjp_over_devices(rows, y, y_bar)
+  plain = functools.partial(_softmax_vjp_in_passes, rows)
+  one_read = functools.partial(_softmax_vjp_in_one_read, rows)
+  on_chip = functools.partial(_softmax_vjp_on_chip, rows) if fits_on_chip(y, rows) else None
+  return by_platform(plain, one_read, on_chip, y, y_bar)
+
+
+# The mean of c is subtracted first, and once more what rounding left of it. Then c_t is nearly 0,
+# and the formula is right to the last digits if an a_t next to 1 is exactly 1. The rounded division
+# may have missed that, so all a are scaled up by one unit, up to 1. (The minimum drops further
+# derivatives by that a_t. They would multiply c_t, which is nearly 0.)
+def _softmax_vjp_in_passes(rows: Rows, a: jax.Array, c: jax.Array) -> jax.Array:
+  a = jnp.minimum(a * (1 + np.finfo(a.dtype).eps), 1)
+  for _ in range(2):
+    c = c - rows.local_sum(a * c)  # c_j - mean
+  return a * (c - rows.local_sum(a * c))  # a_j (c_j - sum_i a_i c_i)
+
+
+def _softmax_vjp_on_chip(rows: Rows, a: jax.Array, c: jax.Array) -> jax.Array:
+  return _softmax_vjp_in_passes(rows, _normalized_on_chip(rows, a), c)
+
+
+def _softmax_vjp_in_one_read(rows: Rows, a: jax.Array, c: jax.Array) -> jax.Array:
+  pivot, mean = compensated_mean(a, c, rows)
+  return a * ((c - pivot) - mean)
+
+
+# Two sums over the devices: c_t where an a_t dominates the row, otherwise the mean; then the mean
+# of what that leaves.
+def _softmax_vjp_over_devices(rows: Rows, a: jax.Array, c: jax.Array) -> jax.Array:
+  dominant = jnp.floor(a + (1 - DOMINATED))
+  sums = [rows.local_sum(x) for x in (dominant, dominant * c, a * c)]
+  dominates, c_t, mean = rows.sum_over_devices(sums)
+  c = c - jnp.where(dominates > 0, c_t, mean)
+  total, mean = rows.sum_over_devices([rows.local_sum(a), rows.local_sum(a * c)])
+  return a * (c - mean / total)
+
+
+def _normalized_on_chip(rows: Rows, a: jax.Array) -> jax.Array:
+  """``a``, divided by its sum, with which XLA:GPU begins its one kernel."""
+  return a / rows.local_sum(a)
+
+
+# --- log_softmax ----------------------------------------------------------------------------------
+
+
+def log_softmax(x: jax.Array, mask: jax.Array | None, rows: Rows, dtype: DTypeLike) -> jax.Array:
+  """The logarithm of the softmax of the entries of ``x`` in each row, in ``dtype``."""
+  of_normalizer = functools.partial(_log_softmax_of_normalizer, rows, dtype)
+  if not fits_on_chip(x, rows):
+    return of_normalizer(row_sums, x, mask)
+  plain, one_read = (functools.partial(of_normalizer, form) for form in (in_passes, in_one_read))
+  return by_platform(plain, one_read, functools.partial(_log_softmax_on_chip, rows, dtype), x, mask)
+
+
+def _log_softmax_of_normalizer(
+  rows: Rows,
+  dtype: DTypeLike,
+  sums: Callable[..., RowSums],
+  x: jax.Array,
+  mask: jax.Array | None,
+) -> jax.Array:
+  s = normalizer(x, mask, rows, dtype, sums)  # of [*B, 1]
+  z = entries(x, mask, s.any, dtype)  # [*B, K]
+  # A row with +inf is NaN, as in the softmax.
+  log_sum = jnp.where(s.rest == jnp.inf, jnp.nan, s.log_sum())
+  # Without the barrier XLA:CPU materializes these per-row scalars, broadcast along the row.
+  s, log_sum = rows.barrier((s, log_sum))
+  # (x_j - shift) - log S: both terms are at most 0, so that nothing cancels.
+  return s.minus_shift(z) - log_sum
+
+
+def _log_softmax_on_chip(
+  rows: Rows, dtype: DTypeLike, x: jax.Array, mask: jax.Array | None
+) -> jax.Array:
+  d, e = _differences_on_chip(rows, masked(x.astype(dtype), mask, -jnp.inf))
+  rest, others = rows.local_sum(e) - 1, rows.local_sum(drop_dominant(e))
+  return d - jnp.log1p(jnp.where(rest < DOMINATED, others, rest))
+
+
+# y_i = log a_i, and with seed step 5: dy_i/dx_j = (1 / a_i) a_i (delta_ij - a_j) = delta_ij - a_j,
+# so   x_bar_j = y_bar_j - a_j sum_i y_bar_i,   a_j = exp(y_j).
+# When one a_t is close to 1 that difference leaves rounding errors at t, where it is
+#   (1 - a_t) y_bar_t - a_t sum_{i != t} y_bar_i,   1 - a_t = sum_{i != t} a_i.
+def log_softmax_vjp(y: jax.Array, y_bar: jax.Array, rows: Rows) -> jax.Array:
+  """The product of the cotangent with the transposed Jacobian of log_softmax at its output y."""
+  one_read = functools.partial(_log_softmax_vjp_of_sums, rows)
+  if rows.axis_name is not None:
+    return one_read(y, y_bar)
+  plain = functools.partial(_log_softmax_vjp_in_passes, rows)
+  on_chip = functools.partial(_log_softmax_vjp_on_chip, rows) if fits_on_chip(y, rows) else None
+  return by_platform(plain, one_read, on_chip, y, y_bar)
+
+
+def _log_softmax_vjp_in_passes(rows: Rows, y: jax.Array, y_bar: jax.Array) -> jax.Array:
+  return _projected(rows, jnp.exp(y), y_bar)
+
+
+def _log_softmax_vjp_on_chip(rows: Rows, y: jax.Array, y_bar: jax.Array) -> jax.Array:
+  return _projected(rows, _normalized_on_chip(rows, jnp.exp(y)), y_bar)
+
+
+# P^T = I - a 1^T is a projection, P^T P^T = P^T, as a sums to 1, and it takes the t-th unit vector
+# to one that is nearly 0 at t. A second projection removes the rounding errors, and also the error
+# from sum(a) != 1, as y is rounded.
+def _projected(rows: Rows, a: jax.Array, x_bar: jax.Array) -> jax.Array:
+  for _ in range(2):
+    x_bar = x_bar - a * rows.local_sum(x_bar)  # y_bar_j - a_j sum_i y_bar_i
+  return x_bar
+
+
+def _log_softmax_vjp_of_sums(rows: Rows, y: jax.Array, y_bar: jax.Array) -> jax.Array:
+  a = jnp.exp(y)
+  dominant = jnp.floor(a + (1 - DOMINATED))  # 1 at t
+  sums = [dominant * y_bar, y_bar - dominant * y_bar, a - dominant * a]
+  y_bar_t, others, a_others = rows.sum_over_devices([rows.local_sum(x) for x in sums])
+  at_t = a_others * y_bar - a * others  # (1 - a_t) y_bar_t - a_t sum_{i != t} y_bar_i
+  return jnp.where(dominant > 0, at_t, y_bar - a * (y_bar_t + others))
