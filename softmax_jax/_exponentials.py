@@ -19,12 +19,16 @@ def exp_of_difference(x: jax.Array, shift: jax.Array) -> jax.Array:
   The difference d is off by up to u |d|, and its exponential by as many units of itself. The error
   is known exactly (the two-sum of Knuth), and exp(d + error) = exp(d) (1 + error).
   """
-  y = jnp.maximum(x, underflow_floor(shift))
-  d = y - shift
-  back = d - y
-  error = (y - (d - back)) - (shift + back)
+  error = rounding_error_of_difference(jnp.maximum(x, underflow_floor(shift)), shift)
   e = jnp.exp(difference(x, shift))  # as in `in_passes`: XLA computes it once for both
   return e + e * error
+
+
+def rounding_error_of_difference(x: jax.Array, shift: jax.Array) -> jax.Array:
+  """What ``x - shift`` lacks, exactly, of two finite numbers."""
+  d = x - shift
+  back = d - x
+  return (x - (d - back)) - (shift + back)
 
 
 def drop_dominant(e: jax.Array) -> jax.Array:

@@ -16,10 +16,23 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from softmax_jax._arrays import masked
-from softmax_jax._exponentials import DOMINATED, drop_dominant, entries, underflow_floor
+from softmax_jax._exponentials import (
+  DOMINATED,
+  drop_dominant,
+  entries,
+  rounding_error_of_difference,
+  underflow_floor,
+)
 from softmax_jax._normalizer import normalizer
 from softmax_jax._platform import by_platform, fits_on_chip
-from softmax_jax._row_sums import RowSums, compensated_mean, in_one_read, in_passes, row_sums
+from softmax_jax._row_sums import (
+  RowSums,
+  in_one_read,
+  in_passes,
+  mean_in_one_read,
+  row_sums,
+  sum_in_one_read,
+)
 from softmax_jax._rows import Rows
 
 # --- softmax --------------------------------------------------------------------------------------
@@ -60,7 +73,8 @@ def _softmax_in_passes(
 def _softmax_on_chip(
   rows: Rows, dtype: DTypeLike, x: jax.Array, mask: jax.Array | None
 ) -> jax.Array:
-  _, e = _differences_on_chip(rows, masked(x.astype(dtype), mask, -jnp.inf))
+  z = masked(x.astype(dtype), mask, -jnp.inf)
+  _, e = _differences_on_chip(rows, z)
   return e / rows.local_sum(e)
 
 
@@ -85,26 +99,31 @@ def _differences_on_chip(rows: Rows, z: jax.Array) -> tuple[jax.Array, jax.Array
   """
   top = rows.local_max(z)
   copy = -lax.stop_gradient(jnp.min(-z, axis=rows.axes, keepdims=True, initial=jnp.inf))
-  d = (z + 0 * copy) - top  # the zero is that of `difference`
+  # The minimum keeps a product z from the contraction that `difference` is about. It makes +inf
+  # finite, but a row with +inf is NaN by way of the copy.
+  d = jnp.minimum(z, np.finfo(z.dtype).max) - top
   y = jnp.maximum(z, underflow_floor(copy, barrier=False))
-  back = (y - copy) - y
-  error = (y - ((y - copy) - back)) - (copy + back)
   e = jnp.exp(d)
-  return d, e + e * error
+  return d, e + e * rounding_error_of_difference(y, copy)
 
 
 # Seed step 5: J_ij = a_i (delta_ij - a_j), so with the cotangent c = y_bar
 #   x_bar_j = sum_i J_ij c_i = a_j (c_j - sum_i a_i c_i).
 # When one a_t is close to 1 this difference cancels. But J 1 = 0, so that any number may be
 # subtracted from c first; with c_t, the term of t is exactly 0 and nothing cancels.
-def softmax_vjp(y: jax.Array, y_bar: jax.Array, rows: Rows) -> jax.Array:
+def softmax_vjp(y: jax.Array, y_bar: jax.Array, rows: Rows, dtype: DTypeLike) -> jax.Array:
   """The product of the cotangent with the (symmetric) Jacobian of softmax at its output y."""
   if rows.axis_name is not None:
-    return _softmax_vjp_over_devices(rows, y, y_bar)
-  plain = functools.partial(_softmax_vjp_in_passes, rows)
-  one_read = functools.partial(_softmax_vjp_in_one_read, rows)
-  on_chip = functools.partial(_softmax_vjp_on_chip, rows) if fits_on_chip(y, rows) else None
-  return by_platform(plain, one_read, on_chip, y, y_bar)
+    return _softmax_vjp_over_devices(rows, y.astype(dtype), y_bar.astype(dtype))
+  return _vjp_by_platform(
+    _softmax_vjp_in_passes,
+    _softmax_vjp_in_one_read,
+    lambda rows, a, c: _softmax_vjp_in_passes(rows, _normalized_on_chip(rows, a), c),
+    rows,
+    dtype,
+    y,
+    y_bar,
+  )
 
 
 # The mean of c is subtracted first, and once more what rounding left of it. Then c_t is nearly 0,
@@ -118,12 +137,8 @@ def _softmax_vjp_in_passes(rows: Rows, a: jax.Array, c: jax.Array) -> jax.Array:
   return a * (c - rows.local_sum(a * c))  # a_j (c_j - sum_i a_i c_i)
 
 
-def _softmax_vjp_on_chip(rows: Rows, a: jax.Array, c: jax.Array) -> jax.Array:
-  return _softmax_vjp_in_passes(rows, _normalized_on_chip(rows, a), c)
-
-
 def _softmax_vjp_in_one_read(rows: Rows, a: jax.Array, c: jax.Array) -> jax.Array:
-  pivot, mean = compensated_mean(a, c, rows)
+  pivot, mean = mean_in_one_read(a, c, rows)
   return a * ((c - pivot) - mean)
 
 
@@ -136,6 +151,30 @@ def _softmax_vjp_over_devices(rows: Rows, a: jax.Array, c: jax.Array) -> jax.Arr
   c = c - jnp.where(dominates > 0, c_t, mean)
   total, mean = rows.sum_over_devices([rows.local_sum(a), rows.local_sum(a * c)])
   return a * (c - mean / total)
+
+
+def _vjp_by_platform(
+  plain: Callable[..., jax.Array],
+  one_read: Callable[..., jax.Array],
+  on_chip: Callable[..., jax.Array],
+  rows: Rows,
+  dtype: DTypeLike,
+  y: jax.Array,
+  y_bar: jax.Array,
+) -> jax.Array:
+  """Forms of a backward pass, functions of rows, the output of the map and its cotangent."""
+
+  def form(vjp: Callable[..., jax.Array], *, stored: bool) -> Callable[..., jax.Array]:
+    def from_output(y: jax.Array, y_bar: jax.Array) -> jax.Array:
+      # With the barrier XLA reads y as it is stored. Where it knows how y is computed it would
+      # write it once more before it is rounded, or fail to see the one kernel.
+      y = lax.optimization_barrier(y) if stored else y
+      return vjp(rows, y.astype(dtype), y_bar.astype(dtype))
+
+    return from_output
+
+  forms = form(plain, stored=False), form(one_read, stored=True), form(on_chip, stored=True)
+  return by_platform(*forms[:2], forms[2] if fits_on_chip(y, rows) else None, y, y_bar)
 
 
 def _normalized_on_chip(rows: Rows, a: jax.Array) -> jax.Array:
@@ -184,22 +223,19 @@ def _log_softmax_on_chip(
 # so   x_bar_j = y_bar_j - a_j sum_i y_bar_i,   a_j = exp(y_j).
 # When one a_t is close to 1 that difference leaves rounding errors at t, where it is
 #   (1 - a_t) y_bar_t - a_t sum_{i != t} y_bar_i,   1 - a_t = sum_{i != t} a_i.
-def log_softmax_vjp(y: jax.Array, y_bar: jax.Array, rows: Rows) -> jax.Array:
+def log_softmax_vjp(y: jax.Array, y_bar: jax.Array, rows: Rows, dtype: DTypeLike) -> jax.Array:
   """The product of the cotangent with the transposed Jacobian of log_softmax at its output y."""
-  one_read = functools.partial(_log_softmax_vjp_of_sums, rows)
   if rows.axis_name is not None:
-    return one_read(y, y_bar)
-  plain = functools.partial(_log_softmax_vjp_in_passes, rows)
-  on_chip = functools.partial(_log_softmax_vjp_on_chip, rows) if fits_on_chip(y, rows) else None
-  return by_platform(plain, one_read, on_chip, y, y_bar)
-
-
-def _log_softmax_vjp_in_passes(rows: Rows, y: jax.Array, y_bar: jax.Array) -> jax.Array:
-  return _projected(rows, jnp.exp(y), y_bar)
-
-
-def _log_softmax_vjp_on_chip(rows: Rows, y: jax.Array, y_bar: jax.Array) -> jax.Array:
-  return _projected(rows, _normalized_on_chip(rows, jnp.exp(y)), y_bar)
+    return _log_softmax_vjp_over_devices(rows, y.astype(dtype), y_bar.astype(dtype))
+  return _vjp_by_platform(
+    lambda rows, y, y_bar: _projected(rows, jnp.exp(y), y_bar),
+    _log_softmax_vjp_in_one_read,
+    lambda rows, y, y_bar: _projected(rows, _normalized_on_chip(rows, jnp.exp(y)), y_bar),
+    rows,
+    dtype,
+    y,
+    y_bar,
+  )
 
 
 # P^T = I - a 1^T is a projection, P^T P^T = P^T, as a sums to 1, and it takes the t-th unit vector
@@ -211,7 +247,13 @@ def _projected(rows: Rows, a: jax.Array, x_bar: jax.Array) -> jax.Array:
   return x_bar
 
 
-def _log_softmax_vjp_of_sums(rows: Rows, y: jax.Array, y_bar: jax.Array) -> jax.Array:
+def _log_softmax_vjp_in_one_read(rows: Rows, y: jax.Array, y_bar: jax.Array) -> jax.Array:
+  total, low = sum_in_one_read(y_bar, rows)
+  others = (total - y_bar) + low  # sum_{i != j} y_bar_i
+  return -jnp.expm1(y) * y_bar - jnp.exp(y) * others  # (1 - a_j) y_bar_j - a_j others
+
+
+def _log_softmax_vjp_over_devices(rows: Rows, y: jax.Array, y_bar: jax.Array) -> jax.Array:
   a = jnp.exp(y)
   dominant = jnp.floor(a + (1 - DOMINATED))  # 1 at t
   sums = [dominant * y_bar, y_bar - dominant * y_bar, a - dominant * a]

@@ -210,19 +210,19 @@ def in_one_read(
 
 def _combined(one: tuple[jax.Array, ...], other: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
   """The sums over two parts of a row."""
-  (m_1, r_1, low_1, *costs_1), (m_2, r_2, low_2, *costs_2) = _ordered(one, other)
+  (m, r_1, low_1), (m_2, r_2, low_2) = _larger_first(one[:3], other[:3])
   # -inf - -inf is nothing to add, and inf - inf is 0.
-  d, error = _two_sum(m_2, -m_1)
+  d, error = _two_sum(m_2, -m)
   d = jnp.where(jnp.isinf(m_2), jnp.minimum(m_2, 0), d)
   e = jnp.exp(d)
   e = e + e * jnp.where(e > 0, error, 0)  # exp(d + error)
   r, low = _two_sum(r_1, e * (1 + r_2) + e * low_2)
-  sums = [m_1, r, low_1 + low]
-  for i in range(0, len(costs_1), 3):
-    (total_1, low_1, weight_1), (total_2, low_2, weight_2) = costs_1[i : i + 3], costs_2[i : i + 3]
-    shifted = jnp.where(weight_2 == 0, 0, weight_2 * -d)
+  sums = [m, r, low_1 + low]
+  for i in range(3, len(one), 3):
+    (total_1, low_1, weight_1), (total_2, low_2, weight_2) = one[i : i + 3], other[i : i + 3]
+    moved = jnp.where(one[0] >= other[0], weight_2, weight_1)
     total, low = _two_sum(total_1, total_2)
-    total, more = _two_sum(total, shifted)
+    total, more = _two_sum(total, jnp.where(moved == 0, 0, moved * -d))
     low = jnp.where(jnp.isfinite(total), low + more + (low_1 + low_2), 0)
     sums += [total, low, weight_1 + weight_2]
   return tuple(sums)
@@ -230,7 +230,7 @@ def _combined(one: tuple[jax.Array, ...], other: tuple[jax.Array, ...]) -> tuple
 
 # A part of a row is described by (a_max, pivot, A, B): the largest a, the c of that, A = sum_k a_k,
 # and B = sum_k a_k (c_k - pivot), which moves by A (pivot_2 - pivot_1) where the pivot changes.
-def compensated_mean(a: jax.Array, c: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
+def mean_in_one_read(a: jax.Array, c: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
   """The mean of ``c`` with the weights ``a >= 0`` in each row, as the sum of two numbers.
 
   The first is the c of the largest a. So c minus both keeps its digits there, and elsewhere loses
@@ -245,16 +245,26 @@ def compensated_mean(a: jax.Array, c: jax.Array, rows: Rows) -> tuple[jax.Array,
 
 def _combined_means(one: tuple[jax.Array, ...], other: tuple[jax.Array, ...]) -> tuple[Any, ...]:
   """The sums over two parts of a row."""
-  (a_1, pivot_1, weight_1, weight_low_1, total_1, low_1), part_2 = _ordered(one, other)
-  _, pivot_2, weight_2, weight_low_2, total_2, low_2 = part_2
-  weight, weight_low = _two_sum(weight_1, weight_2)
-  total, low = _two_sum(total_1, total_2)
-  total, more = _two_sum(total, weight_2 * (pivot_2 - pivot_1))
-  weight_low += weight_low_1 + weight_low_2
-  return a_1, pivot_1, weight, weight_low, total, low + more + (low_1 + low_2)
+  (a, pivot, _), (_, pivot_2, moved) = _larger_first(one[:3], other[:3])
+  weight, weight_low = _two_sum(one[2], other[2])
+  total, low = _two_sum(one[4], other[4])
+  total, more = _two_sum(total, moved * (pivot_2 - pivot))
+  return a, pivot, weight, weight_low + (one[3] + other[3]), total, low + more + (one[5] + other[5])
 
 
-def _ordered(
+def sum_in_one_read(x: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
+  """The sum of each row, and what is missing from it due to rounding."""
+
+  def combined(one: tuple[jax.Array, ...], other: tuple[jax.Array, ...]) -> tuple[Any, ...]:
+    total, low = _two_sum(one[0], other[0])
+    return total, low + (one[1] + other[1])
+
+  zero = jnp.zeros((), x.dtype)
+  total, low = lax.reduce((x, jnp.zeros_like(x)), (zero, zero), combined, rows.axes)
+  return jnp.expand_dims(total, rows.axes), jnp.expand_dims(low, rows.axes)
+
+
+def _larger_first(
   one: tuple[jax.Array, ...], other: tuple[jax.Array, ...]
 ) -> tuple[list[jax.Array], list[jax.Array]]:
   """Two parts of a row, that with the larger first number first."""

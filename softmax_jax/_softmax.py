@@ -49,8 +49,7 @@ def _softmax_bwd(
   rows: Rows, residuals: _SoftmaxResiduals, y_bar: jax.Array
 ) -> tuple[jax.Array, None]:
   y, mask = residuals
-  dtype = compute_dtype(y.dtype)
-  x_bar = maps.softmax_vjp(y.astype(dtype), masked(y_bar, mask, 0).astype(dtype), rows)
+  x_bar = maps.softmax_vjp(y, masked(y_bar, mask, 0), rows, compute_dtype(y.dtype))
   return masked(x_bar, mask, 0).astype(y.dtype), None
 
 
@@ -146,8 +145,7 @@ def _log_softmax_bwd(
   rows: Rows, residuals: _LogSoftmaxResiduals, y_bar: jax.Array
 ) -> tuple[jax.Array, None]:
   y, mask = residuals
-  dtype = compute_dtype(y.dtype)
-  x_bar = maps.log_softmax_vjp(y.astype(dtype), masked(y_bar, mask, 0).astype(dtype), rows)
+  x_bar = maps.log_softmax_vjp(y, masked(y_bar, mask, 0), rows, compute_dtype(y.dtype))
   return masked(x_bar, mask, 0).astype(y.dtype), None
 
 

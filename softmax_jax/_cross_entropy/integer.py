@@ -32,6 +32,7 @@ from softmax_jax._exponentials import entries
 from softmax_jax._forward_mode import enable_forward_mode
 from softmax_jax._normalizer import Normalizer, differentiable, local_normalizer
 from softmax_jax._products import cost_of, linear_scale_or_zero, scale_or_zero
+from softmax_jax._row_sums import Weights
 from softmax_jax._rows import Axes, AxisName, Rows
 
 
@@ -127,7 +128,7 @@ def fwd(
 def bwd(
   static: Static, residuals: Residuals, bars: PerRow
 ) -> tuple[jax.Array, None, None, jax.Array | None]:
-  rows = static.rows
+  rows, (axis,) = static.rows, static.rows.axes
   logits, index, mask, weights, s, uniform = residuals
   z = entries(logits, mask, s.any, s.shift.dtype)  # [*B, V]
   z = _stop_gradient_if_ignored(z, index, static)
@@ -144,7 +145,10 @@ def bwd(
     g = g + bars.uniform * uniform.label_sum(static.num_classes)  # + uniform_bar sum_k u_k
   # z may be NaN in a row that does not count. The select keeps that NaN out of derivatives by g.
   g = jnp.where(index == IGNORED, jnp.zeros_like(g), g)
-  z_bar = logits_bar(z, index, s, g, bars.nll, rows)  # a_j (g + nll_bar) - delta_tj nll_bar
+  label = Label.of(index, z.shape[axis], rows)
+  z_t = label.take_entry(logits, mask, s.any, z.dtype, axis, elsewhere=-jnp.inf)
+  z_t = _stop_gradient_if_ignored(z_t, index, static)
+  z_bar = logits_bar(z, z_t, index, s, g, bars.nll, rows)  # a_j (g + nll_bar) - delta_tj nll_bar
   if u is not None:
     z_bar = z_bar - u * bars.uniform  # - u_j uniform_bar
   # What does not count may hold anything. Its derivative is 0.
@@ -156,12 +160,16 @@ def bwd(
 # to 1:
 #   a_t (g + nll_bar) - nll_bar = a_t g - (1 - a_t) nll_bar,   1 - a_t = ((1 - e_t) + rest) / S.
 def logits_bar(
-  z: jax.Array, index: jax.Array, s: Normalizer, g: jax.Array, nll_bar: jax.Array, rows: Rows
+  z: jax.Array,
+  z_t: jax.Array,
+  index: jax.Array,
+  s: Normalizer,
+  g: jax.Array,
+  nll_bar: jax.Array,
+  rows: Rows,
 ) -> jax.Array:
-  """The cotangent of the logits without that of the uniform label."""
-  (axis,) = rows.axes
+  """The cotangent of the logits without that of the uniform label; z_t is the z of the label."""
   inverse = inverse_sum(s)
-  z_t = Label.of(index, z.shape[axis], rows).take(z, axis, elsewhere=-jnp.inf)
   e_t = s.exp(z_t)
   # Exactly 1 for the largest entry, however XLA rounds it, but with the derivative of e_t.
   e_t += lax.stop_gradient(jnp.where(s.minus_shift(z_t) == 0, 1 - e_t, jnp.zeros_like(e_t)))

@@ -21,7 +21,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from softmax_jax._cross_entropy import integer
-from softmax_jax._cross_entropy.label import IGNORED, INVALID, bar_by_row
+from softmax_jax._cross_entropy.label import IGNORED, INVALID, Label, bar_by_row
 from softmax_jax._cross_entropy.per_row import PerRow, minus_log_softmax
 from softmax_jax._cross_entropy.uniform import UniformSums
 from softmax_jax._forward_mode import enable_forward_mode, rule_with_loops
@@ -240,9 +240,11 @@ def _add_gradients(
 
     y_block, z_block = cut(y), cut(z)
     here = (label >= first) & (label < first + size)
+    index_in_block = jnp.where(here, label - first, 0)
     z_bar = integer.logits_bar(  # a_j (g + nll_bar) - delta_tj nll_bar
       z_block,
-      jnp.where(here, label - first, 0),
+      Label.of(index_in_block, size, Rows((1,))).take(z_block, 1),
+      index_in_block,
       s,
       jnp.where(here, g, g + bars.nll),
       jnp.where(here, bars.nll, 0),
