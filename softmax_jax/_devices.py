@@ -35,6 +35,14 @@ def index_along(x: jax.Array, axis: int, dtype: DTypeLike = jnp.int32) -> jax.Ar
   return lax.broadcasted_iota(dtype, x.shape, axis, out_sharding=explicit_sharding(x))
 
 
+def entry_at(x: jax.Array, index: jax.Array, axis: int, mode: str | None = None) -> jax.Array:
+  """The entries of ``x`` at one index per row along ``axis``, which is kept."""
+  if explicit_sharding(x):  # where JAX does not index
+    found = jnp.where(index_along(x, axis) == index, x, jnp.zeros_like(x))
+    return jnp.sum(found, axis=axis, keepdims=True)
+  return jnp.take_along_axis(x, index, axis=axis, mode=mode)
+
+
 def put(x: jax.Array, mesh: NamedSharding, *parts: Any) -> jax.Array:
   """``x`` with its axes spread over the ``parts`` of the mesh of another array."""
   own = jax.typeof(x).sharding

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from softmax_jax._arrays import masked
+from softmax_jax._devices import entry_at
 from softmax_jax._exponentials import (
   DOMINATED,
   drop_dominant,
@@ -25,34 +27,38 @@ from softmax_jax._exponentials import (
 )
 from softmax_jax._normalizer import normalizer
 from softmax_jax._platform import by_platform, fits_on_chip
-from softmax_jax._row_sums import (
-  RowSums,
-  in_one_read,
-  in_passes,
-  mean_in_one_read,
-  row_sums,
-  sum_in_one_read,
-)
+from softmax_jax._row_sums import RowSums, in_one_read, in_passes, row_sums, sum_in_one_read
 from softmax_jax._rows import Rows
 
 # --- softmax --------------------------------------------------------------------------------------
 
 
-def softmax(x: jax.Array, mask: jax.Array | None, rows: Rows, dtype: DTypeLike) -> jax.Array:
+class Softmax(NamedTuple):
+  """A softmax, and what a backward pass in one read needs beside it.
+
+  Attributes:
+    a: the probabilities ``[*B, K]``.
+    largest: where the largest of each row is ``[*B, 1]``; 0 in the other forms.
+  """
+
+  a: jax.Array
+  largest: jax.Array
+
+
+def softmax(x: jax.Array, mask: jax.Array | None, rows: Rows, dtype: DTypeLike) -> Softmax:
   """The softmax of the entries of ``x`` in each row, in ``dtype``."""
-  of_normalizer = functools.partial(_softmax_of_normalizer, rows, dtype)
   if rows.axis_name is not None:
-    return of_normalizer(row_sums, x, mask)
+    return _softmax_of_normalizer(rows, dtype, row_sums, x, mask)
   plain = functools.partial(_softmax_in_passes, rows, dtype)
-  one_read = functools.partial(of_normalizer, in_one_read)
-  on_chip = functools.partial(_softmax_on_chip, rows, dtype) if fits_on_chip(x, rows) else None
-  return by_platform(plain, one_read, on_chip, x, mask)
+  one_read = functools.partial(_softmax_in_one_read, rows, dtype)
+  on_chip = functools.partial(_softmax_on_chip, rows, dtype)
+  return by_platform(plain, one_read, on_chip if fits_on_chip(x, rows) else None, x, mask)
 
 
 def _softmax_in_passes(
   rows: Rows, dtype: DTypeLike, x: jax.Array, mask: jax.Array | None
-) -> jax.Array:
-  """With an integer shift, so that only z - shift is rounded, and the error of that is cheap.
+) -> Softmax:
+  """With an integer shift: only z - shift is rounded, and its error is cheap to know.
 
   Short rows of float32, where every operation counts, keep that error: up to |z - shift| / 2 units
   in the last place.
@@ -60,22 +66,30 @@ def _softmax_in_passes(
   any_ = None if mask is None else jnp.any(mask, axis=rows.axes, keepdims=True)
   z = entries(x, mask, any_, dtype)
   shift = jnp.ceil(rows.local_max(z))
-  e = jnp.exp(z - shift)
-  exact_e = e
+  e = exact_e = jnp.exp(z - shift)
   if not (rows.are_short(z.shape) and z.dtype == jnp.float32):
     z = jnp.maximum(z, underflow_floor(shift))
     error = z - ((z - shift) + shift)
     exact_e = e + e * error  # exp(z - shift + error)
   # The sum is left as it is: the errors of its terms are weighted by a_k and have either sign.
-  return exact_e / rows.local_sum(e)
+  total = rows.local_sum(e)
+  return Softmax(exact_e / total, _zero_index(total))
 
 
-def _softmax_on_chip(
+def _softmax_on_chip(rows: Rows, dtype: DTypeLike, x: jax.Array, mask: jax.Array | None) -> Softmax:
+  _, e = _differences_on_chip(rows, masked(x.astype(dtype), mask, -jnp.inf))
+  total = rows.local_sum(e)
+  return Softmax(e / total, _zero_index(total))
+
+
+def _softmax_in_one_read(
   rows: Rows, dtype: DTypeLike, x: jax.Array, mask: jax.Array | None
-) -> jax.Array:
-  z = masked(x.astype(dtype), mask, -jnp.inf)
-  _, e = _differences_on_chip(rows, z)
-  return e / rows.local_sum(e)
+) -> Softmax:
+  sums = _with_index if len(rows.axes) == 1 else in_one_read
+  return _softmax_of_normalizer(rows, dtype, sums, x, mask)
+
+
+_with_index = functools.partial(in_one_read, with_index=True)
 
 
 def _softmax_of_normalizer(
@@ -84,11 +98,18 @@ def _softmax_of_normalizer(
   sums: Callable[..., RowSums],
   x: jax.Array,
   mask: jax.Array | None,
-) -> jax.Array:
-  s = normalizer(x, mask, rows, dtype, sums)
+) -> Softmax:
+  s, largest = normalizer(x, mask, rows, dtype, sums)
   # A row with +inf is NaN, and so is one of -inf alone, where it is 0 / 0.
   total = jnp.where(s.rest == jnp.inf, jnp.nan, 1 + s.rest)
-  return s.exp(entries(x, mask, s.any, dtype)) / total
+  a = s.exp(entries(x, mask, s.any, dtype)) / total
+  return Softmax(a, _zero_index(total) if largest is None else largest)
+
+
+def _zero_index(like: jax.Array) -> jax.Array:
+  """0 for each row, spread over devices like that array."""
+  zero = jnp.zeros((), jnp.int32)
+  return jnp.where(like == like, zero, zero)
 
 
 def _differences_on_chip(rows: Rows, z: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -102,26 +123,42 @@ def _differences_on_chip(rows: Rows, z: jax.Array) -> tuple[jax.Array, jax.Array
   # The minimum keeps a product z from the contraction that `difference` is about. It makes +inf
   # finite, but a row with +inf is NaN by way of the copy.
   d = jnp.minimum(z, np.finfo(z.dtype).max) - top
-  y = jnp.maximum(z, underflow_floor(copy, barrier=False))
   e = jnp.exp(d)
+  y = jnp.maximum(z, underflow_floor(copy, barrier=False))
   return d, e + e * rounding_error_of_difference(y, copy)
 
 
 # Seed step 5: J_ij = a_i (delta_ij - a_j), so with the cotangent c = y_bar
 #   x_bar_j = sum_i J_ij c_i = a_j (c_j - sum_i a_i c_i).
 # When one a_t is close to 1 this difference cancels. But J 1 = 0, so that any number may be
-# subtracted from c first; with c_t, the term of t is exactly 0 and nothing cancels.
-def softmax_vjp(y: jax.Array, y_bar: jax.Array, rows: Rows, dtype: DTypeLike) -> jax.Array:
+# subtracted from c first. With c_t, the term of t is exactly 0 and nothing cancels.
+def softmax_vjp(
+  y: jax.Array, largest: jax.Array, y_bar: jax.Array, rows: Rows, dtype: DTypeLike
+) -> jax.Array:
   """The product of the cotangent with the (symmetric) Jacobian of softmax at its output y."""
   if rows.axis_name is not None:
     return _softmax_vjp_over_devices(rows, y.astype(dtype), y_bar.astype(dtype))
-  return _vjp_by_platform(
-    _softmax_vjp_in_passes,
-    _softmax_vjp_in_one_read,
-    lambda rows, a, c: _softmax_vjp_in_passes(rows, _normalized_on_chip(rows, a), c),
-    rows,
-    dtype,
+
+  def plain(y: jax.Array, largest: jax.Array, y_bar: jax.Array) -> jax.Array:
+    return _softmax_vjp_in_passes(rows, y.astype(dtype), y_bar.astype(dtype))
+
+  def on_chip(y: jax.Array, largest: jax.Array, y_bar: jax.Array) -> jax.Array:
+    a = _normalized_on_chip(rows, lax.optimization_barrier(y).astype(dtype))
+    return _softmax_vjp_in_passes(rows, a, y_bar.astype(dtype))
+
+  def one_read(y: jax.Array, largest: jax.Array, y_bar: jax.Array) -> jax.Array:
+    (axis,) = rows.axes
+    a = _as_stored(y, dtype)
+    c = y_bar.astype(dtype) - entry_at(y_bar, largest, axis).astype(dtype)  # c_j - c_t
+    mean = rows.local_sum(a * c) / rows.local_sum(a)
+    return a * (c - mean)
+
+  return by_platform(
+    plain,
+    one_read if len(rows.axes) == 1 else plain,
+    on_chip if fits_on_chip(y, rows) else None,
     y,
+    largest,
     y_bar,
   )
 
@@ -137,11 +174,6 @@ def _softmax_vjp_in_passes(rows: Rows, a: jax.Array, c: jax.Array) -> jax.Array:
   return a * (c - rows.local_sum(a * c))  # a_j (c_j - sum_i a_i c_i)
 
 
-def _softmax_vjp_in_one_read(rows: Rows, a: jax.Array, c: jax.Array) -> jax.Array:
-  pivot, mean = mean_in_one_read(a, c, rows)
-  return a * ((c - pivot) - mean)
-
-
 # Two sums over the devices: c_t where an a_t dominates the row, otherwise the mean; then the mean
 # of what that leaves.
 def _softmax_vjp_over_devices(rows: Rows, a: jax.Array, c: jax.Array) -> jax.Array:
@@ -153,33 +185,17 @@ def _softmax_vjp_over_devices(rows: Rows, a: jax.Array, c: jax.Array) -> jax.Arr
   return a * (c - mean / total)
 
 
-def _vjp_by_platform(
-  plain: Callable[..., jax.Array],
-  one_read: Callable[..., jax.Array],
-  on_chip: Callable[..., jax.Array],
-  rows: Rows,
-  dtype: DTypeLike,
-  y: jax.Array,
-  y_bar: jax.Array,
-) -> jax.Array:
-  """Forms of a backward pass, functions of rows, the output of the map and its cotangent."""
-
-  def form(vjp: Callable[..., jax.Array], *, stored: bool) -> Callable[..., jax.Array]:
-    def from_output(y: jax.Array, y_bar: jax.Array) -> jax.Array:
-      # With the barrier XLA reads y as it is stored. Where it knows how y is computed it would
-      # write it once more before it is rounded, or fail to see the one kernel.
-      y = lax.optimization_barrier(y) if stored else y
-      return vjp(rows, y.astype(dtype), y_bar.astype(dtype))
-
-    return from_output
-
-  forms = form(plain, stored=False), form(one_read, stored=True), form(on_chip, stored=True)
-  return by_platform(*forms[:2], forms[2] if fits_on_chip(y, rows) else None, y, y_bar)
-
-
 def _normalized_on_chip(rows: Rows, a: jax.Array) -> jax.Array:
-  """``a``, divided by its sum, with which XLA:GPU begins its one kernel."""
+  """``a``, divided by its sum: a quotient with which XLA:GPU begins its one kernel."""
   return a / rows.local_sum(a)
+
+
+def _as_stored(y: jax.Array, dtype: DTypeLike) -> jax.Array:
+  """A rounded output in ``dtype``, for a backward pass.
+
+  Where XLA knows how it was computed it drops the rounding, and writes all of it in ``dtype`` too.
+  """
+  return y if y.dtype == dtype else lax.optimization_barrier(y).astype(dtype)
 
 
 # --- log_softmax ----------------------------------------------------------------------------------
@@ -187,11 +203,14 @@ def _normalized_on_chip(rows: Rows, a: jax.Array) -> jax.Array:
 
 def log_softmax(x: jax.Array, mask: jax.Array | None, rows: Rows, dtype: DTypeLike) -> jax.Array:
   """The logarithm of the softmax of the entries of ``x`` in each row, in ``dtype``."""
-  of_normalizer = functools.partial(_log_softmax_of_normalizer, rows, dtype)
+
+  def form(sums: Callable[..., RowSums]) -> Callable[..., jax.Array]:
+    return functools.partial(_log_softmax_of_normalizer, rows, dtype, sums)
+
   if not fits_on_chip(x, rows):
-    return of_normalizer(row_sums, x, mask)
-  plain, one_read = (functools.partial(of_normalizer, form) for form in (in_passes, in_one_read))
-  return by_platform(plain, one_read, functools.partial(_log_softmax_on_chip, rows, dtype), x, mask)
+    return form(row_sums)(x, mask)
+  on_chip = functools.partial(_log_softmax_on_chip, rows, dtype)
+  return by_platform(form(in_passes), form(in_one_read), on_chip, x, mask)
 
 
 def _log_softmax_of_normalizer(
@@ -201,7 +220,7 @@ def _log_softmax_of_normalizer(
   x: jax.Array,
   mask: jax.Array | None,
 ) -> jax.Array:
-  s = normalizer(x, mask, rows, dtype, sums)  # of [*B, 1]
+  s, _ = normalizer(x, mask, rows, dtype, sums)  # of [*B, 1]
   z = entries(x, mask, s.any, dtype)  # [*B, K]
   # A row with +inf is NaN, as in the softmax.
   log_sum = jnp.where(s.rest == jnp.inf, jnp.nan, s.log_sum())
@@ -222,20 +241,26 @@ def _log_softmax_on_chip(
 # y_i = log a_i, and with seed step 5: dy_i/dx_j = (1 / a_i) a_i (delta_ij - a_j) = delta_ij - a_j,
 # so   x_bar_j = y_bar_j - a_j sum_i y_bar_i,   a_j = exp(y_j).
 # When one a_t is close to 1 that difference leaves rounding errors at t, where it is
-#   (1 - a_t) y_bar_t - a_t sum_{i != t} y_bar_i,   1 - a_t = sum_{i != t} a_i.
+#   (1 - a_t) y_bar_t - a_t sum_{i != t} y_bar_i,   1 - a_t = sum_{i != t} a_i = -expm1(y_t).
 def log_softmax_vjp(y: jax.Array, y_bar: jax.Array, rows: Rows, dtype: DTypeLike) -> jax.Array:
   """The product of the cotangent with the transposed Jacobian of log_softmax at its output y."""
   if rows.axis_name is not None:
     return _log_softmax_vjp_over_devices(rows, y.astype(dtype), y_bar.astype(dtype))
-  return _vjp_by_platform(
-    lambda rows, y, y_bar: _projected(rows, jnp.exp(y), y_bar),
-    _log_softmax_vjp_in_one_read,
-    lambda rows, y, y_bar: _projected(rows, _normalized_on_chip(rows, jnp.exp(y)), y_bar),
-    rows,
-    dtype,
-    y,
-    y_bar,
-  )
+
+  def plain(y: jax.Array, y_bar: jax.Array) -> jax.Array:
+    return _projected(rows, jnp.exp(y.astype(dtype)), y_bar.astype(dtype))
+
+  def on_chip(y: jax.Array, y_bar: jax.Array) -> jax.Array:
+    a = _normalized_on_chip(rows, jnp.exp(lax.optimization_barrier(y).astype(dtype)))
+    return _projected(rows, a, y_bar.astype(dtype))
+
+  def one_read(y: jax.Array, y_bar: jax.Array) -> jax.Array:
+    y, y_bar = _as_stored(y, dtype), y_bar.astype(dtype)
+    total, low = sum_in_one_read(y_bar, rows)
+    others = (total - y_bar) + low  # sum_{i != j} y_bar_i
+    return -jnp.expm1(y) * y_bar - jnp.exp(y) * others  # (1 - a_j) y_bar_j - a_j others
+
+  return by_platform(plain, one_read, on_chip if fits_on_chip(y, rows) else None, y, y_bar)
 
 
 # P^T = I - a 1^T is a projection, P^T P^T = P^T, as a sums to 1, and it takes the t-th unit vector
@@ -245,12 +270,6 @@ def _projected(rows: Rows, a: jax.Array, x_bar: jax.Array) -> jax.Array:
   for _ in range(2):
     x_bar = x_bar - a * rows.local_sum(x_bar)  # y_bar_j - a_j sum_i y_bar_i
   return x_bar
-
-
-def _log_softmax_vjp_in_one_read(rows: Rows, y: jax.Array, y_bar: jax.Array) -> jax.Array:
-  total, low = sum_in_one_read(y_bar, rows)
-  others = (total - y_bar) + low  # sum_{i != j} y_bar_i
-  return -jnp.expm1(y) * y_bar - jnp.exp(y) * others  # (1 - a_j) y_bar_j - a_j others
 
 
 def _log_softmax_vjp_over_devices(rows: Rows, y: jax.Array, y_bar: jax.Array) -> jax.Array:

@@ -83,12 +83,14 @@ class LocalNormalizer(NamedTuple):
     excluded_max: ``exp(z - shift)`` of the largest entry on this device if that is at least
       `DOMINATED`, otherwise 0; None where one device has the whole row.
     any: that of the `Normalizer`.
+    top_index: where the largest entry on this device is, if that is known.
   """
 
   shift: jax.Array
   rest: jax.Array
   excluded_max: jax.Array | None
   any: jax.Array | None
+  top_index: jax.Array | None
 
   def over_devices(self, others: Parts, rows: Rows) -> tuple[Normalizer, Parts]:
     """The normalizer, and the sums over the devices of ``others``, which are per-row scalars."""
@@ -107,11 +109,11 @@ def normalizer(
   rows: Rows,
   dtype: DTypeLike,
   sums: Callable[..., RowSums] = row_sums,
-) -> Normalizer:
-  """The normalizer of the entries of ``x`` in each row, by a form of `row_sums`."""
+) -> tuple[Normalizer, jax.Array | None]:
+  """The normalizer of the entries of ``x`` by a form of `row_sums`, and its ``top_index``."""
   local, _ = local_normalizer(x, mask, (), rows, dtype, sums)
   s, _ = local.over_devices((), rows)
-  return differentiable(s, entries(x, mask, s.any, dtype), rows)
+  return differentiable(s, entries(x, mask, s.any, dtype), rows), local.top_index
 
 
 @functools.partial(compiled, static_argnums=(3, 4, 5))
@@ -129,14 +131,15 @@ def local_normalizer(
   local_top = lax.stop_gradient(local.top)
   local_shift = finite_or_zero(local_top)
   if rows.axis_name is None:
-    return LocalNormalizer(local_shift, local.rest, None, any_), local.costs
+    return LocalNormalizer(local_shift, local.rest, None, any_, local.top_index), local.costs
   top, any_ = rows.max_over_devices(local_top, any_)
   shift = finite_or_zero(top)
   # exp(z - shift) = e exp(z - local_top), which is e for the largest on this device.
   e = exp_of_difference(jnp.minimum(local_top, shift), shift)
   kept = drop_dominant(e)
   costs = tuple(cost.moved(shift - local_shift) for cost in local.costs)
-  return LocalNormalizer(shift, e * local.rest + kept, e - kept, any_), costs
+  rest = e * local.rest + kept
+  return LocalNormalizer(shift, rest, e - kept, any_, local.top_index), costs
 
 
 # With z_t the dominant entry of a row, shift_dot = z_dot_t, and the derivatives of

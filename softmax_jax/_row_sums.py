@@ -21,6 +21,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from softmax_jax._arrays import masked, where_needed
+from softmax_jax._devices import index_along
 from softmax_jax._exponentials import (
   DOMINATED,
   difference,
@@ -77,11 +78,13 @@ class RowSums(NamedTuple):
     rest: the sum of ``exp(z - top)`` over all entries but one that is the largest: to a few
       rounding errors of its own size; -1 in a row of -inf alone, +inf in a row with +inf.
     costs: one for each of the weights; the shift is `top`, or 0 where that is not finite.
+    top_index: where the largest entry is, if that was asked for.
   """
 
   top: jax.Array
   rest: jax.Array
   costs: tuple[Cost, ...]
+  top_index: jax.Array | None = None
 
 
 def row_sums(
@@ -179,6 +182,16 @@ def _two_sums(x: jax.Array, y: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Ar
 # --- in one read ----------------------------------------------------------------------------------
 
 
+class _Part(NamedTuple):
+  """A part of a row; `low` is what is missing, due to rounding, from the number before it."""
+
+  top: jax.Array
+  rest: jax.Array
+  low: jax.Array
+  costs: tuple[tuple[jax.Array, jax.Array, jax.Array], ...]  # total, low, weight
+  top_index: jax.Array | None
+
+
 # A part of a row is described by (m, r): its largest entry, and the sum of exp(z_k - m) over all
 # entries but one that is m. Two parts with m_1 >= m_2 make
 #   m = m_1,   r = r_1 + exp(m_2 - m_1) (1 + r_2),   cost = cost_1 + cost_2 + weight_2 (m_1 - m_2),
@@ -187,69 +200,69 @@ def _two_sums(x: jax.Array, y: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Ar
 # the 1 of the largest entry. The rounding errors of r and of the costs travel along, each in a
 # number of its own, so that their digits do not depend on the order or on the length of the row.
 def in_one_read(
-  x: jax.Array, mask: jax.Array | None, weights: tuple[Weights, ...], rows: Rows, dtype: DTypeLike
+  x: jax.Array,
+  mask: jax.Array | None,
+  weights: tuple[Weights, ...],
+  rows: Rows,
+  dtype: DTypeLike,
+  *,
+  with_index: bool = False,
 ) -> RowSums:
   """All sums at once."""
   z = _entries(x, mask, dtype)
   zeros = jnp.zeros_like(z)
-  parts = [z, jnp.where(z == -jnp.inf, -1, zeros), zeros]
-  neutral = [-jnp.inf, -1, 0]
-  for weight in weights:
-    parts += [zeros, zeros, jnp.broadcast_to(weight.p(mask, dtype), z.shape)]
-    neutral += [0, 0, 0]
-  neutral = [jnp.asarray(value, z.dtype) for value in neutral]
-  sums = lax.reduce(tuple(parts), tuple(neutral), _combined, rows.axes)
-  top, rest, low, *of_costs = (jnp.expand_dims(x, rows.axes) for x in sums)
-  rest = (rest + low) + jnp.where(top == jnp.inf, jnp.inf, 0)
-  costs = [
-    Cost(total + low, weight)
-    for total, low, weight in zip(of_costs[::3], of_costs[1::3], of_costs[2::3], strict=True)
-  ]
-  return RowSums(top, rest, tuple(costs))
+  p = [jnp.broadcast_to(weight.p(mask, dtype), z.shape) for weight in weights]
+  zero = jnp.zeros((), z.dtype)
+  entry = _Part(
+    top=z,
+    rest=jnp.where(z == -jnp.inf, -1, zeros),
+    low=zeros,
+    costs=tuple((zeros, zeros, weight) for weight in p),
+    top_index=index_along(z, rows.axes[0]) if with_index else None,
+  )
+  neutral = _Part(
+    top=zero - jnp.inf,
+    rest=zero - 1,
+    low=zero,
+    costs=((zero, zero, zero),) * len(p),
+    top_index=jnp.zeros((), jnp.int32) if with_index else None,
+  )
+  sums: _Part = lax.reduce(entry, neutral, _combined, rows.axes)
+  row = jax.tree.map(lambda x: jnp.expand_dims(x, rows.axes), sums)
+  rest = (row.rest + row.low) + jnp.where(row.top == jnp.inf, jnp.inf, 0)
+  costs = tuple(Cost(total + low, weight) for total, low, weight in row.costs)
+  return RowSums(row.top, rest, costs, row.top_index)
 
 
-def _combined(one: tuple[jax.Array, ...], other: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-  """The sums over two parts of a row."""
-  (m, r_1, low_1), (m_2, r_2, low_2) = _larger_first(one[:3], other[:3])
+def _combined(one: _Part, other: _Part) -> _Part:
+  """Two parts of a row as one."""
+  one_first = one.top >= other.top
+
+  def ordered(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.where(one_first, x, y), jnp.where(one_first, y, x)
+
+  m_1, m_2 = ordered(one.top, other.top)
+  r_1, r_2 = ordered(one.rest, other.rest)
+  low_1, low_2 = ordered(one.low, other.low)
   # -inf - -inf is nothing to add, and inf - inf is 0.
-  d, error = _two_sum(m_2, -m)
+  d, error = _two_sum(m_2, -m_1)
   d = jnp.where(jnp.isinf(m_2), jnp.minimum(m_2, 0), d)
   e = jnp.exp(d)
   e = e + e * jnp.where(e > 0, error, 0)  # exp(d + error)
   r, low = _two_sum(r_1, e * (1 + r_2) + e * low_2)
-  sums = [m, r, low_1 + low]
-  for i in range(3, len(one), 3):
-    (total_1, low_1, weight_1), (total_2, low_2, weight_2) = one[i : i + 3], other[i : i + 3]
-    moved = jnp.where(one[0] >= other[0], weight_2, weight_1)
-    total, low = _two_sum(total_1, total_2)
+
+  def combined_costs(one: tuple[jax.Array, ...], other: tuple[jax.Array, ...]) -> Any:
+    total, low = _two_sum(one[0], other[0])
+    _, moved = ordered(one[2], other[2])
     total, more = _two_sum(total, jnp.where(moved == 0, 0, moved * -d))
-    low = jnp.where(jnp.isfinite(total), low + more + (low_1 + low_2), 0)
-    sums += [total, low, weight_1 + weight_2]
-  return tuple(sums)
+    low = jnp.where(jnp.isfinite(total), low + more + (one[1] + other[1]), 0)
+    return total, low, one[2] + other[2]
 
-
-# A part of a row is described by (a_max, pivot, A, B): the largest a, the c of that, A = sum_k a_k,
-# and B = sum_k a_k (c_k - pivot), which moves by A (pivot_2 - pivot_1) where the pivot changes.
-def mean_in_one_read(a: jax.Array, c: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
-  """The mean of ``c`` with the weights ``a >= 0`` in each row, as the sum of two numbers.
-
-  The first is the c of the largest a. So c minus both keeps its digits there, and elsewhere loses
-  none to what all c have in common.
-  """
-  zeros = jnp.zeros_like(a)
-  neutral = [jnp.asarray(value, a.dtype) for value in (-1, 0, 0, 0, 0, 0)]
-  sums = lax.reduce((a, c, a, zeros, zeros, zeros), tuple(neutral), _combined_means, rows.axes)
-  _, pivot, weight, weight_low, total, low = (jnp.expand_dims(x, rows.axes) for x in sums)
-  return pivot, (total + low) / (weight + weight_low)
-
-
-def _combined_means(one: tuple[jax.Array, ...], other: tuple[jax.Array, ...]) -> tuple[Any, ...]:
-  """The sums over two parts of a row."""
-  (a, pivot, _), (_, pivot_2, moved) = _larger_first(one[:3], other[:3])
-  weight, weight_low = _two_sum(one[2], other[2])
-  total, low = _two_sum(one[4], other[4])
-  total, more = _two_sum(total, moved * (pivot_2 - pivot))
-  return a, pivot, weight, weight_low + (one[3] + other[3]), total, low + more + (one[5] + other[5])
+  costs = tuple(map(combined_costs, one.costs, other.costs))
+  top_index = None
+  if one.top_index is not None and other.top_index is not None:
+    top_index, _ = ordered(one.top_index, other.top_index)
+  return _Part(m_1, r, low_1 + low, costs, top_index)
 
 
 def sum_in_one_read(x: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
@@ -262,15 +275,6 @@ def sum_in_one_read(x: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
   zero = jnp.zeros((), x.dtype)
   total, low = lax.reduce((x, jnp.zeros_like(x)), (zero, zero), combined, rows.axes)
   return jnp.expand_dims(total, rows.axes), jnp.expand_dims(low, rows.axes)
-
-
-def _larger_first(
-  one: tuple[jax.Array, ...], other: tuple[jax.Array, ...]
-) -> tuple[list[jax.Array], list[jax.Array]]:
-  """Two parts of a row, that with the larger first number first."""
-  first = one[0] >= other[0]
-  pairs = list(zip(one, other, strict=True))
-  return [jnp.where(first, x, y) for x, y in pairs], [jnp.where(first, y, x) for x, y in pairs]
 
 
 def _two_sum(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:

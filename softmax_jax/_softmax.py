@@ -29,6 +29,7 @@ from softmax_jax._rows import AxisName, Rows
 
 class _SoftmaxResiduals(NamedTuple):
   y: jax.Array  # the output
+  largest: jax.Array  # where the largest entry of each row is, or 0 (`maps.Softmax`)
   mask: jax.Array | None
 
 
@@ -40,16 +41,17 @@ def _softmax_rule(x: jax.Array, mask: jax.Array | None, rows: Rows) -> jax.Array
 def _softmax_fwd(
   x: jax.Array, mask: jax.Array | None, rows: Rows
 ) -> tuple[jax.Array, _SoftmaxResiduals]:
-  y = masked(maps.softmax(x, mask, rows, compute_dtype(x.dtype)).astype(x.dtype), mask, 0)
-  return y, _SoftmaxResiduals(y, mask)
+  a, largest = maps.softmax(x, mask, rows, compute_dtype(x.dtype))
+  y = masked(a.astype(x.dtype), mask, 0)
+  return y, _SoftmaxResiduals(y, largest, mask)
 
 
 @functools.partial(compiled, static_argnums=0)
 def _softmax_bwd(
   rows: Rows, residuals: _SoftmaxResiduals, y_bar: jax.Array
 ) -> tuple[jax.Array, None]:
-  y, mask = residuals
-  x_bar = maps.softmax_vjp(y, masked(y_bar, mask, 0), rows, compute_dtype(y.dtype))
+  y, largest, mask = residuals
+  x_bar = maps.softmax_vjp(y, largest, masked(y_bar, mask, 0), rows, compute_dtype(y.dtype))
   return masked(x_bar, mask, 0).astype(y.dtype), None
 
 
@@ -238,7 +240,7 @@ def _logsumexp_rule(a: jax.Array, mask: jax.Array | None, rows: Rows) -> jax.Arr
 def _logsumexp_fwd(
   a: jax.Array, mask: jax.Array | None, rows: Rows
 ) -> tuple[jax.Array, _LogSumExpResiduals]:
-  s = normalizer(a, mask, rows, compute_dtype(a.dtype))
+  s, _ = normalizer(a, mask, rows, compute_dtype(a.dtype))
   lse = masked(s.shift + s.log_sum(), s.any, -jnp.inf)  # shift + log S
   return lse.astype(a.dtype), _LogSumExpResiduals(a, mask, s)
 

@@ -47,13 +47,8 @@ class Label(NamedTuple):
 
   def take(self, x: jax.Array, axis: int, elsewhere: float = 0) -> jax.Array:
     """The entries of ``x`` at the labels, ``axis`` kept."""
-    if devices.explicit_sharding(x):  # where JAX does not index
-      found = jnp.where(devices.index_along(x, axis) == self.position, x, jnp.zeros_like(x))
-      x_t = jnp.sum(found, axis=axis, keepdims=True)
-    elif self.here is None:
-      return jnp.take_along_axis(x, self.position, axis=axis)
-    else:
-      x_t = jnp.take_along_axis(x, self.position, axis=axis, mode="clip")
+    mode = None if self.here is None else "clip"
+    x_t = devices.entry_at(x, self.position, axis, mode)
     return masked(x_t, self.here, elsewhere)
 
   def take_entry(
