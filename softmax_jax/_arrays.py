@@ -50,8 +50,8 @@ def where_needed(
   """``careful(*args)``; unless ``needed``, possibly the known array ``quick``, if that is cheaper.
 
   A second pass over an array costs as much as the first where arithmetic is the limit, as on a CPU:
-  there it is skipped if no row needs it. Inside `jax.shard_map` it never is: JAX cannot vmap a
-  branch there.
+  there it is skipped if no row needs it. Elsewhere it is fused with the first, and a branch would
+  only separate them. Inside `jax.shard_map` there is no branch either: JAX cannot vmap one there.
 
   The derivative is always that of ``careful``: that of ``quick`` may be NaN where its value is
   replaced.
@@ -59,8 +59,14 @@ def where_needed(
   if any(varying_axes(x) for x in jax.tree.leaves((quick, args))):
     return careful(*args)
 
-  yes = lambda _, *args: careful(*args)  # pyright: ignore[reportArgumentType]
-  return lax.cond(needed, yes, lambda quick, *_: quick, quick, *args)
+  def branch(needed: jax.Array, quick: jax.Array, *args: *Args) -> jax.Array:
+    yes = lambda _, *args: careful(*args)  # pyright: ignore[reportArgumentType]
+    return lax.cond(needed, yes, lambda quick, *_: quick, quick, *args)
+
+  def no_branch(needed: jax.Array, quick: jax.Array, *args: *Args) -> jax.Array:
+    return careful(*args)
+
+  return lax.platform_dependent(needed, quick, *args, cpu=branch, default=no_branch)
 
 
 @where_needed.defjvp

@@ -26,7 +26,7 @@ from softmax_jax._exponentials import (
   underflow_floor,
 )
 from softmax_jax._normalizer import normalizer
-from softmax_jax._platform import by_platform, fits_on_chip
+from softmax_jax._platform import Forms, by_platform, fits_on_chip
 from softmax_jax._row_sums import RowSums, in_one_read, in_passes, row_sums, sum_in_one_read
 from softmax_jax._rows import Rows
 
@@ -49,10 +49,8 @@ def softmax(x: jax.Array, mask: jax.Array | None, rows: Rows, dtype: DTypeLike) 
   """The softmax of the entries of ``x`` in each row, in ``dtype``."""
   if rows.axis_name is not None:
     return _softmax_of_normalizer(rows, dtype, row_sums, x, mask)
-  plain = functools.partial(_softmax_in_passes, rows, dtype)
-  one_read = functools.partial(_softmax_in_one_read, rows, dtype)
-  on_chip = functools.partial(_softmax_on_chip, rows, dtype)
-  return by_platform(plain, one_read, on_chip if fits_on_chip(x, rows) else None, x, mask)
+  forms = (_softmax_in_passes, _softmax_in_one_read, _softmax_on_chip)
+  return by_platform(Forms(*(functools.partial(f, rows, dtype) for f in forms)), rows, x, mask)
 
 
 def _softmax_in_passes(
@@ -148,19 +146,15 @@ def softmax_vjp(
 
   def one_read(y: jax.Array, largest: jax.Array, y_bar: jax.Array) -> jax.Array:
     (axis,) = rows.axes
-    a = _as_stored(y, dtype)
+    # With the barrier XLA reads y as it is stored. Where it knows how a rounded y was computed it
+    # would drop the rounding, and write all of y before that too.
+    a = (y if y.dtype == dtype else lax.optimization_barrier(y)).astype(dtype)
     c = y_bar.astype(dtype) - entry_at(y_bar, largest, axis).astype(dtype)  # c_j - c_t
     mean = rows.local_sum(a * c) / rows.local_sum(a)
     return a * (c - mean)
 
-  return by_platform(
-    plain,
-    one_read if len(rows.axes) == 1 else plain,
-    on_chip if fits_on_chip(y, rows) else None,
-    y,
-    largest,
-    y_bar,
-  )
+  forms = Forms(plain, one_read if len(rows.axes) == 1 else plain, on_chip)
+  return by_platform(forms, rows, y, largest, y_bar)
 
 
 # The mean of c is subtracted first, and once more what rounding left of it. Then c_t is nearly 0,
@@ -190,14 +184,6 @@ def _normalized_on_chip(rows: Rows, a: jax.Array) -> jax.Array:
   return a / rows.local_sum(a)
 
 
-def _as_stored(y: jax.Array, dtype: DTypeLike) -> jax.Array:
-  """A rounded output in ``dtype``, for a backward pass.
-
-  Where XLA knows how it was computed it drops the rounding, and writes all of it in ``dtype`` too.
-  """
-  return y if y.dtype == dtype else lax.optimization_barrier(y).astype(dtype)
-
-
 # --- log_softmax ----------------------------------------------------------------------------------
 
 
@@ -210,7 +196,7 @@ def log_softmax(x: jax.Array, mask: jax.Array | None, rows: Rows, dtype: DTypeLi
   if not fits_on_chip(x, rows):
     return form(row_sums)(x, mask)
   on_chip = functools.partial(_log_softmax_on_chip, rows, dtype)
-  return by_platform(form(in_passes), form(in_one_read), on_chip, x, mask)
+  return by_platform(Forms(form(in_passes), form(in_one_read), on_chip), rows, x, mask)
 
 
 def _log_softmax_of_normalizer(
@@ -255,12 +241,13 @@ def log_softmax_vjp(y: jax.Array, y_bar: jax.Array, rows: Rows, dtype: DTypeLike
     return _projected(rows, a, y_bar.astype(dtype))
 
   def one_read(y: jax.Array, y_bar: jax.Array) -> jax.Array:
-    y, y_bar = _as_stored(y, dtype), y_bar.astype(dtype)
+    # With the barrier a TPU does not read what it also copies onto the chip.
+    y, y_bar = lax.optimization_barrier(y).astype(dtype), y_bar.astype(dtype)
     total, low = sum_in_one_read(y_bar, rows)
     others = (total - y_bar) + low  # sum_{i != j} y_bar_i
     return -jnp.expm1(y) * y_bar - jnp.exp(y) * others  # (1 - a_j) y_bar_j - a_j others
 
-  return by_platform(plain, one_read, on_chip if fits_on_chip(y, rows) else None, y, y_bar)
+  return by_platform(Forms(plain, one_read, on_chip), rows, y, y_bar)
 
 
 # P^T = I - a 1^T is a projection, P^T P^T = P^T, as a sums to 1, and it takes the t-th unit vector

@@ -1,7 +1,7 @@
 """The one choice that depends on the platform: how the sums along a row are formed.
 
-What such a sum costs differs between platforms, so that a function may come in up to three forms.
-They compute the same:
+What such a sum costs differs between platforms, so that a function comes in several forms. They
+compute the same:
 
 - ``plain`` reads the row once for each sum. On a CPU arithmetic is the limit, and only sums of one
   operand are vectorized.
@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, TypeVarTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax import lax
@@ -27,14 +27,25 @@ from jax.export import is_symbolic_dim
 
 from softmax_jax._rows import Rows
 
-Args = TypeVarTuple("Args")
-Out = TypeVar("Out")
-
 # The longest row of which XLA:GPU makes one kernel.
 _ON_CHIP = 16_384
 
 # Tests set this to run a form on any platform.
 always: Literal["plain", "on_chip", "one_read"] | None = None
+
+
+class Forms(NamedTuple):
+  """The forms of a function, the first argument of which holds the rows."""
+
+  plain: Callable[..., Any]
+  one_read: Callable[..., Any]
+  on_chip: Callable[..., Any] | None = None
+
+  def on_gpu(self, x: jax.Array, rows: Rows) -> Callable[..., Any]:
+    """The form for a GPU, which reads rows once only where they lie along the last axis."""
+    if rows.axes != (x.ndim - 1,):
+      return self.plain
+    return self.on_chip if self.on_chip and fits_on_chip(x, rows) else self.one_read
 
 
 def fits_on_chip(x: jax.Array, rows: Rows) -> bool:
@@ -44,26 +55,25 @@ def fits_on_chip(x: jax.Array, rows: Rows) -> bool:
   return whole and not is_symbolic_dim(size) and size <= _ON_CHIP
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def by_platform(
-  plain: Callable[[*Args], Out],
-  one_read: Callable[[*Args], Out],
-  on_chip: Callable[[*Args], Out] | None,
-  *args: *Args,
-) -> Out:
-  """``plain(*args)``, in the form for the platform; ``on_chip`` is None where it does not fit."""
-  forms = {"plain": plain, "one_read": one_read, "on_chip": on_chip or one_read}
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def by_platform(forms: Forms, rows: Rows, x: jax.Array, *args: Any) -> Any:
+  """``forms.plain(x, *args)``, in the form for the platform."""
   if always is not None:
-    return forms[always](*args)
-  plain, one_read, gpu = (_all_varying(form) for form in forms.values())
-  return lax.platform_dependent(*args, cpu=plain, cuda=gpu, rocm=gpu, default=one_read)
+    return (getattr(forms, always) or forms.one_read)(x, *args)
+  gpu = _all_varying(forms.on_gpu(x, rows))
+  return lax.platform_dependent(
+    x,
+    *args,
+    cpu=_all_varying(forms.plain),
+    cuda=gpu,
+    rocm=gpu,
+    default=_all_varying(forms.one_read),
+  )
 
 
 @by_platform.defjvp
-def _by_platform_jvp(
-  plain: Any, one_read: Any, on_chip: Any, primals: Any, tangents: Any
-) -> tuple[Any, Any]:
-  return by_platform(plain, one_read, on_chip, *primals), jax.jvp(plain, primals, tangents)[1]
+def _by_platform_jvp(forms: Forms, rows: Rows, primals: Any, tangents: Any) -> tuple[Any, Any]:
+  return by_platform(forms, rows, *primals), jax.jvp(forms.plain, primals, tangents)[1]
 
 
 def _all_varying(form: Callable[..., Any]) -> Callable[..., Any]:

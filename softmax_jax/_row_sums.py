@@ -29,7 +29,7 @@ from softmax_jax._exponentials import (
   exp_of_difference,
   finite_or_zero,
 )
-from softmax_jax._platform import by_platform
+from softmax_jax._platform import Forms, by_platform
 from softmax_jax._products import scale_or_zero
 from softmax_jax._rows import Axes, Rows
 
@@ -99,7 +99,7 @@ def row_sums(
   def form(sums: Callable[..., RowSums]) -> Callable[..., RowSums]:
     return lambda x, mask, weights: sums(x, mask, weights, rows, dtype)
 
-  return by_platform(form(in_passes), form(in_one_read), None, x, mask, weights)
+  return by_platform(Forms(form(in_passes), form(in_one_read)), rows, x, mask, weights)
 
 
 # --- in passes ------------------------------------------------------------------------------------

@@ -1,0 +1,139 @@
+"""What our programs move through main memory on a GPU and a TPU that are not there, beside peers.
+
+XLA compiles for them where jax-cuda13-plugin and jax-cuda13-pjrt, or libtpu, are installed. Counted in
+arrays of the logits' size.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import softmax_jax as sj
+from softmax_jax import _platform
+from softmax_jax.benchmark import suites, targets
+from softmax_jax.benchmark.traffic import measure, traffic
+
+pytestmark = pytest.mark.long
+
+SHAPES = [(8192, 128), (2048, 1024), (2048, 32768), (4096, 131072)]
+DTYPES = ["float32", "bfloat16"]
+ON_CHIP = 16_384  # the most classes of which XLA:GPU makes one kernel
+# Numbers per row are a hundredth of 128 logits each, and the partial sums of long rows as many.
+NUMBERS_PER_ROW = 0.3
+NUMBERS_OF_LONG_ROWS = 0.1
+LINES = [*suites.lines("softmax", SHAPES), *suites.lines("losses", SHAPES)]
+
+
+@pytest.fixture(scope="module", params=["h100", "v6e"])
+def target(request):
+  try:
+    targets.require(request.param)
+  except targets.MissingError as error:
+    pytest.skip(str(error))
+  return request.param
+
+
+def most(function, mode, target, classes, dtype):
+  """The most arrays that a program may read and write."""
+  gpu, plain = target == "h100", mode in (suites.FORWARD, suites.LOSS)
+  kernel = gpu and classes <= ON_CHIP
+  if function in ("softmax", "log_softmax"):
+    if plain:
+      return (1, 1) if kernel else (2, 1)
+    if kernel:
+      return 3, 2
+    if function == "log_softmax":
+      return 5, 2
+    # A TPU, and sixteen bits, of which XLA would also write the float32 version, read y once more.
+    return (5, 2) if dtype == "float32" else (6, 2)
+  if function == suites.SOFT:
+    return (2, 0) if plain else (4, 1)
+  return (1, 0) if plain else (2, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+  "line", LINES, ids=lambda line: "-".join(map(str, (*line[1:3], *line.shape)))
+)
+def test_no_more_is_moved_than_by_peers(line, dtype, target):
+  found = measure(line, target, ["jax.nn", "optax"], np.dtype(jnp.dtype(dtype)))
+  assert not found["unable"]
+  logits = found["logits_bytes"]
+  ours, peer = (
+    [cost[name] / logits for name in ("reads", "writes", "temp_bytes")]
+    for cost in found["costs"].values()
+  )
+  slack = NUMBERS_PER_ROW if line.shape[1] < 1024 else NUMBERS_OF_LONG_ROWS
+  assert ours[0] + ours[1] <= peer[0] + peer[1] + slack
+  assert ours[2] <= peer[2] + slack
+  reads, writes = most(line.function, line.mode, target, line.shape[1], dtype)
+  assert ours[0] <= reads + slack
+  assert ours[1] <= writes + slack
+
+
+OPTIONS = {
+  "smoothing": {"label_smoothing": 0.1},
+  "z-loss": {"z_loss": 0.1},
+  "class weights": {"class_weights": True},
+  "weights and smoothing": {"class_weights": True, "label_smoothing": 0.1},
+  "ignored rows": {"ignore_index": 0},
+  "mask": {"where": True},
+  "mask and smoothing": {"where": True, "label_smoothing": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("soft", [False, True])
+def test_no_option_reads_the_logits_once_more(soft, name, target):
+  rows, classes = 2048, 1024
+  options = dict(OPTIONS[name])
+  if soft and "ignore_index" in options:
+    pytest.skip("soft labels have no index")
+  x = jax.ShapeDtypeStruct((rows, classes), jnp.bfloat16)
+  label = x if soft else jax.ShapeDtypeStruct((rows,), jnp.int32)
+  arrays = {
+    "class_weights": jax.ShapeDtypeStruct((classes,), jnp.float32),
+    "where": jax.ShapeDtypeStruct((rows, classes), bool),
+  }
+  given = {name: arrays[name] for name in options if name in arrays}
+  options = {name: value for name, value in options.items() if name not in arrays}
+  f = sj.softmax_cross_entropy if soft else sj.softmax_cross_entropy_with_integer_labels
+
+  def mean(x, label, given):
+    return f(x, label, **given, **options).mean()
+
+  logits = rows * classes * 2
+  inputs = 1 + soft + ("where" in given) / 2
+  value = traffic(target, mean, x, label, given)
+  gradient = traffic(target, jax.value_and_grad(mean), x, label, given)
+  assert value.reads <= (inputs + NUMBERS_OF_LONG_ROWS) * logits
+  assert value.writes <= NUMBERS_OF_LONG_ROWS * logits
+  assert gradient.reads <= (2 * inputs + NUMBERS_OF_LONG_ROWS) * logits
+  assert gradient.writes <= (1 + NUMBERS_OF_LONG_ROWS) * logits
+
+
+def test_a_pass_more_is_seen(target):
+  """A planted fault: in passes, as on a CPU, the bound of the loss does not hold."""
+  rows, classes = SHAPES[2]
+  x = jax.ShapeDtypeStruct((rows, classes), jnp.float32)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(_platform, "always", "plain")
+    jax.clear_caches()
+    found = traffic(target, functools.partial(sj.logsumexp, axis=-1), x)
+  jax.clear_caches()
+  assert found.reads > 1.9 * rows * classes * 4
+
+
+@pytest.mark.parametrize("function", ["softmax", "log_softmax"])
+def test_classes_along_another_axis(function, target):
+  rows, classes = SHAPES[1]
+  x = jax.ShapeDtypeStruct((classes, rows), jnp.float32)
+  found = traffic(target, functools.partial(getattr(sj, function), axis=0), x)
+  peer = traffic(target, functools.partial(getattr(jax.nn, function), axis=0), x)
+  assert (
+    found.reads + found.writes
+    <= peer.reads + peer.writes + NUMBERS_OF_LONG_ROWS * rows * classes * 4
+  )
