@@ -1,10 +1,11 @@
-"""Puts the helpers on the path, gives JAX eight devices, and implements the marker `without`.
+"""Puts the helpers on the path, gives JAX eight devices, and implements two markers.
 
 The folders are no packages, so the basename of each module in them is unique: pytest then needs no
 more than these files, in the repository or copied beside an installed wheel.
 """
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -18,8 +19,16 @@ pytest.register_assert_rewrite(
   *(path.stem for path in TESTS.rglob("*.py") if not path.name.startswith(("conftest", "test_")))
 )
 
-# Before JAX starts.
-jax.config.update("jax_num_cpu_devices", 8)
+# Before JAX starts. A smaller number shows here what happens on a machine with one GPU.
+if "JAX_NUM_CPU_DEVICES" not in os.environ:
+  jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_runtest_setup(item):
+  """Skips a test that needs more devices than there are, by its marker `devices`."""
+  wanted = max((marker.args[0] for marker in item.iter_markers("devices")), default=0)
+  if wanted > 1 and (found := len(jax.devices())) < wanted:
+    pytest.skip(f"needs {wanted} devices; {jax.default_backend()} has {found}")
 
 
 @pytest.hookimpl(wrapper=True)

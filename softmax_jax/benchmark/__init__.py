@@ -194,7 +194,7 @@ def _lines(args: SimpleNamespace) -> dict[str, list[suites.Line]]:
 def _measure(args: SimpleNamespace, peers: list[str]) -> dict[str, Any]:
   lines = _lines(args)
   dtype = jnp.dtype(args.dtype)
-  result = _about(args, peers)
+  result = about(args, peers)
   if args.update:
     text = args.update.read_text(encoding="utf-8", errors="replace")
     marker = report.missing_marker(result, dict.fromkeys(args.suite), text)
@@ -228,7 +228,7 @@ def _measure(args: SimpleNamespace, peers: list[str]) -> dict[str, Any]:
   return result
 
 
-def _about(args: SimpleNamespace, peers: list[str]) -> dict[str, Any]:
+def about(args: SimpleNamespace, peers: list[str]) -> dict[str, Any]:
   """When, where and with what the numbers were taken; the suites are added later."""
   device = devices()[0]
   names = {peer.partition(".")[0] for peer in peers} - {"products"}

@@ -1,6 +1,6 @@
 """The accuracy suite: worst errors over class counts and scales, and where losses are hardest."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -136,7 +136,7 @@ def measure(
   dtype: np.dtype,
   *,
   seed: int,
-  only: Sequence[tuple[str, int]] | None = None,
+  only: Iterable[tuple[str, int]] | None = None,
   show: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
   """The rows of the accuracy table, ready for JSON; an infinite error stands for inf or NaN.

@@ -208,6 +208,7 @@ def test_step_donates_and_its_memory_is_that_of_the_program(trained, text):
 # --- several devices -----------------------------------------------------------------------------
 
 
+@pytest.mark.devices(8)
 @pytest.mark.long
 def test_losses_on_several_devices_are_those_on_one(text):
   """Three devices do not divide 1000 classes."""
@@ -223,6 +224,7 @@ def test_losses_on_several_devices_are_those_on_one(text):
     np.testing.assert_allclose(curve, curves[0], rtol=2e-6)
 
 
+@pytest.mark.devices(8)
 def test_a_step_on_a_mesh_sends_no_logits_and_nothing_of_the_size_of_the_classes(text):
   mesh, optimizer = task.devices_of(8), optax.adam(0.1)
   weights = jax.eval_shape(lambda: task.initial_weights(jax.random.key(0), 1000))

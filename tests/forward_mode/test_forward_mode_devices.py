@@ -91,6 +91,7 @@ OUTSIDE = {
 }
 
 
+@pytest.mark.devices(2)
 @pytest.mark.parametrize(
   ("name", "axis_type"),
   [(name, AxisType.Auto) for name in SHARDED] + [("psum", AxisType.Explicit)],
@@ -119,6 +120,7 @@ def test_shard_map(name, axis_type):
     assert_close(eager, expected)
 
 
+@pytest.mark.devices(2)
 @pytest.mark.without("enable_x64")
 def test_weight_that_is_whole_on_every_device():
   mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
@@ -139,6 +141,7 @@ def test_weight_that_is_whole_on_every_device():
   check(make_gated(), gated, transforms)
 
 
+@pytest.mark.devices(4)
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_arrays(axis_type):
   mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(axis_type,) * 2)
@@ -162,6 +165,7 @@ def test_sharded_arrays(axis_type):
     assert_close(transforms[2](f), transforms[2](spiral))  # without jit
 
 
+@pytest.mark.devices(4)
 def test_spmd_axis_name():
   mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
 

@@ -189,6 +189,7 @@ def test_gradients_accumulated_over_micro_batches_of_donated_arguments():
   assert relative_error(updated, expected) < 1e-6
 
 
+@pytest.mark.devices(4)
 @reductions
 def test_data_parallel_in_shard_map(reduction):
   """Tokens over four devices, the weight on each: the gradients are those of one device."""

@@ -44,6 +44,8 @@ from softmax_jax import (
   softmax,
 )
 
+pytestmark = pytest.mark.devices(8)
+
 
 @every_case
 def test_numbers_are_those_of_one_device(case):

@@ -35,6 +35,8 @@ from oracle import random, relative_error
 
 from softmax_jax import log_softmax, logsumexp, softmax
 
+pytestmark = pytest.mark.devices(8)
+
 
 @pytest.fixture(autouse=True)
 def in_float64():

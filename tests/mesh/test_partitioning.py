@@ -36,6 +36,8 @@ from softmax_jax import (
   softmax_cross_entropy_with_integer_labels,
 )
 
+pytestmark = pytest.mark.devices(8)
+
 
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)
 @pytest.mark.parametrize("name", FUNCTIONS)

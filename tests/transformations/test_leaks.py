@@ -69,6 +69,7 @@ def test_programs_of_functions_that_are_gone_are_dropped():
   assert now_objects - objects < 5
 
 
+@pytest.mark.devices(3)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_eager_calls_on_a_mesh_compile_once(reduction):
   spec = jax.sharding.PartitionSpec

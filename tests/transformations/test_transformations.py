@@ -174,6 +174,7 @@ def test_vmap_of_the_gradient_by_weights_and_soft_labels():
 # shard_map.
 
 
+@pytest.mark.devices(2)
 @every_function
 def test_shard_map(name):
   """Derivatives taken inside and outside of shard_map, with check_vma."""
@@ -200,6 +201,7 @@ def test_shard_map(name):
     assert relative_error(inside[mode], of_rows(1)(name)) < 2e-6, mode
 
 
+@pytest.mark.devices(2)
 @pytest.mark.parametrize("mode", ["jacrev", "jacfwd"])
 def test_shard_map_of_a_mean_loss_by_parameters_on_every_device(mode):
   mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Auto,))
@@ -221,6 +223,7 @@ def test_shard_map_of_a_mean_loss_by_parameters_on_every_device(mode):
     assert relative_error(gradient, expected) < 2e-6
 
 
+@pytest.mark.devices(2)
 @pytest.mark.parametrize("mode", ["jacrev", "jacfwd"])
 @pytest.mark.parametrize("name", ["logsumexp", SOFT, INTEGER])
 def test_shard_map_of_arguments_of_which_only_one_varies(name, mode):
