@@ -36,6 +36,7 @@ _FREE = {
   "tuple",
 }
 _FREE_CALLS = re.compile('custom_call_target="(AllocateBuffer|ConcatBitcast)"')
+_PALLAS = re.compile('custom_call_target="(tpu_custom_call|__gpu\\$xla.gpu.triton|mosaic_gpu)')
 _SLICES = ("dynamic-slice", "gather", "slice")
 # Inside a fusion these are computed where they are used, entry by entry.
 _LOOKED_THROUGH = ("bitcast", "convert", "reshape")
@@ -94,7 +95,7 @@ class Kernel(NamedTuple):
 
   reads, writes: bytes in main memory. cycles: the compiler's estimate, 0 where it makes none.
   exchanged: the kinds of collectives that it is made of, each with the bytes of the larger of its
-  operands and outputs.
+  operands and outputs. hidden: whether it is not XLA's, so that it may read an operand many times.
   """
 
   opcode: str
@@ -103,6 +104,7 @@ class Kernel(NamedTuple):
   writes: int
   cycles: int
   exchanged: tuple[tuple[str, int], ...]
+  hidden: bool
 
 
 # --- the text ------------------------------------------------------------------------------------
@@ -252,6 +254,7 @@ def _kernel(program: Program, within: Computation, instruction: Instruction, run
     round(writes),
     cycles if cycles < _UNKNOWN_CYCLES else 0,
     _exchanged(program, within, instruction),
+    bool(_PALLAS.search(instruction.attributes)),
   )
 
 

@@ -6,6 +6,7 @@ this, but has no function that returns one.
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import mmap
 import os
@@ -101,6 +102,18 @@ def devices(target: str) -> tuple[Any, ...]:
       os.environ.setdefault(name, value)
     found = topologies.get_topology_desc(TPUS[target], "tpu")
   return tuple(found.devices[:DEVICES])
+
+
+def compiler(target: str) -> dict[str, str]:
+  """The package that compiles for a target, with its version."""
+  if target in TPUS:
+    name = "libtpu"
+  else:
+    name = f"jax-{cast(pathlib.Path, _cuda_plugin()).parent.name.removeprefix('xla_')}-pjrt"
+  try:
+    return {name: importlib.metadata.version(name)}
+  except importlib.metadata.PackageNotFoundError:
+    return {name: "unknown"}
 
 
 def mesh(target: str, count: int, axis: str) -> Mesh:
