@@ -46,7 +46,7 @@ _LIBTPU = {
   "TPU_WORKER_HOSTNAMES": "localhost",
   "TPU_WORKER_ID": "0",
 }
-_CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+_CUDA_PLUGINS = ("xla_cuda13", "xla_cuda12")
 
 
 class MissingError(RuntimeError):
@@ -59,14 +59,26 @@ def platform(target: str) -> str:
 
 
 def _cuda_plugin() -> pathlib.Path | None:
+  """The library of the plugin, in a folder that has the name of its module."""
   for name in _CUDA_PLUGINS:
     with contextlib.suppress(ModuleNotFoundError):  # Of the package around it.
-      found = importlib.util.find_spec(name)
+      found = importlib.util.find_spec(f"jax_plugins.{name}")
       for folder in found.submodule_search_locations or [] if found else []:
         library = pathlib.Path(folder, "xla_cuda_plugin.so")
         if library.exists():
           return library
   return None
+
+
+@contextlib.contextmanager
+def on_no_device() -> Generator[None]:
+  """JAX looks for no accelerator, if it has not done so yet: none is needed to compile for one."""
+  before = cast(Any, jax.config).jax_platforms
+  jax.config.update("jax_platforms", "cpu")
+  try:
+    yield
+  finally:
+    jax.config.update("jax_platforms", before)
 
 
 def require(target: str) -> None:
@@ -90,17 +102,29 @@ def _description(name: str) -> str:
   return text.decode()
 
 
+def _gpu_topology(target: str) -> topologies.TopologyDescription:
+  options = {"target_config": _description(GPUS[target]), "topology": f"1x1x{DEVICES}"}
+  get = functools.partial(topologies.get_topology_desc, target, "cuda", **options)
+  try:
+    return get()
+  except NotImplementedError:
+    # JAX looked for devices before, and the plugin found no driver then.
+    folder = cast(pathlib.Path, _cuda_plugin()).parent
+    importlib.import_module(f"jax_plugins.{folder.name}").initialize()
+    return get()
+
+
 @functools.cache
 def devices(target: str) -> tuple[Any, ...]:
   """The eight devices of a target, which programs are compiled for and nothing is run on."""
   require(target)
-  if target in GPUS:
-    options = {"target_config": _description(GPUS[target]), "topology": f"1x1x{DEVICES}"}
-    found = topologies.get_topology_desc(target, "cuda", **options)
-  else:
-    for name, value in _LIBTPU.items():
-      os.environ.setdefault(name, value)
-    found = topologies.get_topology_desc(TPUS[target], "tpu")
+  with on_no_device():
+    if target in GPUS:
+      found = _gpu_topology(target)
+    else:
+      for name, value in _LIBTPU.items():
+        os.environ.setdefault(name, value)
+      found = topologies.get_topology_desc(TPUS[target], "tpu")
   return tuple(found.devices[:DEVICES])
 
 
@@ -119,17 +143,6 @@ def compiler(target: str) -> dict[str, str]:
 def mesh(target: str, count: int, axis: str) -> Mesh:
   """A mesh of the first `count` devices of a target with automatic axes."""
   return Mesh(np.array(devices(target)[:count]), (axis,), axis_types=(AxisType.Auto,))
-
-
-@contextlib.contextmanager
-def on_no_device() -> Generator[None]:
-  """JAX looks for no accelerator, if it has not done so yet: none is needed to compile for one."""
-  before = cast(Any, jax.config).jax_platforms
-  jax.config.update("jax_platforms", "cpu")
-  try:
-    yield
-  finally:
-    jax.config.update("jax_platforms", before)
 
 
 def compiled(target: str, f: Callable[..., Any], *shapes: Any) -> jax.stages.Compiled:
