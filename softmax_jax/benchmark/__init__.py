@@ -65,13 +65,15 @@ of many classes have no such row; those late in a training do, as `--scale 10` s
 
 A peer that is not installed is left out. Times of a busy machine are worth little.
 
-With `--target h100` or another one nothing is run: the programs are compiled for a device that need
-not be there, and the tables tell what they cost on it. The bytes that kernels read from main memory
-and write to it, in units of the logits, beside the least that is possible; the kernels that touch
-arrays of that size; temp bytes; the cycles that the compiler for TPUs expects. They are exact, and
-the same each time. `--devices 8` spreads the classes out over devices, and counts what these
-exchange; "plain jit" is ours without `shard_map` and `axis_name`. GPUs need the CUDA plugin of JAX,
-TPUs `pip install "jax[tpu]"`.
+With `--target NAME` nothing is run. The programs are compiled for a GPU or TPU that need not be
+there, and the tables tell what they cost on it, exactly and the same each time: arrays read from
+main memory and written to it, in units of the logits (caches of a GPU are left out); the kernels
+that touch arrays of that size; temp bytes; on TPUs, the cycles that the compiler expects. The least
+possible reads every input once, or twice where a row does not fit on the chip and an output has
+its size, and writes every output once. `--devices 8` spreads the classes out over devices, and
+tells what these exchange; "plain jit" is ours without `shard_map` and `axis_name`. Of kernels that
+are not XLA's, as tokamax has them, "≥" shows what is read at least. GPUs need the packages
+jax-cuda13-plugin and jax-cuda13-pjrt, TPUs jax[tpu].
 
 Exit code: 0, or 2 for a bad option or a missing package.
 """
@@ -216,7 +218,7 @@ def _measure_traffic(args: SimpleNamespace) -> dict[str, Any]:
     raise click.UsageError("--suite accuracy: with --target nothing is run")
   default = lambda suite: traffic.LINEAR_SHAPES if suite == "linear" else traffic.SHAPES
   lines = _lines(args, default)
-  peers = _target_peers(args.peers)
+  peers = _target_peers(args.peers, lines)
   dtypes = [args.dtype] if args.dtype else ["float32", "bfloat16"]
   with targets.on_no_device(), jax.enable_x64(args.dtype == "float64"):
     try:
@@ -237,15 +239,18 @@ def _measure_traffic(args: SimpleNamespace) -> dict[str, Any]:
   return result
 
 
-def _target_peers(wanted: Sequence[str]) -> list[str]:
-  """The peers that are compiled for a target."""
+def _target_peers(wanted: Sequence[str], lines: dict[str, list[suites.Line]]) -> list[str]:
+  """The peers that are compiled for a target and have a function of these lines."""
   for peer in wanted:
     if peer not in (*traffic.PEERS, _NO_PEER):
       only = ", ".join(traffic.PEERS)
       raise click.BadParameter(f"with --target these are {only}", param_hint="--peers")
     if peer != _NO_PEER and programs.version(peer) is None:
       raise click.BadParameter(f"{peer} is not installed", param_hint="--peers")
-  among = wanted or traffic.PEERS
+  used = {
+    peer for each in lines.values() for line in each for peer in programs.peers_of(line.function)
+  }
+  among = used.intersection(wanted or traffic.PEERS)
   return [peer for peer in traffic.PEERS if peer in among and programs.version(peer) is not None]
 
 
@@ -254,7 +259,6 @@ def _about_target(
 ) -> dict[str, Any]:
   """For what and with what the programs are compiled; the suites are added later."""
   versions = {"softmax_jax": programs.version(programs.OURS), "jax": jax.__version__}
-  others = [peer for peer in peers if peer in ("optax", "tokamax")]
   return {
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "platform": args.target,
@@ -262,7 +266,7 @@ def _about_target(
     "devices": args.devices,
     "python": platform.python_version(),
     "versions": versions
-    | {peer: programs.version(peer) for peer in others}
+    | {peer: programs.version(peer) for peer in peers if peer != "jax.nn"}
     | targets.compiler(args.target),
     "peers": list(peers),
     "dtypes": list(dtypes),

@@ -288,19 +288,15 @@ def _trips(program: Program, within: Computation, loop: Instruction) -> int:
 
 
 def _finished(computation: Computation, done: Instruction) -> Instruction:
-  """The instruction whose start and end are an asynchronous pair, as if it ran at its end.
-
-  In between there may be an update, which has the operands that the start did not have yet.
-  """
-  start, operands = computation[done.operands[0]], ""
+  """The instruction that an asynchronous pair stands for, as if it ran where it ends."""
+  start = computation[done.operands[0]]
   while start.opcode.endswith("-update"):
-    operands = operands or start.arguments.partition(",")[2]
     start = computation[start.operands[0]]
-  if not start.opcode.endswith("-start"):  # It was started in an earlier round of a loop.
+  if not start.opcode.endswith("-start"):  # It was started in the round of a loop before.
     return done._replace(opcode=done.opcode.removesuffix("-done"))
   return done._replace(
     opcode=start.opcode.removesuffix("-start"),
-    arguments=start.arguments or operands,
+    arguments=start.arguments,
     attributes=start.attributes,
   )
 

@@ -202,7 +202,7 @@ def measure(
     "shape": list(line.shape),
     "dtype": dtype.name,
     "logits_bytes": unit if line.suite != "linear" else None,
-    "least": least(line, target),
+    "least": least(line, target) if devices == 1 else None,
     "costs": found,
     "unable": unable,
   }

@@ -18,8 +18,6 @@ from softmax_jax.benchmark.report import (
 from softmax_jax.benchmark.traffic import PLAIN_JIT
 
 _LEAST = "least"
-# Of so many arrays of the logits' size on, temporaries are shown beside what is read and written.
-_TEMPORARIES = 0.1
 
 _Line = dict[str, Any]
 
@@ -49,19 +47,21 @@ def _plain(value: float) -> str:
   return f"{value:.1f}".removesuffix(".0")
 
 
-def _arrays(name: str, line: _Line) -> str:
-  """Arrays of the logits' size that are read and written."""
+def _arrays(name: str, line: _Line, step: float = 0.1) -> str:
+  """Arrays of the logits' size that are read and written, to the next multiple of `step`."""
   if name == _LEAST:
     return "/".join(map(str, line["least"]))
   if name not in line["costs"]:
     return "-"
-  moved = (line["costs"][name][key] for key in ("reads", "writes"))
-  return "/".join(_plain(value / line["logits_bytes"]) for value in moved)
+  moved = (line["costs"][name][key] / line["logits_bytes"] for key in ("reads", "writes"))
+  return "/".join(_plain(step * round(value / step)) for value in moved)
 
 
-def _arrays_and_temporaries(name: str, line: _Line) -> str:
+def _halves(name: str, line: _Line) -> str:
+  """The same in halves, which leaves out numbers per row, with the temporaries."""
   temp = line["costs"][name]["temp_bytes"] / line["logits_bytes"] if name in line["costs"] else 0
-  return _arrays(name, line) + (f" (+{_plain(temp)})" if temp >= _TEMPORARIES else "")
+  halves = round(2 * temp) / 2
+  return _arrays(name, line, step=0.5) + (f" (+{_plain(halves)})" if halves else "")
 
 
 def _gigabytes(name: str, line: _Line) -> str:
@@ -132,7 +132,8 @@ def print_tables(report: dict[str, Any]) -> None:
     for about, measures in _tables(report, suite).items():
       columns, cells = ["", "shape", "dtype"], []
       for title, measure in measures.items():
-        for name in (*names, _LEAST) if title == "arrays" else names:
+        known = title == "arrays" and lines[0]["least"]
+        for name in (*names, _LEAST) if known else names:
           columns.append(f"{title}\n{_shown(name)}")
           cells.append(functools.partial(measure, name))
       rows = (
@@ -159,7 +160,7 @@ def _cell(report: dict[str, Any], suite: str, names: Sequence[str], line: _Line)
   if report["devices"] > 1:
     return "; ".join(_exchanges(name, line) for name in names)
   if suite != "linear":
-    return "; ".join(_arrays_and_temporaries(name, line) for name in (*names, _LEAST))
+    return "; ".join(_halves(name, line) for name in (*names, _LEAST))
   measures = [measure for table in _tables(report, suite).values() for measure in table.values()]
   return "; ".join(" / ".join(measure(name, line) for measure in measures) for name in names)
 
@@ -187,5 +188,5 @@ def markdown(report: dict[str, Any], suite: str) -> str:
     titles = (title for table in _tables(report, suite).values() for title in table)
     about = f"{' / '.join(titles)}: {whose}"
   else:
-    about = f"Arrays of the logits' size read/written (+temporaries): {whose}; the least possible"
+    about = f"Arrays of the logits' size read/written (+temporaries): {whose}; least possible"
   return f"{about}. {machine(report)}.\n\n{markdown_table(('', *shapes), table)}"

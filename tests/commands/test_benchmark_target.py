@@ -110,6 +110,8 @@ def test_traffic_of_a_program(cpu_as_target):
 def test_classes_are_spread_out_over_devices(suite, cpu_as_target):
   shape = (16, 8, 64) if suite == "linear" else (16, 64)
   for each in suites.lines(suite, [shape]):
+    if each.mode in (FORWARD, LOSS):
+      continue
     found = traffic.measure(each, "h100", ["jax.nn", "optax"], jnp.dtype("float32"), devices=8)
     assert found["unable"] == {}
     peer = "jax.nn" if suite == "softmax" else "optax"
@@ -143,9 +145,14 @@ def test_what_does_not_compile_is_told(cpu_as_target, capsys, monkeypatch):
 # --- the command ---------------------------------------------------------------------------------
 
 
-@pytest.mark.without("disable_jit")
 @pytest.mark.parametrize("devices", [1, 8])
-def test_the_report_in_every_form(devices, cpu_as_target, capsys, tmp_path):
+def test_the_report_in_every_form(devices, cpu_as_target, capsys, tmp_path, monkeypatch):
+  def without_compiling(target, f, *shapes):
+    unit = max(shape.size * shape.dtype.itemsize for shape in shapes)
+    exchanged = (traffic.Collective("all-reduce", 2, 4096),) * (devices > 1)
+    return traffic.Traffic(3 * unit, unit, 4, 0, 123456, exchanged, False, unit)
+
+  monkeypatch.setattr(traffic, "traffic", without_compiling)
   notes = tmp_path / "notes.md"
   marker = "<!-- benchmark: {}, v6e -->\nold\n<!-- end -->\n"
   notes.write_text("before\n" + "".join(map(marker.format, suites.NAMES)) + "after\n")
@@ -162,9 +169,9 @@ def test_the_report_in_every_form(devices, cpu_as_target, capsys, tmp_path):
   for suite, part in result["suites"].items():
     for each in part["lines"]:
       assert each["dtype"] in result["dtypes"] and each["unable"] == {}
-      assert (each["least"] is None) == (suite == "linear")
+      assert (each["least"] is None) == (suite == "linear" or devices > 1)
       for cost in each["costs"].values():
-        assert cost["reads"] > 0 and cost["writes"] > 0 and cost["cycles"] == 0
+        assert len(cost["collectives"]) == (devices > 1)
 
   text = notes.read_text()
   assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
@@ -173,8 +180,8 @@ def test_the_report_in_every_form(devices, cpu_as_target, capsys, tmp_path):
   traffic_report.print_tables(result)
   out = capsys.readouterr().out
   assert "…" not in out and max(map(len, out.splitlines()[1:])) <= 120
-  assert ("collectives" in out) == ("plain jit" in out) == (devices > 1)
-  for word in ("log_softmax + vjp", "integer + grad", "linear + grad", "least", "Mcycles"):
+  assert ("collectives" in out) == ("plain jit" in out) == ("least" not in out) == (devices > 1)
+  for word in ("log_softmax + vjp", "integer + grad", "linear + grad", "Mcycles"):
     assert word in out
 
 
@@ -230,19 +237,19 @@ def made_up(dtypes, **costs):
 
 
 def test_markdown_has_a_row_for_the_dtypes_that_agree():
-  costs = {OURS: (10, 2.04, 0), "jax.nn": (3.14, 1, 0.04)}
+  costs = {OURS: (10, 2.4, 0), "jax.nn": (3.14, 1, 0.04)}
   text = traffic_report.markdown(made_up(["float32", "bfloat16"], **costs), "softmax")
   assert text == (
-    "Arrays of the logits' size read/written (+temporaries): ours; jax.nn; the least possible. "
+    "Arrays of the logits' size read/written (+temporaries): ours; jax.nn; least possible. "
     "2026-11-27, compiled for one device of NVIDIA H100; jax 1.2.3.\n\n"
     "| | 8192x128 | 4096x131072 |\n| --- | --- | --- |\n"
-    "| softmax | 10/2; 3.1/1; 1/1 | 10/2; 3.1/1; 2/1 |\n"
-    "| softmax + vjp | 10/2; 3.1/1; 2/2 | 10/2; 3.1/1; 4/2 |"
+    "| softmax | 10/2.5; 3/1; 1/1 | 10/2.5; 3/1; 2/1 |\n"
+    "| softmax + vjp | 10/2.5; 3/1; 2/2 | 10/2.5; 3/1; 4/2 |"
   )
   costs["jax.nn"] = (3, 1, 2)
   text = traffic_report.markdown(made_up(["float32", "bfloat16"], **costs), "softmax")
-  assert "| softmax, float32 | 10/2; 3/1; 1/1 |" in text
-  assert "| softmax, bfloat16 | 10/2; 3/1 (+2); 1/1 |" in text
+  assert "| softmax, float32 | 10/2.5; 3/1; 1/1 |" in text
+  assert "| softmax, bfloat16 | 10/2.5; 3/1 (+2); 1/1 |" in text
   assert "| softmax + vjp, float32 |" in text
 
 

@@ -157,7 +157,8 @@ def test_of_a_slice_in_a_fusion_too():
     %part = f32[4,256]{1,0} dynamic-slice(%wide, %j, %zero), dynamic_slice_sizes={4,256}
     %old = f32[4,256]{1,0} dynamic-slice(%b, %j, %zero), dynamic_slice_sizes={4,256}
     %sum = f32[4,256]{1,0} add(%old, %part)
-    ROOT %into = f32[16,256]{1,0} dynamic-update-slice(%b, %sum, %j, %zero)
+    %into = f32[16,256]{1,0} dynamic-update-slice(%b, %sum, %j, %zero)
+    ROOT %same = f32[16,256]{1,0} bitcast(%into)
     }""",
     arguments="x: bf16[16,256], y: f32[16,256], i: s32[]",
   )
@@ -194,6 +195,15 @@ slice-start(%x), slice={[0:8], [0:256]}
   ]
 
 
+def test_what_was_started_in_the_round_before_counts_where_it_ends():
+  found = program(
+    """%begun = (f32[16,256]{1,0:T(8,128)}, f32[16,256]{1,0:T(8,128)S(1)}) parameter(0)
+    %copied = f32[16,256]{1,0:T(8,128)} get-tuple-element(%begun), index=0
+    ROOT %done = f32[16,256]{1,0:T(8,128)S(1)} copy-done(%copied)"""
+  )
+  assert moved(found) == (ARRAY, 0)
+
+
 def test_calls_may_get_their_operands_later():
   called = """%called (a: f32[16,256]) -> f32[16,256] {
     %a = f32[16,256]{1,0} parameter(0)
@@ -228,6 +238,7 @@ def test_of_a_conditional_the_larger_branch_counts():
   for called in (
     "branch_computations={%one, %two}",
     "true_computation=%two, false_computation=%one",
+    "true_computation=%one, false_computation=%two",
   ):
     body = f"%p = pred[] constant(true)\nROOT %y = {shape} conditional(%p, %x, %x), {called}"
     assert moved(program(PARAMETER + body, one, two)) == (2 * ARRAY, 2 * ARRAY)
@@ -264,6 +275,14 @@ def test_kernels_that_are_not_those_of_xla_are_told():
     assert (kernel.reads, kernel.writes) == (ARRAY, ARRAY)
   free = PARAMETER + 'ROOT %y = f32[16]{0} custom-call(), custom_call_target="AllocateBuffer"'
   assert hlo.kernels(program(free)) == []
+
+
+def test_the_entry_need_not_come_last():
+  found = program(f"{PARAMETER}ROOT %y = f32[16,256]{{1,0}} negate(%x)")
+  other = "%other (a: f32[]) -> f32[] {\n  ROOT %a = f32[] parameter(0)\n}"
+  text = "ENTRY %main (x: f32[]) -> f32[] {\n  %x = f32[] parameter(0)\n"
+  text += f"  ROOT %y = f32[] negate(%x)\n}}\n\n{other}\n"
+  assert hlo.parse(text).entry == found.entry == "main"
 
 
 def test_other_text_is_refused():
