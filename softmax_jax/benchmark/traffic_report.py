@@ -110,7 +110,7 @@ def _tables(report: dict[str, Any], suite: str) -> dict[str, dict[str, _Measure]
     tables = {"what the compiled programs move and allocate": _BYTES | rest}
   else:
     tables = {
-      "arrays of the logits' size that are read/written, and kernels that touch them": _ARRAYS,
+      "arrays read/written, by the logits' size, and kernels that touch them": _ARRAYS,
       " and ".join(rest): rest,
     }
   if report["devices"] > 1:
