@@ -119,12 +119,17 @@ def devices(target: str) -> tuple[Any, ...]:
   """The eight devices of a target, which programs are compiled for and nothing is run on."""
   require(target)
   with on_no_device():
-    if target in GPUS:
-      found = _gpu_topology(target)
-    else:
-      for name, value in _LIBTPU.items():
-        os.environ.setdefault(name, value)
-      found = topologies.get_topology_desc(TPUS[target], "tpu")
+    try:
+      if target in GPUS:
+        found = _gpu_topology(target)
+      else:
+        for name, value in _LIBTPU.items():
+          os.environ.setdefault(name, value)
+        found = topologies.get_topology_desc(TPUS[target], "tpu")
+    except (NotImplementedError, RuntimeError) as error:  # JAX's own is a RuntimeError.
+      package = " ".join(next(iter(compiler(target).items())))
+      why = str(error).splitlines()[0]
+      raise MissingError(f"{package} does not do for jax {jax.__version__}: {why}") from error
   return tuple(found.devices[:DEVICES])
 
 

@@ -330,6 +330,21 @@ def test_descriptions_are_cut_out_of_the_plugin(monkeypatch, tmp_path):
   }
 
 
+@pytest.mark.parametrize("target", ["h100", "v6e"])
+def test_a_plugin_of_another_version_is_an_error(target, capsys, monkeypatch):
+  def fail(*args, **options):
+    raise RuntimeError("INTERNAL: another version\nand much more")
+
+  monkeypatch.setattr(targets, "require", lambda target: None)
+  monkeypatch.setattr(targets, "compiler", lambda target: {"plugin": "1.0"})
+  monkeypatch.setattr(targets, "_description", lambda name: "")
+  monkeypatch.setattr(targets.topologies, "get_topology_desc", fail)
+  targets.devices.cache_clear()
+  code, out, err = run(capsys, "--target", target)
+  assert (code, out, err.count("\n")) == (2, "", 1)
+  assert f"plugin 1.0 does not do for jax {jax.__version__}: INTERNAL: another version" in err
+
+
 def test_no_setting_of_jax_is_left_behind():
   before = jax.config.jax_platforms
   with pytest.raises(KeyError), targets.on_no_device():
