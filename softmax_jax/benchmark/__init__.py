@@ -27,7 +27,16 @@ from softmax_jax._command_line import (
   progress_bar,
   seed_option,
 )
-from softmax_jax.benchmark import accuracy, programs, report, suites, timing
+from softmax_jax.benchmark import (
+  accuracy,
+  programs,
+  report,
+  suites,
+  targets,
+  timing,
+  traffic,
+  traffic_report,
+)
 
 HELP = """\
 Compare time, memory and accuracy with jax.nn, optax, torch and tokamax on this machine.
@@ -55,6 +64,16 @@ digits, where one class holds more than half of the probability of some row. Sta
 of many classes have no such row; those late in a training do, as `--scale 10` shows.
 
 A peer that is not installed is left out. Times of a busy machine are worth little.
+
+With `--target NAME` nothing is run. The programs are compiled for a GPU or TPU that need not be
+there, and the tables tell what they cost on it, exactly and the same each time: arrays read from
+main memory and written to it, in units of the logits (caches of a GPU are left out); the kernels
+that touch arrays of that size; temp bytes; on TPUs, the cycles that the compiler expects. The least
+possible reads every input once, or twice where a row does not fit on the chip and an output has
+its size, and writes every output once. `--devices 8` spreads the classes out over devices, and
+tells what these exchange; "plain jit" is ours without `shard_map` and `axis_name`. Of kernels that
+are not XLA's, as tokamax has them, "≥" shows what is read at least. GPUs need the packages
+jax-cuda13-plugin and jax-cuda13-pjrt, TPUs jax[tpu].
 
 Exit code: 0, or 2 for a bad option or a missing package.
 """
@@ -89,9 +108,15 @@ def _shape(text: str) -> tuple[int, ...]:
   multiple=True,
   metavar="BxK...",
   help="Rows and classes, as 512x32768; for linear TxHxV (default on a CPU: five up to 64x131072, "
-  "linear 4096x512x32768; elsewhere 16 times the rows, linear 8192x4096x131072).",
+  "linear 4096x512x32768; elsewhere 16 times the rows, linear 8192x4096x131072; with --target "
+  f"{', '.join(map(report.shape_text, traffic.SHAPES))}, linear "
+  f"{', '.join(map(report.shape_text, traffic.LINEAR_SHAPES))}).",
 )
-@click.option("--dtype", type=click.Choice(_DTYPES), default="float32", help="Dtype of the inputs.")
+@click.option(
+  "--dtype",
+  type=click.Choice(_DTYPES),
+  help="Dtype of the inputs (default: float32; with --target, also bfloat16).",
+)
 @click.option(
   "--peers",
   type=click.Choice((*programs.PEERS, _NO_PEER)),
@@ -99,6 +124,19 @@ def _shape(text: str) -> tuple[int, ...]:
   metavar="NAME...",
   help=f"Peers: {', '.join(programs.PEERS)}, or none (default: all that are installed but "
   "torch.compile).",
+)
+@click.option(
+  "--target",
+  type=click.Choice(targets.NAMES),
+  metavar="NAME",
+  help=f"Compile for a device that is not there: {', '.join(targets.NAMES)}.",
+)
+@click.option(
+  "--devices",
+  type=click.IntRange(1, targets.DEVICES),
+  default=1,
+  metavar="N",
+  help="With --target: spread the classes out over so many devices.",
 )
 @click.option(
   "--rounds",
@@ -129,7 +167,7 @@ def _shape(text: str) -> tuple[int, ...]:
   type=click.Path(exists=True, dir_okay=False, writable=True, path_type=pathlib.Path),
   metavar="FILE.md",
   help="Replace in this file what stands between <!-- benchmark: SUITE, PLATFORM --> and "
-  "<!-- end -->, where PLATFORM is cpu, gpu or tpu.",
+  "<!-- end -->, where PLATFORM is cpu, gpu, tpu or the target.",
 )
 def command(**options: Any) -> int:
   """Runs `softmax-jax benchmark`."""
@@ -141,24 +179,99 @@ def run(args: SimpleNamespace) -> int:
   importlib.import_module("rich")  # A missing one should show before the work, not after it.
   if args.json and args.markdown:
     raise click.UsageError("--markdown is not allowed with --json")
+  if args.target:
+    result, tables = _measure_traffic(args), traffic_report
+  else:
+    result, tables = _measure_times(args), report
+
+  if args.update:
+    report.update(result, args.update, tables.markdown)
+  if args.json:
+    print_json(result)
+  elif args.markdown:
+    print("\n\n".join(tables.markdown(result, suite) for suite in result["suites"]))
+  else:
+    tables.print_tables(result)
+  return 0
+
+
+def _measure_times(args: SimpleNamespace) -> dict[str, Any]:
   for name in ("shapes", "rounds", "seconds", "scale"):
     if set(args.suite) == {"accuracy"} and given(name):
       raise click.UsageError(f"--{name}: the accuracy suite has its own")
+  if given("devices"):
+    raise click.UsageError("--devices is for --target")
+  args.dtype = args.dtype or "float32"
   # JAX would take most of a GPU's memory for itself, but other libraries need some.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   devices()
   with jax.enable_x64(args.dtype == "float64"):
-    result = _measure(args, _peers(args.peers))
+    return _measure(args, _peers(args.peers))
 
-  if args.update:
-    report.update(result, args.update)
-  if args.json:
-    print_json(result)
-  elif args.markdown:
-    print("\n\n".join(report.markdown(result, suite) for suite in result["suites"]))
-  else:
-    report.print_tables(result)
-  return 0
+
+def _measure_traffic(args: SimpleNamespace) -> dict[str, Any]:
+  """What the programs cost on a target, of which none is needed."""
+  for name in ("rounds", "seconds", "scale", "seed"):
+    if given(name):
+      raise click.UsageError(f"--{name}: with --target nothing is run")
+  if "accuracy" in args.suite:
+    raise click.UsageError("--suite accuracy: with --target nothing is run")
+  default = lambda suite: traffic.LINEAR_SHAPES if suite == "linear" else traffic.SHAPES
+  lines = _lines(args, default)
+  peers = _target_peers(args.peers, lines)
+  dtypes = [args.dtype] if args.dtype else ["float32", "bfloat16"]
+  with targets.on_no_device(), jax.enable_x64(args.dtype == "float64"):
+    try:
+      result = _about_target(args, peers, dtypes)
+    except targets.MissingError as error:
+      raise click.BadParameter(str(error), param_hint="--target") from error
+    _check_markers(args, result)
+    begun = itertools.count()
+    with progress_bar(len(dtypes) * sum(map(len, lines.values()))) as bar:
+      for suite in lines:
+        measured: list[dict[str, Any]] = []
+        for line, dtype in itertools.product(lines[suite], dtypes):
+          shape = report.shape_text(line.shape)
+          bar(next(begun), f"{line.function}, {line.mode}, {shape}, {dtype}")
+          found = traffic.measure(line, args.target, peers, jnp.dtype(dtype), args.devices)
+          measured.append(found)
+        result["suites"][suite] = {"lines": measured}
+  return result
+
+
+def _target_peers(wanted: Sequence[str], lines: dict[str, list[suites.Line]]) -> list[str]:
+  """The peers that are compiled for a target and have a function of these lines."""
+  for peer in wanted:
+    if peer not in (*traffic.PEERS, _NO_PEER):
+      only = ", ".join(traffic.PEERS)
+      raise click.BadParameter(f"with --target these are {only}", param_hint="--peers")
+    if peer != _NO_PEER and programs.version(peer) is None:
+      raise click.BadParameter(f"{peer} is not installed", param_hint="--peers")
+  used = {
+    peer for each in lines.values() for line in each for peer in programs.peers_of(line.function)
+  }
+  among = used.intersection(wanted or traffic.PEERS)
+  return [peer for peer in traffic.PEERS if peer in among and programs.version(peer) is not None]
+
+
+def _about_target(
+  args: SimpleNamespace, peers: Sequence[str], dtypes: Sequence[str]
+) -> dict[str, Any]:
+  """For what and with what the programs are compiled; the suites are added later."""
+  versions = {"softmax_jax": programs.version(programs.OURS), "jax": jax.__version__}
+  return {
+    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "platform": args.target,
+    "device": targets.devices(args.target)[0].device_kind,
+    "devices": args.devices,
+    "python": platform.python_version(),
+    "versions": versions
+    | {peer: programs.version(peer) for peer in peers if peer != "jax.nn"}
+    | targets.compiler(args.target),
+    "peers": list(peers),
+    "dtypes": list(dtypes),
+    "suites": {},
+  }
 
 
 def _peers(wanted: Sequence[str]) -> list[str]:
@@ -179,12 +292,14 @@ def _peers(wanted: Sequence[str]) -> list[str]:
   return [peer for peer in programs.PEERS if peer in found]
 
 
-def _lines(args: SimpleNamespace) -> dict[str, list[suites.Line]]:
+def _lines(
+  args: SimpleNamespace, default: Callable[[str], Sequence[tuple[int, ...]]]
+) -> dict[str, list[suites.Line]]:
   lines: dict[str, list[suites.Line]] = {}
   for suite in dict.fromkeys(args.suite):
     if suite == "accuracy":
       continue
-    lines[suite] = suites.lines(suite, args.shapes or suites.default_shapes(suite))
+    lines[suite] = suites.lines(suite, args.shapes or default(suite))
     if not lines[suite]:
       wanted = "TOKENSxFEATURESxCLASSES" if suite == "linear" else "ROWSxCLASSES"
       raise click.BadParameter(f"the {suite} suite needs one {wanted}", param_hint="--shapes")
@@ -192,17 +307,10 @@ def _lines(args: SimpleNamespace) -> dict[str, list[suites.Line]]:
 
 
 def _measure(args: SimpleNamespace, peers: list[str]) -> dict[str, Any]:
-  lines = _lines(args)
+  lines = _lines(args, suites.default_shapes)
   dtype = jnp.dtype(args.dtype)
   result = about(args, peers)
-  if args.update:
-    text = args.update.read_text(encoding="utf-8", errors="replace")
-    marker = report.missing_marker(result, dict.fromkeys(args.suite), text)
-    if marker:
-      raise click.BadParameter(
-        f"{args.update} has no {marker} followed by <!-- end -->", param_hint="--update"
-      )
-
+  _check_markers(args, result)
   count = sum(map(len, lines.values()))
   count += len(accuracy.steps(dtype)) if "accuracy" in args.suite else 0
   begun = itertools.count()
@@ -226,6 +334,17 @@ def _measure(args: SimpleNamespace, peers: list[str]) -> dict[str, Any]:
           raise
       result["suites"][suite] = {"lines": measured, "total": suites.total(measured)}
   return result
+
+
+def _check_markers(args: SimpleNamespace, result: dict[str, Any]) -> None:
+  """Whether the file to update has places for the tables should show before the work."""
+  if args.update:
+    text = args.update.read_text(encoding="utf-8", errors="replace")
+    marker = report.missing_marker(result, dict.fromkeys(args.suite), text)
+    if marker:
+      raise click.BadParameter(
+        f"{args.update} has no {marker} followed by <!-- end -->", param_hint="--update"
+      )
 
 
 def about(args: SimpleNamespace, peers: list[str]) -> dict[str, Any]:

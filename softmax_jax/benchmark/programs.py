@@ -78,8 +78,11 @@ class Program(NamedTuple):
 # --- JAX -----------------------------------------------------------------------------------------
 
 
-def _jax_functions(peer: str) -> dict[str, Callable[..., Any]]:
-  """By our names, functions of (logits, labels) or (x, weight, labels) over the last axis."""
+def jax_functions(peer: str, platform: str) -> dict[str, Callable[..., Any]]:
+  """By our names, functions of (logits, labels) or (x, weight, labels) over the last axis.
+
+  `platform` is what they are compiled for: cpu, gpu or tpu.
+  """
   if peer == OURS:
     return {
       "softmax": softmax_jax.softmax,
@@ -107,8 +110,8 @@ def _jax_functions(peer: str) -> dict[str, Callable[..., Any]]:
     return {INTEGER: integer, SOFT: soft, LINEAR: linear}
   if peer == "tokamax":
     tokamax: Any = importlib.import_module("tokamax")  # Optional like torch, and not typed.
-    # Its other implementations are kernels for accelerators; it chooses among them itself.
-    implementation = "chunked_xla" if jax.default_backend() == "cpu" else None
+    # It has a kernel for TPUs, which it finds itself; elsewhere it would materialize the logits.
+    implementation = None if platform == "tpu" else "chunked_xla"
 
     def linear(x: jax.Array, weight: jax.Array, labels: jax.Array) -> jax.Array:
       return tokamax.linear_softmax_cross_entropy_loss(
@@ -123,8 +126,8 @@ def _jax_functions(peer: str) -> dict[str, Callable[..., Any]]:
   return {LINEAR: product}
 
 
-def _jax_mode(peer: str, function: str, mode: str) -> Callable[..., Any]:
-  f = _jax_functions(peer)[function]
+def in_mode(f: Callable[..., Any], function: str, mode: str) -> Callable[..., Any]:
+  """The program of `function` in `mode`, one of which is compiled for each line of a suite."""
   if mode == VJP:
 
     def with_vjp(x: jax.Array, y_bar: jax.Array) -> tuple[jax.Array, ...]:
@@ -143,18 +146,25 @@ def _jax_mode(peer: str, function: str, mode: str) -> Callable[..., Any]:
     return of_mean
 
   def with_gradients(x: jax.Array, weight: jax.Array, labels: jax.Array) -> tuple[jax.Array, ...]:
-    if peer == "products":
-      logits = x @ weight
-      return logits @ weight.T, x.T @ logits
     loss, bars = jax.value_and_grad(f, (0, 1))(x, weight, labels)
     return loss, *bars
 
   return with_gradients
 
 
+def _products(x: jax.Array, weight: jax.Array, labels: jax.Array) -> tuple[jax.Array, ...]:
+  """The three products of the linear loss and its gradients."""
+  logits = x @ weight
+  return logits @ weight.T, x.T @ logits
+
+
 def _jax_program(peer: str, function: str, mode: str, arguments: Sequence[np.ndarray]) -> Program:
   arrays = jax.device_put(tuple(arguments))
-  compiled = jax.jit(_jax_mode(peer, function, mode)).lower(*arrays).compile()
+  if (peer, mode) == ("products", GRADIENT):
+    f = _products
+  else:
+    f = in_mode(jax_functions(peer, jax.default_backend())[function], function, mode)
+  compiled = jax.jit(f).lower(*arrays).compile()
   memory = compiled.memory_analysis()  # Not every backend has one.
   fetch: Callable[[Any], list[np.ndarray]] = lambda outputs: [
     np.asarray(output) for output in jax.tree.leaves(outputs)

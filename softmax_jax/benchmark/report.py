@@ -5,9 +5,12 @@ import math
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from softmax_jax.benchmark.programs import GRADIENT, INTEGER, LINEAR, OURS, PEERS, SOFT, VJP
+
+if TYPE_CHECKING:
+  from rich.console import Console
 
 _SHORT = {INTEGER: "integer", SOFT: "soft", LINEAR: "linear"}
 _MODES = {VJP: " + vjp", GRADIENT: " + grad"}
@@ -15,16 +18,18 @@ _MODES = {VJP: " + vjp", GRADIENT: " + grad"}
 _WRONG = 0.05
 
 
-def _label(line: dict[str, Any]) -> str:
+def label_of(line: dict[str, Any]) -> str:
+  """The short name of the function and mode of a line."""
   function: str = line["function"]
   return _SHORT.get(function, function) + _MODES.get(line["mode"], "")
 
 
-def _shape(shape: Iterable[int]) -> str:
+def shape_text(shape: Iterable[int]) -> str:
+  """A shape as the option --shapes has it."""
   return "x".join(map(str, shape))
 
 
-def _digits(value: float | None) -> str:
+def digits(value: float | None) -> str:
   """Three digits and no exponent; "-" for what is not known."""
   if value is None:
     return "-"
@@ -65,30 +70,48 @@ def machine(report: dict[str, Any]) -> str:
 # --- a terminal ----------------------------------------------------------------------------------
 
 
-def print_tables(report: dict[str, Any]) -> None:
-  """Prints every suite: its times and ratios, then bandwidth, memory and errors."""
-  from rich import box
+def terminal() -> "Console":
+  """A console that is wide enough for tables."""
   from rich.console import Console
-  from rich.table import Table
 
   console = Console(highlight=False)
   if not console.is_terminal:
     console.width = max(console.width, 120)  # In a pipe nothing says how much fits.
-  say: Callable[[str], None] = lambda text: console.print(text, markup=False, soft_wrap=True)
+  return console
 
-  def show(
-    title: str,
-    columns: Iterable[str],
-    rows: Iterable[Iterable[str]],
-    sections: Sequence[int] = (),
-  ) -> None:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, column in enumerate(columns):
-      name = i < 2  # The other columns are numbers under words that may take two lines.
-      table.add_column(column, justify="left" if name else "right", no_wrap=name, overflow="fold")
-    for i, row in enumerate(rows):
-      table.add_row(*row, end_section=i in sections)
-    console.print(table)
+
+def show_table(
+  console: "Console",
+  title: str,
+  columns: Iterable[str],
+  rows: Iterable[Iterable[str]],
+  sections: Sequence[int] = (),
+  names: int = 2,
+) -> None:
+  """Prints a table with a line after the rows `sections`; the first columns are names."""
+  from rich import box
+  from rich.table import Table
+
+  table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+  for i, column in enumerate(columns):
+    name = i < names  # The other columns are numbers under words that may take two lines.
+    table.add_column(column, justify="left" if name else "right", no_wrap=name, overflow="fold")
+  for i, row in enumerate(rows):
+    table.add_row(*row, end_section=i in sections)
+  console.print(table)
+
+
+def sections_of(lines: Sequence[dict[str, Any]]) -> list[int]:
+  """The last rows of functions in a mode, unless each has one row only."""
+  pairs = enumerate(itertools.pairwise(map(label_of, lines)))
+  ends = [i for i, (label, after) in pairs if label != after]
+  return ends if len(ends) < len(lines) - 1 else []
+
+
+def print_tables(report: dict[str, Any]) -> None:
+  """Prints every suite: its times and ratios, then bandwidth, memory and errors."""
+  console = terminal()
+  say: Callable[[str], None] = lambda text: console.print(text, markup=False, soft_wrap=True)
 
   say(machine(report))
   say(f"a call that computes nothing takes {_milliseconds(report['call_seconds'])} ms")
@@ -98,31 +121,32 @@ def print_tables(report: dict[str, Any]) -> None:
   for suite, result in report["suites"].items():
     console.print()
     if suite == "accuracy":
-      show(
+      show_table(
+        console,
         "accuracy: worst error over class counts and scales, in the unit of the row",
         *_accuracy(result["lines"]),
       )
       continue
     lines = result["lines"]
     peers = _peers(lines)
-    ends = [i for i, (a, b) in enumerate(itertools.pairwise(lines)) if _label(a) != _label(b)]
-    ends = ends if len(ends) < len(lines) - 1 else []
+    ends = sections_of(lines)
     columns = ("", "shape", "ours", *peers, *(f"ours /\n{peer}" for peer in peers))
     rows = (
       (
-        _label(line),
-        _shape(line["shape"]),
+        label_of(line),
+        shape_text(line["shape"]),
         *(_milliseconds(line["seconds"].get(name)) for name in (OURS, *peers)),
         *(_ratio(line["ratios"].get(peer)) for peer in peers),
       )
       for line in lines
     )
-    show(f"{suite}: milliseconds, median of interleaved rounds, and ratios", columns, rows, ends)
+    title = f"{suite}: milliseconds, median of interleaved rounds, and ratios"
+    show_table(console, title, columns, rows, ends)
     for peer, summary in result["total"].items():
       worst = summary["worst_line"]
       say(
         f"ours / {peer}: geometric mean {summary['geometric_mean']:.2f}, at most "
-        f"{summary['worst_ratio']:.2f} ({_label(worst)}, {_shape(worst['shape'])})"
+        f"{summary['worst_ratio']:.2f} ({label_of(worst)}, {shape_text(worst['shape'])})"
       )
     console.print()
     measured = [peer for peer in peers if any(peer in line["errors"] for line in lines)]
@@ -132,9 +156,9 @@ def print_tables(report: dict[str, Any]) -> None:
     columns += tuple(f"error\n{name}" for name in ("ours", *measured))
     rows = (
       (
-        _label(line),
-        _shape(line["shape"]),
-        _digits(_scaled(line["bytes_per_second"], 1e-9)),
+        label_of(line),
+        shape_text(line["shape"]),
+        digits(_scaled(line["bytes_per_second"], 1e-9)),
         "-" if line["of_copy"] is None else f"{line['of_copy']:.0%}",
         *(_megabytes(line["temp_bytes"].get(name)) for name in (OURS, *compiled)),
         *(_error(line["errors"].get(name)) for name in (OURS, *measured)),
@@ -142,10 +166,10 @@ def print_tables(report: dict[str, Any]) -> None:
       for line in lines
     )
     title = "bandwidth of ours; compiled temp MB; worst error, ulp, of gradients u per row in norm"
-    show(f"{suite}: {title}", columns, rows, ends)
+    show_table(console, f"{suite}: {title}", columns, rows, ends)
     for line in lines:
       for peer, reason in line["unable"].items():
-        say(f"{peer} cannot do {_label(line)} {_shape(line['shape'])}: {reason}")
+        say(f"{peer} cannot do {label_of(line)} {shape_text(line['shape'])}: {reason}")
 
 
 def _scaled(value: float | None, factor: float) -> float | None:
@@ -153,7 +177,7 @@ def _scaled(value: float | None, factor: float) -> float | None:
 
 
 def _milliseconds(seconds: float | None) -> str:
-  return _digits(_scaled(seconds, 1e3))
+  return digits(_scaled(seconds, 1e3))
 
 
 def _accuracy(
@@ -194,8 +218,8 @@ def markdown(report: dict[str, Any], suite: str) -> str:
     about = "Worst error over 2 to 128,256 classes and scales 0.01 to 10,000"
   else:
     peers = _peers(lines)
-    shapes = list(dict.fromkeys(_shape(line["shape"]) for line in lines))
-    cells = {(_label(line), _shape(line["shape"])): line for line in lines}
+    shapes = list(dict.fromkeys(shape_text(line["shape"]) for line in lines))
+    cells = {(label_of(line), shape_text(line["shape"])): line for line in lines}
 
     def cell(label: str, shape: str) -> str:
       line = cells.get((label, shape))
@@ -207,7 +231,7 @@ def markdown(report: dict[str, Any], suite: str) -> str:
     columns = ("", *shapes)
     rows = [
       (label, *(cell(label, shape) for shape in shapes))
-      for label in dict.fromkeys(_label(line) for line in lines)
+      for label in dict.fromkeys(label_of(line) for line in lines)
     ]
     means = ", ".join(
       f"{peer} {summary['geometric_mean']:.2f} (at most {summary['worst_ratio']:.2f})"
@@ -215,14 +239,13 @@ def markdown(report: dict[str, Any], suite: str) -> str:
     )
     about = "Milliseconds of ours" + (f"; ratios of ours to {' / '.join(peers)}" if peers else "")
     about += f". Geometric means of the ratios: {means}" if means else ""
+  return f"{about}. {machine(report)}.\n\n{markdown_table(columns, rows)}"
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+  """A table whose first column has no name."""
   table = [columns, tuple("---" for _ in columns), *rows]
-  return "\n".join(
-    [
-      f"{about}. {machine(report)}.",
-      "",
-      *(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in table),
-    ]
-  )
+  return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in table)
 
 
 def _ratio(value: float | None) -> str:
@@ -243,7 +266,11 @@ def missing_marker(report: dict[str, Any], suites: Iterable[str], text: str) -> 
   return None
 
 
-def update(report: dict[str, Any], path: pathlib.Path) -> None:
+def update(
+  report: dict[str, Any],
+  path: pathlib.Path,
+  markdown: Callable[[dict[str, Any], str], str] = markdown,
+) -> None:
   """Replaces in a Markdown file what stands between the markers of each suite of the report."""
   text = path.read_text(encoding="utf-8")
   for suite in report["suites"]:

@@ -91,6 +91,22 @@ def arguments(line: Line, dtype: np.dtype, seed: int, scale: float = 1.0) -> lis
   return [logits]
 
 
+def shapes_of_arguments(line: Line, dtype: np.dtype) -> list[jax.ShapeDtypeStruct]:
+  """The shapes and dtypes of `arguments`, of which nothing is drawn."""
+  if line.suite == "linear":
+    tokens, features, classes = line.shape
+    shapes = [(tokens, features), (features, classes)]
+  elif line.function == SOFT or (line.mode == VJP and line.function != "logsumexp"):
+    shapes = [line.shape, line.shape]
+  elif line.mode == VJP:
+    shapes = [line.shape, line.shape[:1]]
+  else:
+    shapes = [line.shape]
+  labels = [jax.ShapeDtypeStruct(line.shape[:1], np.int32)]
+  takes_labels = line.function in (INTEGER, LINEAR)
+  return [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes] + labels * takes_labels
+
+
 def worst_errors(
   line: Line,
   inputs: Sequence[np.ndarray],

@@ -349,7 +349,7 @@ def test_shows_what_is_wrong_or_unknown():
   assert report._error(1.7e7, relative=0.999) == "100 % wrong"
   assert report._error(math.inf, relative=math.inf) == "inf or nan"
   assert report._error(None) == "-"
-  assert [report._digits(v) for v in (0.0123, 1.234, 56.78, 1234.5)] == [
+  assert [report.digits(v) for v in (0.0123, 1.234, 56.78, 1234.5)] == [
     "0.0123",
     "1.23",
     "56.8",
