@@ -24,7 +24,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jax import lax
 from jax.export import is_symbolic_dim
+from jax.sharding import AxisType
 
+from softmax_jax._devices import varying_axes
 from softmax_jax._rows import Rows
 
 # The longest row of which XLA:GPU makes one kernel.
@@ -60,26 +62,16 @@ def by_platform(forms: Forms, rows: Rows, x: jax.Array, *args: Any) -> Any:
   """``forms.plain(x, *args)``, in the form for the platform."""
   if always is not None:
     return (getattr(forms, always) or forms.one_read)(x, *args)
-  gpu = _all_varying(forms.on_gpu(x, rows))
-  return lax.platform_dependent(
-    x,
-    *args,
-    cpu=_all_varying(forms.plain),
-    cuda=gpu,
-    rocm=gpu,
-    default=_all_varying(forms.one_read),
-  )
+  branches = {"cpu": forms.plain, "gpu": forms.on_gpu(x, rows), "tpu": forms.one_read}
+  mesh = jax.sharding.get_abstract_mesh()
+  if AxisType.Manual in mesh.axis_types or varying_axes(x):
+    # JAX cannot vmap a branch with an ``spmd_axis_name`` there. But the mesh knows its devices.
+    device = mesh.abstract_device
+    return branches.get(device.platform if device else "cpu", forms.plain)(x, *args)
+  cpu, gpu, tpu = branches.values()
+  return lax.platform_dependent(x, *args, cpu=cpu, cuda=gpu, rocm=gpu, default=tpu)
 
 
 @by_platform.defjvp
 def _by_platform_jvp(forms: Forms, rows: Rows, primals: Any, tangents: Any) -> tuple[Any, Any]:
   return by_platform(forms, rows, *primals), jax.jvp(forms.plain, primals, tangents)[1]
-
-
-def _all_varying(form: Callable[..., Any]) -> Callable[..., Any]:
-  """``form``, made a branch that can be vmapped with an ``spmd_axis_name`` in `jax.shard_map`.
-
-  There an output varies over that axis only where it meets a constant, and the outputs of branches
-  must vary alike.
-  """
-  return lambda *args: jax.tree.map(lambda x: x * 1, form(*args))

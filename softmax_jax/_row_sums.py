@@ -21,7 +21,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from softmax_jax._arrays import masked, where_needed
-from softmax_jax._devices import index_along
+from softmax_jax._devices import index_along, varying_alike
 from softmax_jax._exponentials import (
   DOMINATED,
   difference,
@@ -147,7 +147,7 @@ def _cost_in_passes(
 
   weight = rows.local_sum(jnp.broadcast_to(weights.p(mask, dtype), x.shape))
   careful = mask is not None or rows.are_short(x.shape)
-  quick = total(careful, x, mask, weights, shift)
+  quick, weight = varying_alike(total(careful, x, mask, weights, shift), weight)
   if careful or weights.labels is weights.classes is None:
     return Cost(quick, weight)
   # Looking for weights of 0 at infinite costs in every sum would double its time.

@@ -1,7 +1,7 @@
 """What our programs move through main memory on a GPU and a TPU that are not there, beside peers.
 
-XLA compiles for them where jax-cuda13-plugin and jax-cuda13-pjrt, or libtpu, are installed. Counted in
-arrays of the logits' size.
+XLA compiles for them where jax-cuda13-plugin and jax-cuda13-pjrt, or libtpu, are installed. Reads
+and writes are counted in arrays of the logits' size.
 """
 
 import functools
