@@ -79,10 +79,10 @@ def softmax(
     \frac{\partial a_i}{\partial x_j} = a_i (\delta_{ij} - a_j)
 
   A drop-in replacement for `jax.nn.softmax`, differentiable in both modes with the hand-derived
-  Jacobian above. The output is all that is saved for the backward pass. Entries are right to a few
-  units in the last place, derivatives to a few of the norm of their row. Float32 rows of up to 16
-  entries have larger errors on a CPU: values of up to 66 units, as those of `jax.nn` anywhere, and
-  derivatives of up to 36 of the norm.
+  Jacobian above. Only the output and one index per row are saved for the backward pass. Entries are
+  right to a few units in the last place, derivatives to a few of the norm of their row. Float32
+  rows of up to 16 entries have larger errors on a CPU: values of up to 66 units, as those of
+  `jax.nn` anywhere, and derivatives of up to 36 of the norm.
 
   Args:
     x: array of any shape and a floating dtype, differentiable; integers are converted as
@@ -93,7 +93,7 @@ def softmax(
     axis_name: inside `jax.shard_map`, the name (or names) of the mesh axis over whose devices the
       rows are spread: each holds a slice of every row along ``axis``, and gets that slice of the
       result. The order of several names does not matter. It takes one reduction of one or two
-      scalars per row for the largest entries, one for the sums, and three in the backward pass.
+      scalars per row for the largest entries, one for the sums, and two in the backward pass.
 
   Returns:
     Array of the shape and (floating) dtype of ``x``. An entry of -inf gives 0. A row that contains
@@ -197,7 +197,7 @@ def log_softmax(
     axis_name: inside `jax.shard_map`, the name (or names) of the mesh axis over whose devices the
       rows are spread: each holds a slice of every row along ``axis``, and gets that slice of the
       result. The order of several names does not matter. It takes one reduction of one or two
-      scalars per row for the largest entries, one for the sums, and two in the backward pass.
+      scalars per row for the largest entries, one for the sums, and one in the backward pass.
 
   Returns:
     Array of the shape and (floating) dtype of ``x``. An entry of -inf gives -inf. A row that

@@ -60,7 +60,7 @@ OPTIONS = {"label_smoothing": 0.1, "z_loss": 0.2}
 # of the result; how many arguments it is differentiated by; how many collectives the value takes,
 # and how many the value and gradient.
 CASES = {
-  "softmax": (lambda n, x: softmax(x, axis_name=n), [LOGITS], [SPREAD], SPREAD, 1, 2, 5),
+  "softmax": (lambda n, x: softmax(x, axis_name=n), [LOGITS], [SPREAD], SPREAD, 1, 2, 4),
   "masked softmax": (
     lambda n, x, mask: softmax(x, where=mask, axis_name=n),
     [LOGITS, MASK],
@@ -68,9 +68,9 @@ CASES = {
     SPREAD,
     1,
     2,
-    5,
+    4,
   ),
-  "log_softmax": (lambda n, x: log_softmax(x, axis_name=n), [LOGITS], [SPREAD], SPREAD, 1, 2, 4),
+  "log_softmax": (lambda n, x: log_softmax(x, axis_name=n), [LOGITS], [SPREAD], SPREAD, 1, 2, 3),
   "logsumexp": (lambda n, a: logsumexp(a, -1, axis_name=n), [LOGITS], [SPREAD], SAME, 1, 2, 2),
   "masked logsumexp": (
     lambda n, a, mask: logsumexp(a, -1, where=mask, axis_name=n, keepdims=True),
