@@ -212,7 +212,8 @@ def _parts_written(program: Program, within: Computation, maker: Instruction) ->
     fused = program.computations[maker.called("calls")[0]]
     return _parts_written(program, fused, _root(fused))
   if maker.opcode == "tuple":
-    return [_parts_written(program, within, within[name])[0] for name in maker.operands]
+    operands = [_parts_written(program, within, within[name]) for name in maker.operands]
+    return [part for parts in operands for part in parts]  # an operand may be a tuple itself
   if maker.opcode == "bitcast":
     return _parts_written(program, within, within[maker.operands[0]])
   if maker.opcode == "dynamic-update-slice":

@@ -50,6 +50,20 @@ def test_reads_operands_and_writes_outputs_once_each():
   assert hlo.argument_bytes(found) == [ARRAY]
 
 
+def test_an_output_of_several_arrays_may_be_one_of_several():
+  found = program(
+    """%x = f32[16,256]{1,0} parameter(0)
+    ROOT %all = (pred[16]{0}, (f32[16]{0}, f32[16]{0})) fusion(%x), kind=kInput, calls=%fused""",
+    """%fused (a: f32[16,256]) -> (pred[16], (f32[16], f32[16])) {
+    %a = f32[16,256]{1,0} parameter(0)
+    %some = pred[16]{0} reduce(%a, %a), dimensions={1}, to_apply=%or
+    %two = (f32[16]{0}, f32[16]{0}) reduce(%a, %a, %a, %a), dimensions={1}, to_apply=%both
+    ROOT %all = (pred[16]{0}, (f32[16]{0}, f32[16]{0})) tuple(%some, %two)
+    }""",
+  )
+  assert moved(found) == (ARRAY, 16 + 2 * 4 * 16)
+
+
 @pytest.mark.parametrize(
   ("shape", "size", "padded"),
   [

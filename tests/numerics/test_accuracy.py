@@ -33,7 +33,10 @@ GRADIENT, AT_LABEL = 8, 8  # u of the norm, ulp
 SOFTMAX_DERIVATIVE, SOFTMAX_DERIVATIVE_OF_FEW = 16, 72  # u of the norm
 
 
-@pytest.fixture(scope="module", autouse=True, params=["by platform", "on_chip", "one_read"])
+FORMS = ("by platform", "on_chip", "one_read")
+
+
+@pytest.fixture(scope="module", autouse=True, params=FORMS)
 def form(request):
   """The form of the sums along a row: that for this platform, and those for accelerators.
 
@@ -195,7 +198,22 @@ def random_rows(rng, rows, classes, dtype):
   return x, label.astype(np.int32), rng.normal(size=x.shape).astype(dtype)
 
 
-@pytest.mark.parametrize("classes", [2, 3, 10, 17, 100, 1000, 4097, 50_257, 128_256])
+def forms(*class_counts):
+  """Every form with each count of classes; with many, those of accelerators in the long tests."""
+  return pytest.mark.parametrize(
+    ("form", "classes"),
+    [
+      pytest.param(
+        form, classes, marks=[pytest.mark.long] * (form != FORMS[0] and classes > 10_000)
+      )
+      for form in FORMS
+      for classes in class_counts
+    ],
+    indirect=["form"],
+  )
+
+
+@forms(2, 3, 10, 17, 100, 1000, 4097, 50_257, 128_256)
 def test_float32_at_every_scale_and_class_count(classes):
   rng = np.random.default_rng(classes)
   for _ in range(3 if classes < 10_000 else 1):
@@ -266,7 +284,7 @@ def test_adversarial_rows(classes):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("classes", [10, 1000, 2**17])
+@forms(10, 1000, 2**17)
 def test_sixteen_bits(dtype, classes):
   rng = np.random.default_rng(classes)
   x, label, c = random_rows(rng, 18, classes, np.float32)

@@ -21,9 +21,6 @@ pytestmark = pytest.mark.long
 SHAPES = [(8192, 128), (2048, 1024), (2048, 32768), (4096, 131072)]
 DTYPES = ["float32", "bfloat16"]
 ON_CHIP = 16_384  # the most classes of which XLA:GPU makes one kernel
-# Numbers per row are a hundredth of 128 logits each, and the partial sums of long rows as many.
-NUMBERS_PER_ROW = 0.3
-NUMBERS_OF_LONG_ROWS = 0.1
 LINES = [*suites.lines("softmax", SHAPES), *suites.lines("losses", SHAPES)]
 
 
@@ -34,6 +31,11 @@ def target(request):
   except targets.MissingError as error:
     pytest.skip(str(error))
   return request.param
+
+
+def slack(shape, dtype):
+  """What 32 numbers per row take in arrays of the logits, and the partial sums of long rows."""
+  return 32 * 4 / (shape[1] * jnp.dtype(dtype).itemsize) + 0.1
 
 
 def most(function, mode, target, classes, dtype):
@@ -66,12 +68,12 @@ def test_no_more_is_moved_than_by_peers(line, dtype, target):
     [cost[name] / logits for name in ("reads", "writes", "temp_bytes")]
     for cost in found["costs"].values()
   )
-  slack = NUMBERS_PER_ROW if line.shape[1] < 1024 else NUMBERS_OF_LONG_ROWS
-  assert ours[0] + ours[1] <= peer[0] + peer[1] + slack
-  assert ours[2] <= peer[2] + slack
+  more = slack(line.shape, dtype)
+  assert ours[0] + ours[1] <= peer[0] + peer[1] + more
+  assert ours[2] <= peer[2] + more
   reads, writes = most(line.function, line.mode, target, line.shape[1], dtype)
-  assert ours[0] <= reads + slack
-  assert ours[1] <= writes + slack
+  assert ours[0] <= reads + more
+  assert ours[1] <= writes + more
 
 
 OPTIONS = {
@@ -105,14 +107,14 @@ def test_no_option_reads_the_logits_once_more(soft, name, target):
   def mean(x, label, given):
     return f(x, label, **given, **options).mean()
 
-  logits = rows * classes * 2
+  logits, more = rows * classes * 2, slack((rows, classes), jnp.bfloat16)
   inputs = 1 + soft + ("where" in given) / 2
   value = traffic(target, mean, x, label, given)
   gradient = traffic(target, jax.value_and_grad(mean), x, label, given)
-  assert value.reads <= (inputs + NUMBERS_OF_LONG_ROWS) * logits
-  assert value.writes <= NUMBERS_OF_LONG_ROWS * logits
-  assert gradient.reads <= (2 * inputs + NUMBERS_OF_LONG_ROWS) * logits
-  assert gradient.writes <= (1 + NUMBERS_OF_LONG_ROWS) * logits
+  assert value.reads <= (inputs + more) * logits
+  assert value.writes <= more * logits
+  assert gradient.reads <= (2 * inputs + more) * logits
+  assert gradient.writes <= (1 + more) * logits
 
 
 def test_a_pass_more_is_seen(target):
@@ -125,15 +127,3 @@ def test_a_pass_more_is_seen(target):
     found = traffic(target, functools.partial(sj.logsumexp, axis=-1), x)
   jax.clear_caches()
   assert found.reads > 1.9 * rows * classes * 4
-
-
-@pytest.mark.parametrize("function", ["softmax", "log_softmax"])
-def test_classes_along_another_axis(function, target):
-  rows, classes = SHAPES[1]
-  x = jax.ShapeDtypeStruct((classes, rows), jnp.float32)
-  found = traffic(target, functools.partial(getattr(sj, function), axis=0), x)
-  peer = traffic(target, functools.partial(getattr(jax.nn, function), axis=0), x)
-  assert (
-    found.reads + found.writes
-    <= peer.reads + peer.writes + NUMBERS_OF_LONG_ROWS * rows * classes * 4
-  )
