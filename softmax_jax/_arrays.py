@@ -44,10 +44,8 @@ def unbroadcast(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def where_needed(
-  needed: jax.Array, careful: Callable[[*Args], jax.Array], quick: jax.Array, *args: *Args
-) -> jax.Array:
-  """``careful(*args)``; unless ``needed``, possibly the known array ``quick``, if that is cheaper.
+def where_needed(needed: jax.Array, careful: Callable[[*Args], R], quick: R, *args: *Args) -> R:
+  """``careful(*args)``; unless ``needed``, possibly the known arrays ``quick``, if that is cheaper.
 
   A second pass over an array costs as much as the first where arithmetic is the limit, as on a CPU:
   there it is skipped if no row needs it. Elsewhere it is fused with the first, and a branch would
@@ -59,11 +57,11 @@ def where_needed(
   if any(varying_axes(x) for x in jax.tree.leaves((quick, args))):
     return careful(*args)
 
-  def branch(needed: jax.Array, quick: jax.Array, *args: *Args) -> jax.Array:
+  def branch(needed: jax.Array, quick: R, *args: *Args) -> R:
     yes = lambda _, *args: careful(*args)  # pyright: ignore[reportArgumentType]
     return lax.cond(needed, yes, lambda quick, *_: quick, quick, *args)
 
-  def no_branch(needed: jax.Array, quick: jax.Array, *args: *Args) -> jax.Array:
+  def no_branch(needed: jax.Array, quick: R, *args: *Args) -> R:
     return careful(*args)
 
   return lax.platform_dependent(needed, quick, *args, cpu=branch, default=no_branch)

@@ -11,7 +11,6 @@ all of the sum, so that the others must be summed without it.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,7 +29,7 @@ from softmax_jax._exponentials import (
   finite_or_zero,
 )
 from softmax_jax._platform import Forms, by_platform
-from softmax_jax._products import scale_or_zero
+from softmax_jax._products import cost_of, scale_or_zero
 from softmax_jax._rows import Axes, Rows
 
 
@@ -67,7 +66,8 @@ class Cost(NamedTuple):
 
   def moved(self, by: jax.Array) -> Cost:
     """The same with a shift that is larger by the number ``by``."""
-    return Cost(self.total + scale_or_zero(self.weight, by), self.weight)
+    finite = jnp.where(jnp.isinf(self.weight) & (by == 0), 0, self.weight)
+    return Cost(self.total + scale_or_zero(finite, by), self.weight)
 
 
 class RowSums(NamedTuple):
@@ -139,21 +139,33 @@ def _cost_in_passes(
   rows: Rows,
   dtype: DTypeLike,
 ) -> Cost:
-  def total(
-    careful: bool, x: jax.Array, mask: jax.Array | None, weights: Weights, shift: jax.Array
-  ) -> jax.Array:
+  def quick(
+    x: jax.Array, mask: jax.Array | None, weights: Weights, shift: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
     p, cost = weights.p(mask, dtype), -difference(_entries(x, mask, dtype), shift)
-    return rows.local_sum(scale_or_zero(p, cost, weights.counts) if careful else p * cost)
+    return rows.local_sum(p * cost), rows.local_sum(jnp.broadcast_to(p, x.shape))
 
-  weight = rows.local_sum(jnp.broadcast_to(weights.p(mask, dtype), x.shape))
-  careful = mask is not None or rows.are_short(x.shape)
-  quick, weight = varying_alike(total(careful, x, mask, weights, shift), weight)
-  if careful or weights.labels is weights.classes is None:
-    return Cost(quick, weight)
-  # Looking for weights of 0 at infinite costs in every sum would double its time.
-  careful = functools.partial(total, True)
-  nothing = jnp.any(jnp.isnan(quick))
-  return Cost(where_needed(nothing, careful, quick, x, mask, weights, shift), weight)
+  # A weight of 0 at an infinite cost has the derivative 0; an infinite one at a cost of 0 counts in
+  # the other sum.
+  def careful(
+    x: jax.Array, mask: jax.Array | None, weights: Weights, shift: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    p = jnp.broadcast_to(weights.p(mask, dtype), x.shape)
+    cost = -difference(_entries(x, mask, dtype), shift)
+    counted = jnp.where((p == 0) & (cost == jnp.inf), 0, p)
+    finite = jnp.where(jnp.isinf(p) & (cost == 0), 0, p)
+    total = scale_or_zero(finite, cost_of(p, cost), weights.counts)
+    return rows.local_sum(total), rows.local_sum(counted)
+
+  operands = x, mask, weights, shift
+  if weights.labels is weights.classes is None and mask is None:
+    return Cost(*varying_alike(*quick(*operands)))
+  if mask is not None or rows.are_short(x.shape):
+    return Cost(*varying_alike(*careful(*operands)))
+  # To be careful in every sum would double its time.
+  total, weight = quick(*operands)
+  needed = jnp.any(jnp.isnan(total))
+  return Cost(*varying_alike(*where_needed(needed, careful, (total, weight), *operands)))
 
 
 def _entries(x: jax.Array, mask: jax.Array | None, dtype: DTypeLike) -> jax.Array:
@@ -254,7 +266,7 @@ def _combined(one: _Part, other: _Part) -> _Part:
   def combined_costs(one: tuple[jax.Array, ...], other: tuple[jax.Array, ...]) -> Any:
     total, low = _two_sum(one[0], other[0])
     _, moved = ordered(one[2], other[2])
-    total, more = _two_sum(total, jnp.where(moved == 0, 0, moved * -d))
+    total, more = _two_sum(total, jnp.where((moved == 0) | (d == 0), 0, moved * -d))
     low = jnp.where(jnp.isfinite(total), low + more + (one[1] + other[1]), 0)
     return total, low, one[2] + other[2]
 
