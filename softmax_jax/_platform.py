@@ -63,13 +63,14 @@ def by_platform(forms: Forms, rows: Rows, x: jax.Array, *args: Any) -> Any:
   if always is not None:
     return (getattr(forms, always) or forms.one_read)(x, *args)
   branches = {"cpu": forms.plain, "gpu": forms.on_gpu(x, rows), "tpu": forms.one_read}
+  cpu, gpu, tpu = branches.values()
   mesh = jax.sharding.get_abstract_mesh()
   if AxisType.Manual in mesh.axis_types or varying_axes(x):
     # JAX cannot vmap a branch with an ``spmd_axis_name`` there. But the mesh knows its devices.
     device = mesh.abstract_device
-    return branches.get(device.platform if device else "cpu", forms.plain)(x, *args)
-  cpu, gpu, tpu = branches.values()
-  return lax.platform_dependent(x, *args, cpu=cpu, cuda=gpu, rocm=gpu, default=tpu)
+    return branches.get(device.platform if device else "cpu", cpu)(x, *args)
+  on_gpu = {} if gpu is tpu else {"cuda": gpu, "rocm": gpu}  # each branch is traced
+  return lax.platform_dependent(x, *args, cpu=cpu, **on_gpu, default=tpu)
 
 
 @by_platform.defjvp

@@ -249,25 +249,27 @@ def in_one_read(
 def _combined(one: _Part, other: _Part) -> _Part:
   """Two parts of a row as one."""
   one_first = one.top >= other.top
+  zero = lax.full_like(one.top, 0)
 
   def ordered(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jnp.where(one_first, x, y), jnp.where(one_first, y, x)
+    return lax.select(one_first, x, y), lax.select(one_first, y, x)
 
   m_1, m_2 = ordered(one.top, other.top)
   r_1, r_2 = ordered(one.rest, other.rest)
   low_1, low_2 = ordered(one.low, other.low)
   # -inf - -inf is nothing to add, and inf - inf is 0.
   d, error = _two_sum(m_2, -m_1)
-  d = jnp.where(jnp.isinf(m_2), jnp.minimum(m_2, 0), d)
-  e = jnp.exp(d)
-  e = e + e * jnp.where(e > 0, error, 0)  # exp(d + error)
+  d = lax.select(lax.is_finite(m_2), d, lax.min(m_2, zero))
+  e = lax.exp(d)
+  e = e + e * lax.select(e > zero, error, zero)  # exp(d + error)
   r, low = _two_sum(r_1, e * (1 + r_2) + e * low_2)
 
   def combined_costs(one: tuple[jax.Array, ...], other: tuple[jax.Array, ...]) -> Any:
     total, low = _two_sum(one[0], other[0])
     _, moved = ordered(one[2], other[2])
-    total, more = _two_sum(total, jnp.where((moved == 0) | (d == 0), 0, moved * -d))
-    low = jnp.where(jnp.isfinite(total), low + more + (one[1] + other[1]), 0)
+    nothing = (moved == zero) | (d == zero)
+    total, more = _two_sum(total, lax.select(nothing, zero, moved * -d))
+    low = lax.select(lax.is_finite(total), low + more + (one[1] + other[1]), zero)
     return total, low, one[2] + other[2]
 
   costs = tuple(map(combined_costs, one.costs, other.costs))
