@@ -70,7 +70,7 @@ def test_no_more_is_moved_than_by_peers(line, dtype, target):
   )
   more = slack(line.shape, dtype)
   # XLA:TPU copies arrays that fit on the chip there and may read them beside that, once more.
-  once_more = target == "v6e" and line.function == suites.SOFT and logits <= 2**22
+  once_more = target == "v6e" and line.function == suites.SOFT and logits <= 2**23
   assert ours[0] + ours[1] <= peer[0] + peer[1] + once_more + more
   assert ours[2] <= peer[2] + more
   reads, writes = most(line.function, line.mode, target, line.shape[1], dtype)
