@@ -43,6 +43,15 @@ def unbroadcast(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return jnp.sum(x, axis=axes, keepdims=True) if axes else x
 
 
+def batched_like(value: jax.Array, x: jax.Array) -> jax.Array:
+  """``value``, of the shape of ``x`` and made to depend on it: batched and spread over devices so.
+
+  JAX 0.10 to 0.12 mix up shapes where a compiled custom_jvp function is batched, differentiated and
+  has an output that is not batched with the others.
+  """
+  return jnp.where(x == x, value, value)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def where_needed(needed: jax.Array, careful: Callable[[*Args], R], quick: R, *args: *Args) -> R:
   """``careful(*args)``; unless ``needed``, possibly the known arrays ``quick``, if that is cheaper.

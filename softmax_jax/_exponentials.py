@@ -31,13 +31,18 @@ def rounding_error_of_difference(x: jax.Array, shift: jax.Array) -> jax.Array:
   return (x - (d - back)) - (shift + back)
 
 
+def is_dominant(e: jax.Array) -> jax.Array:
+  """1 where ``e <= 1`` is at least `DOMINATED`, 0 elsewhere; without a select, for speed."""
+  return jnp.floor(e + (1 - DOMINATED))
+
+
 def drop_dominant(e: jax.Array) -> jax.Array:
-  """``e`` where it is below `DOMINATED`, 0 where it is more; without a select, for speed.
+  """``e`` where it is below `DOMINATED`, 0 where it is more.
 
   The derivative is that of ``e`` everywhere: what is dropped is the constant 1 in S - 1, while its
   entry is part of S.
   """
-  return e - lax.stop_gradient(e) * jnp.floor(e + (1 - DOMINATED))
+  return e - lax.stop_gradient(e) * is_dominant(e)
 
 
 def difference(x: jax.Array, shift: jax.Array) -> jax.Array:

@@ -16,12 +16,13 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from softmax_jax._arrays import masked
+from softmax_jax._arrays import batched_like, masked
 from softmax_jax._devices import entry_at
 from softmax_jax._exponentials import (
   DOMINATED,
   drop_dominant,
   entries,
+  is_dominant,
   rounding_error_of_difference,
   underflow_floor,
 )
@@ -61,8 +62,7 @@ def _softmax_in_passes(
   Short rows of float32, where every operation counts, keep that error: up to |z - shift| / 2 units
   in the last place.
   """
-  any_ = None if mask is None else jnp.any(mask, axis=rows.axes, keepdims=True)
-  z = entries(x, mask, any_, dtype)
+  z = entries(x, mask, rows.local_any(mask), dtype)
   shift = jnp.ceil(rows.local_max(z))
   e = exact_e = jnp.exp(z - shift)
   if not (rows.are_short(z.shape) and z.dtype == jnp.float32):
@@ -71,13 +71,13 @@ def _softmax_in_passes(
     exact_e = e + e * error  # exp(z - shift + error)
   # The sum is left as it is: the errors of its terms are weighted by a_k and have either sign.
   total = rows.local_sum(e)
-  return Softmax(exact_e / total, _zero_index(total))
+  return Softmax(exact_e / total, _no_index(total))
 
 
 def _softmax_on_chip(rows: Rows, dtype: DTypeLike, x: jax.Array, mask: jax.Array | None) -> Softmax:
   _, e = _differences_on_chip(rows, masked(x.astype(dtype), mask, -jnp.inf))
   total = rows.local_sum(e)
-  return Softmax(e / total, _zero_index(total))
+  return Softmax(e / total, _no_index(total))
 
 
 def _softmax_in_one_read(
@@ -101,13 +101,11 @@ def _softmax_of_normalizer(
   # A row with +inf is NaN, and so is one of -inf alone, where it is 0 / 0.
   total = jnp.where(s.rest == jnp.inf, jnp.nan, 1 + s.rest)
   a = s.exp(entries(x, mask, s.any, dtype)) / total
-  return Softmax(a, _zero_index(total) if largest is None else largest)
+  return Softmax(a, _no_index(total) if largest is None else largest)
 
 
-def _zero_index(like: jax.Array) -> jax.Array:
-  """0 for each row, spread over devices like that array."""
-  zero = jnp.zeros((), jnp.int32)
-  return jnp.where(like == like, zero, zero)
+def _no_index(like: jax.Array) -> jax.Array:
+  return batched_like(jnp.zeros((), jnp.int32), like)
 
 
 def _differences_on_chip(rows: Rows, z: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -171,7 +169,7 @@ def _softmax_vjp_in_passes(rows: Rows, a: jax.Array, c: jax.Array) -> jax.Array:
 # Two sums over the devices: c_t where an a_t dominates the row, otherwise the mean; then the mean
 # of what that leaves.
 def _softmax_vjp_over_devices(rows: Rows, a: jax.Array, c: jax.Array) -> jax.Array:
-  dominant = jnp.floor(a + (1 - DOMINATED))
+  dominant = is_dominant(a)
   sums = [rows.local_sum(x) for x in (dominant, dominant * c, a * c)]
   dominates, c_t, mean = rows.sum_over_devices(sums)
   c = c - jnp.where(dominates > 0, c_t, mean)
@@ -261,7 +259,7 @@ def _projected(rows: Rows, a: jax.Array, x_bar: jax.Array) -> jax.Array:
 
 def _log_softmax_vjp_over_devices(rows: Rows, y: jax.Array, y_bar: jax.Array) -> jax.Array:
   a = jnp.exp(y)
-  dominant = jnp.floor(a + (1 - DOMINATED))  # 1 at t
+  dominant = is_dominant(a)  # 1 at t
   sums = [dominant * y_bar, y_bar - dominant * y_bar, a - dominant * a]
   y_bar_t, others, a_others = rows.sum_over_devices([rows.local_sum(x) for x in sums])
   at_t = a_others * y_bar - a * others  # (1 - a_t) y_bar_t - a_t sum_{i != t} y_bar_i

@@ -127,7 +127,7 @@ def local_normalizer(
 ) -> tuple[LocalNormalizer, tuple[Cost, ...]]:
   """What this device knows of the normalizer of ``x``, and its part of the cost of each weight."""
   local = sums(x, mask, weights, rows, dtype)
-  any_ = None if mask is None else jnp.any(mask, axis=rows.axes, keepdims=True)
+  any_ = rows.local_any(mask)
   local_top = lax.stop_gradient(local.top)
   local_shift = finite_or_zero(local_top)
   if rows.axis_name is None:

@@ -8,7 +8,7 @@ compute the same:
 - ``one_read`` forms all sums in one `jax.lax.reduce`, which combines the parts of a row in any
   order. On a GPU or TPU the bytes that are read are the limit.
 - ``on_chip`` is written so that XLA:GPU makes one kernel of it, which holds a row of up to
-  `_ON_CHIP` entries in its registers and reads it once however many sums there are.
+  `ON_CHIP` entries in its registers and reads it once however many sums there are.
 
 Derivatives are those of ``plain`` everywhere: a reduction with a combiner of our own has none that
 JAX could transpose. JAX 0.10 drops rules of ours in a scan that is differentiated twice, and would
@@ -31,7 +31,7 @@ from softmax_jax._devices import varying_axes
 from softmax_jax._rows import Rows
 
 # The longest row of which XLA:GPU makes one kernel.
-_ON_CHIP = 16_384
+ON_CHIP = 16_384
 
 _ONLY_PLAIN = jax.__version_info__ < (0, 11)
 
@@ -57,7 +57,7 @@ def fits_on_chip(x: jax.Array, rows: Rows) -> bool:
   """Whether XLA:GPU can hold a row of ``x`` in the registers of a kernel."""
   size = math.prod(x.shape[axis] for axis in rows.axes)
   whole = rows.axis_name is None and rows.axes == (x.ndim - 1,)
-  return whole and not is_symbolic_dim(size) and size <= _ON_CHIP
+  return whole and not is_symbolic_dim(size) and size <= ON_CHIP
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

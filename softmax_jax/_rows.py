@@ -43,6 +43,10 @@ class Rows(NamedTuple):
     """The largest entry on this device, a constant for every derivative."""
     return lax.stop_gradient(jnp.max(x, axis=self.axes, keepdims=True, initial=-jnp.inf))
 
+  def local_any(self, mask: jax.Array | None) -> jax.Array | None:
+    """Whether any entry on this device counts; None where there is no mask."""
+    return None if mask is None else jnp.any(mask, axis=self.axes, keepdims=True)
+
   def max(self, x: jax.Array) -> jax.Array:
     """The largest of all entries."""
     top = self.local_max(x)

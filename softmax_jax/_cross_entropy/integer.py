@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from softmax_jax import _devices as devices
 from softmax_jax._arguments import Arguments, Axis, compute_dtype
-from softmax_jax._arrays import broadcast, compiled, masked, unbroadcast
+from softmax_jax._arrays import batched_like, broadcast, compiled, masked, unbroadcast
 from softmax_jax._cross_entropy import options
 from softmax_jax._cross_entropy.label import (
   IGNORED,
@@ -26,7 +26,7 @@ from softmax_jax._cross_entropy.label import (
   weight_of_label,
 )
 from softmax_jax._cross_entropy.options import CrossEntropyAux, Reduction
-from softmax_jax._cross_entropy.per_row import PerRow, batched_like, inverse_sum, minus_log_softmax
+from softmax_jax._cross_entropy.per_row import PerRow, inverse_sum, minus_log_softmax
 from softmax_jax._cross_entropy.uniform import UniformSums, uniform_label
 from softmax_jax._exponentials import entries
 from softmax_jax._forward_mode import enable_forward_mode

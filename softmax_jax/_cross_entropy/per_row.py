@@ -30,15 +30,6 @@ class PerRow(NamedTuple):
   weight: Any
 
 
-def batched_like(weight: jax.Array, x: jax.Array) -> jax.Array:
-  """``weight``, made to depend on ``x``, so that `jax.vmap` batches both or neither.
-
-  JAX 0.10 to 0.12 mix up shapes where a compiled custom_jvp function is batched, differentiated and
-  has an output that is not batched with the others.
-  """
-  return jnp.where(x == x, weight, weight)
-
-
 def inverse_sum(s: Normalizer) -> jax.Array:
   """``1 / S``; it makes every probability NaN in a row with +inf or of -inf alone."""
   return jnp.where(s.rest == jnp.inf, jnp.nan, 1 / (1 + s.rest))

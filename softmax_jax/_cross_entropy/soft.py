@@ -12,12 +12,18 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from softmax_jax._arguments import Arguments, Axis, compute_dtype
-from softmax_jax._arrays import broadcast, compiled, masked, unbroadcast, with_rank
+from softmax_jax._arrays import (
+  batched_like,
+  broadcast,
+  compiled,
+  masked,
+  unbroadcast,
+  with_rank,
+)
 from softmax_jax._cross_entropy import options
 from softmax_jax._cross_entropy.options import CrossEntropyAux, Reduction
 from softmax_jax._cross_entropy.per_row import (
   PerRow,
-  batched_like,
   inverse_sum,
   log_sum_from_constant,
   minus_log_softmax,

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from softmax_jax._platform import ON_CHIP
 from softmax_jax.benchmark import hlo, programs, suites, targets
 from softmax_jax.benchmark.programs import GRADIENT, INTEGER, LINEAR, OURS, SOFT, VJP
 
@@ -29,7 +30,7 @@ _AXIS = "classes"
 _TOUCHES = 1 / 8
 # The most classes of which one kernel can keep whole rows on the chip: on a GPU where XLA makes one
 # kernel of a softmax, on a TPU where eight rows of float32 take a quarter of 16 MiB of VMEM.
-_ROW_ON_CHIP = {"gpu": 2**14, "tpu": 2**17}
+_ROW_ON_CHIP = {"gpu": ON_CHIP, "tpu": 2**17}
 
 
 class Collective(NamedTuple):

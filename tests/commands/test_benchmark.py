@@ -439,10 +439,7 @@ def test_runs_with_no_peer_installed(capsys, monkeypatch):
   ],
 )
 def test_errors_take_one_line(argv, message, capsys):
-  code, out, err = run(capsys, *argv)
-  assert (code, out) == (2, "")
-  assert err.startswith("softmax-jax benchmark: error: ") and err.count("\n") == 1
-  assert message in err
+  commands.assert_error_of_one_line(run(capsys, *argv), "benchmark", message)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absent_devices import required
 from commands import strict_json
 
 from softmax_jax import benchmark
@@ -282,10 +283,7 @@ def test_collectives_in_bytes():
   ],
 )
 def test_errors_take_one_line(argv, message, capsys):
-  code, out, err = run(capsys, *argv)
-  assert (code, out) == (2, "")
-  assert err.startswith("softmax-jax benchmark: error: ") and err.count("\n") == 1
-  assert message in err
+  commands.assert_error_of_one_line(run(capsys, *argv), "benchmark", message)
 
 
 @pytest.mark.parametrize(
@@ -371,11 +369,7 @@ def test_the_commands_of_the_readme_find_their_places(monkeypatch):
 
 @pytest.fixture(params=targets.NAMES)
 def target(request):
-  try:
-    targets.require(request.param)
-  except targets.MissingError as error:
-    pytest.skip(str(error))
-  return request.param
+  return required(request.param)
 
 
 @pytest.mark.long

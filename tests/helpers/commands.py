@@ -14,6 +14,14 @@ def run(capsys, *argv):
   return code, *capsys.readouterr()
 
 
+def assert_error_of_one_line(result, command, message):
+  """What `run` gives where a command says in one line what is wrong."""
+  code, out, err = result
+  assert (code, out) == (2, "")
+  assert err.startswith(f"softmax-jax {command}: error: ") and err.count("\n") == 1
+  assert message in err
+
+
 def strict_json(text):
   """Parses JSON as its standard has it, without NaN and Infinity."""
 

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absent_devices import required
 
 import softmax_jax as sj
 from softmax_jax import _platform
-from softmax_jax.benchmark import suites, targets
+from softmax_jax.benchmark import suites
 from softmax_jax.benchmark.traffic import measure, traffic
 
 pytestmark = pytest.mark.long
@@ -26,11 +27,7 @@ LINES = [*suites.lines("softmax", SHAPES), *suites.lines("losses", SHAPES)]
 
 @pytest.fixture(scope="module", params=["h100", "v6e"])
 def target(request):
-  try:
-    targets.require(request.param)
-  except targets.MissingError as error:
-    pytest.skip(str(error))
-  return request.param
+  return required(request.param)
 
 
 def slack(shape, dtype):
