@@ -143,7 +143,10 @@ def _cost_in_passes(
     x: jax.Array, mask: jax.Array | None, weights: Weights, shift: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     p, cost = weights.p(mask, dtype), -difference(_entries(x, mask, dtype), shift)
-    return rows.local_sum(p * cost), rows.local_sum(jnp.broadcast_to(p, x.shape))
+    # No cost is negative. But a product alone would become part of XLA:CPU's sum, and p and the
+    # cost an array each.
+    weighted = jnp.where(cost < 0, 0, p * cost)
+    return rows.local_sum(weighted), rows.local_sum(jnp.broadcast_to(p, x.shape))
 
   # A weight of 0 at an infinite cost has the derivative 0; an infinite one at a cost of 0 counts in
   # the other sum.
