@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar, TypeVarTuple
+from typing import ParamSpec, TypeVar, TypeVarTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from softmax_jax._devices import varying_axes
+from softmax_jax._forward_mode import by_platform
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -52,7 +52,6 @@ def batched_like(value: jax.Array, x: jax.Array) -> jax.Array:
   return jnp.where(x == x, value, value)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def where_needed(needed: jax.Array, careful: Callable[[*Args], R], quick: R, *args: *Args) -> R:
   """``careful(*args)``; unless ``needed``, possibly the known arrays ``quick``, if that is cheaper.
 
@@ -66,18 +65,11 @@ def where_needed(needed: jax.Array, careful: Callable[[*Args], R], quick: R, *ar
   if any(varying_axes(x) for x in jax.tree.leaves((quick, args))):
     return careful(*args)
 
+  def always(needed: jax.Array, quick: R, *args: *Args) -> R:
+    return careful(*args)
+
   def branch(needed: jax.Array, quick: R, *args: *Args) -> R:
     yes = lambda _, *args: careful(*args)  # pyright: ignore[reportArgumentType]
     return lax.cond(needed, yes, lambda quick, *_: quick, quick, *args)
 
-  def no_branch(needed: jax.Array, quick: R, *args: *Args) -> R:
-    return careful(*args)
-
-  return lax.platform_dependent(needed, quick, *args, cpu=branch, default=no_branch)
-
-
-@where_needed.defjvp
-def _where_needed_jvp(careful: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Any, Any]:
-  needed, quick, *args = primals
-  value = where_needed(needed, careful, quick, *args)
-  return value, jax.jvp(careful, tuple(args), tuple(tangents[2:]))[1]
+  return by_platform(always, {"cpu": branch}, needed, quick, *args)

@@ -11,29 +11,23 @@ compute the same:
   `ON_CHIP` entries in its registers and reads it once however many sums there are.
 
 Derivatives are those of ``plain`` everywhere: a reduction with a combiner of our own has none that
-JAX could transpose. JAX 0.10 drops rules of ours in a scan that is differentiated twice, and would
-differentiate such a reduction; so ``plain`` is its only form.
+JAX could transpose.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
-from jax import lax
 from jax.export import is_symbolic_dim
-from jax.sharding import AxisType
 
-from softmax_jax._devices import varying_axes
+from softmax_jax._forward_mode import PLATFORMS, by_platform
 from softmax_jax._rows import Rows
 
 # The longest row of which XLA:GPU makes one kernel.
 ON_CHIP = 16_384
-
-_ONLY_PLAIN = jax.__version_info__ < (0, 11)
 
 # Tests set this to run a form on any platform.
 always: Literal["plain", "on_chip", "one_read"] | None = None
@@ -60,24 +54,10 @@ def fits_on_chip(x: jax.Array, rows: Rows) -> bool:
   return whole and not is_symbolic_dim(size) and size <= ON_CHIP
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def by_platform(forms: Forms, rows: Rows, x: jax.Array, *args: Any) -> Any:
+def evaluate(forms: Forms, rows: Rows, x: jax.Array, *args: Any) -> Any:
   """``forms.plain(x, *args)``, in the form for the platform."""
+  on_gpu = forms.on_gpu(x, rows)
+  others = {"cuda": on_gpu, "rocm": on_gpu, "tpu": forms.one_read}
   if always is not None:
-    return (getattr(forms, always) or forms.one_read)(x, *args)
-  if _ONLY_PLAIN:
-    return forms.plain(x, *args)
-  branches = {"cpu": forms.plain, "gpu": forms.on_gpu(x, rows), "tpu": forms.one_read}
-  cpu, gpu, tpu = branches.values()
-  mesh = jax.sharding.get_abstract_mesh()
-  if AxisType.Manual in mesh.axis_types or varying_axes(x):
-    # JAX cannot vmap a branch with an ``spmd_axis_name`` there. But the mesh knows its devices.
-    device = mesh.abstract_device
-    return branches.get(device.platform if device else "cpu", cpu)(x, *args)
-  on_gpu = {} if gpu is tpu else {"cuda": gpu, "rocm": gpu}  # each branch is traced
-  return lax.platform_dependent(x, *args, cpu=cpu, **on_gpu, default=tpu)
-
-
-@by_platform.defjvp
-def _by_platform_jvp(forms: Forms, rows: Rows, primals: Any, tangents: Any) -> tuple[Any, Any]:
-  return by_platform(forms, rows, *primals), jax.jvp(forms.plain, primals, tangents)[1]
+    others = {platform: getattr(forms, always) or forms.one_read for platform in PLATFORMS}
+  return by_platform(forms.plain, others, x, *args)

@@ -28,7 +28,7 @@ from softmax_jax._exponentials import (
   exp_of_difference,
   finite_or_zero,
 )
-from softmax_jax._platform import Forms, by_platform
+from softmax_jax._platform import Forms, evaluate
 from softmax_jax._products import cost_of, scale_or_zero
 from softmax_jax._rows import Axes, Rows
 
@@ -99,7 +99,7 @@ def row_sums(
   def form(sums: Callable[..., RowSums]) -> Callable[..., RowSums]:
     return lambda x, mask, weights: sums(x, mask, weights, rows, dtype)
 
-  return by_platform(Forms(form(in_passes), form(in_one_read)), rows, x, mask, weights)
+  return evaluate(Forms(form(in_passes), form(in_one_read)), rows, x, mask, weights)
 
 
 # --- in passes ------------------------------------------------------------------------------------
@@ -261,10 +261,11 @@ def _combined(one: _Part, other: _Part) -> _Part:
   r_1, r_2 = ordered(one.rest, other.rest)
   low_1, low_2 = ordered(one.low, other.low)
   # -inf - -inf is nothing to add, and inf - inf is 0.
+  finite = lax.is_finite(m_2)
   d, error = _two_sum(m_2, -m_1)
-  d = lax.select(lax.is_finite(m_2), d, lax.min(m_2, zero))
+  d = lax.select(finite | (m_1 != m_2), d, lax.min(m_2, zero))
   e = lax.exp(d)
-  e = e + e * lax.select(e > zero, error, zero)  # exp(d + error)
+  e = e + e * lax.select(finite & (e > zero), error, zero)  # exp(d + error)
   r, low = _two_sum(r_1, e * (1 + r_2) + e * low_2)
 
   def combined_costs(one: tuple[jax.Array, ...], other: tuple[jax.Array, ...]) -> Any:

@@ -8,6 +8,8 @@ still runs exactly the hand-derived rule.
 - `linear` defines that call, the primitive `linear_map`.
 - `transform` builds `enable_forward_mode` on it.
 - `loops` defines the primitive `rule`, for rules that loop inside `jax.shard_map`.
+- `platforms` defines the primitive `by_platform`, of which one function has the derivatives and
+  others, on some platforms, the value.
 
 This is the one package of the library that goes beyond JAX's documented public API, but for
 `softmax_jax._devices`, which reads the `manual_axis_type` of types. It uses
@@ -22,6 +24,7 @@ This is the one package of the library that goes beyond JAX's documented public 
 
 from softmax_jax._forward_mode.linear import linear_map
 from softmax_jax._forward_mode.loops import rule_with_loops
+from softmax_jax._forward_mode.platforms import PLATFORMS, by_platform
 from softmax_jax._forward_mode.transform import enable_forward_mode
 
-__all__ = ["enable_forward_mode", "linear_map", "rule_with_loops"]
+__all__ = ["PLATFORMS", "by_platform", "enable_forward_mode", "linear_map", "rule_with_loops"]

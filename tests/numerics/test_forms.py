@@ -1,0 +1,69 @@
+"""The forms for accelerators, run on the CPU, in rows of special values: what ``plain`` gives."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from softmax_jax import (
+  _platform,
+  log_softmax,
+  logsumexp,
+  softmax,
+  softmax_cross_entropy,
+  softmax_cross_entropy_with_integer_labels,
+)
+
+VALUES = [0.0, 1.5, 40.0, 3e37, -3e37, np.inf, -np.inf, np.nan]
+ROWS = np.float32(list(itertools.product(VALUES, repeat=4)))  # every row of four of them
+OPTIONS = {"label_smoothing": 0.1, "z_loss": 0.01, "class_weights": np.float32([1, 0.5, 2, 0])}
+INVALID = np.isposinf(ROWS).any(1)
+LABELS = np.arange(len(ROWS)) % 4
+SOFT = np.float32([[1, 0, 0, 0], [0.5, 0.25, 0.25, 0], [0, 0, 0, 0], [2, 0, 0, 1]])[LABELS]
+FUNCTIONS = {
+  "softmax": softmax,
+  "log_softmax": log_softmax,
+  "logsumexp": lambda x: logsumexp(x, -1),
+  "integer labels": lambda x: softmax_cross_entropy_with_integer_labels(x, LABELS),
+  "integer labels, options": lambda x: softmax_cross_entropy_with_integer_labels(
+    x, LABELS, **OPTIONS
+  ),
+  "soft labels": lambda x: softmax_cross_entropy(x, SOFT),
+  "soft labels, options": lambda x: softmax_cross_entropy(x, SOFT, **OPTIONS),
+}
+
+
+def in_form(name, f, *args):
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(_platform, "always", name)
+    jax.clear_caches()
+    try:
+      return jax.tree.map(np.asarray, jax.jit(f)(*args))
+    finally:
+      jax.clear_caches()
+
+
+def value_and_vjp(f, x):
+  y, vjp = jax.vjp(f, x)
+  return y, vjp(jnp.asarray(np.random.default_rng(0).normal(size=y.shape), y.dtype))[0]
+
+
+@pytest.mark.without("debug_nans")
+@pytest.mark.parametrize("form", ["one_read", "on_chip"])
+def test_rows_of_special_values(form):
+  def f(x):
+    return {name: value_and_vjp(function, x) for name, function in FUNCTIONS.items()}
+
+  expected, actual = in_form("plain", f, ROWS), in_form(form, f, ROWS)
+  for name in FUNCTIONS:
+    for what, e, a in zip(("value", "vjp"), expected[name], actual[name], strict=True):
+      e, a = (x.reshape(len(ROWS), -1) for x in (e, a))
+      # It is open whether a result is NaN or +inf there.
+      assert not np.isfinite(a[INVALID]).all(1).any(), (name, what)
+      for special in (np.isnan, np.isposinf, np.isneginf):
+        differ = np.flatnonzero((special(a) != special(e)).any(1) & ~INVALID)[:5]
+        assert not len(differ), (name, what, ROWS[differ], e[differ], a[differ])
+      finite = np.isfinite(e) & ~INVALID[:, None]
+      np.testing.assert_allclose(a[finite], e[finite], rtol=2e-5, err_msg=f"{name}, {what}")
