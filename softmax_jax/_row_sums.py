@@ -28,6 +28,7 @@ from softmax_jax._exponentials import (
   exp_of_difference,
   finite_or_zero,
 )
+from softmax_jax._forward_mode import PLATFORMS, by_platform
 from softmax_jax._platform import Forms, evaluate
 from softmax_jax._products import cost_of, scale_or_zero
 from softmax_jax._rows import Axes, Rows
@@ -123,10 +124,12 @@ def in_passes(
       e = exp_of_difference(_entries(x, mask, dtype), shift)
       return rows.local_sum(drop_dominant(e))
 
-    dominated = jnp.any(jnp.abs(rest) < DOMINATED)
+    dominated = jnp.abs(rest) < DOMINATED
     others = where_needed(dominated, sum_of_others, rest, x, mask, shift)
   rest = jnp.where(jnp.abs(rest) < DOMINATED, others, rest)
   rest = jnp.where(top == jnp.inf, jnp.inf, rest)
+  # With a shift of their own: XLA:CPU would materialize the difference that two sums share.
+  (shift,) = rows.barrier((shift,))
   costs = [_cost_in_passes(x, mask, weight, shift, rows, dtype) for weight in weights]
   return RowSums(top, rest, tuple(costs))
 
@@ -139,36 +142,42 @@ def _cost_in_passes(
   rows: Rows,
   dtype: DTypeLike,
 ) -> Cost:
-  def quick(
-    x: jax.Array, mask: jax.Array | None, weights: Weights, shift: jax.Array
-  ) -> tuple[jax.Array, jax.Array]:
-    p, cost = weights.p(mask, dtype), -difference(_entries(x, mask, dtype), shift)
-    # No cost is negative. But a product alone would become part of XLA:CPU's sum, and p and the
-    # cost an array each.
-    weighted = jnp.where(cost < 0, 0, p * cost)
-    return rows.local_sum(weighted), rows.local_sum(jnp.broadcast_to(p, x.shape))
-
-  # A weight of 0 at an infinite cost has the derivative 0; an infinite one at a cost of 0 counts in
-  # the other sum.
-  def careful(
+  def p_and_cost(
     x: jax.Array, mask: jax.Array | None, weights: Weights, shift: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     p = jnp.broadcast_to(weights.p(mask, dtype), x.shape)
-    cost = -difference(_entries(x, mask, dtype), shift)
-    counted = jnp.where((p == 0) & (cost == jnp.inf), 0, p)
+    return p, -difference(_entries(x, mask, dtype), shift)
+
+  def total(*operands: Any) -> jax.Array:
+    p, cost = p_and_cost(*operands)
+    return rows.local_sum(p * cost)
+
+  def careful_total(
+    x: jax.Array, mask: jax.Array | None, weights: Weights, shift: jax.Array
+  ) -> jax.Array:
+    p, cost = p_and_cost(x, mask, weights, shift)
+    # An infinite weight at a cost of 0 counts in the other sum.
     finite = jnp.where(jnp.isinf(p) & (cost == 0), 0, p)
-    total = scale_or_zero(finite, cost_of(p, cost), weights.counts)
-    return rows.local_sum(total), rows.local_sum(counted)
+    return rows.local_sum(scale_or_zero(finite, cost_of(p, cost), weights.counts))
+
+  def weight(x: jax.Array, mask: jax.Array | None, weights: Weights, _: Any) -> jax.Array:
+    return rows.local_sum(jnp.broadcast_to(weights.p(mask, dtype), x.shape))
+
+  # The same, but the derivative by a weight of 0 at an infinite cost is 0.
+  def careful_weight(*operands: Any) -> jax.Array:
+    p, cost = p_and_cost(*operands)
+    return rows.local_sum(jnp.where((p == 0) & (cost == jnp.inf), 0, p))
 
   operands = x, mask, weights, shift
   if weights.labels is weights.classes is None and mask is None:
-    return Cost(*varying_alike(*quick(*operands)))
-  if mask is not None or rows.are_short(x.shape):
-    return Cost(*varying_alike(*careful(*operands)))
-  # To be careful in every sum would double its time.
-  total, weight = quick(*operands)
-  needed = jnp.any(jnp.isnan(total))
-  return Cost(*varying_alike(*where_needed(needed, careful, (total, weight), *operands)))
+    return Cost(*varying_alike(total(*operands), weight(*operands)))
+  if mask is not None:
+    sum_ = careful_total(*operands)
+  else:  # to be careful in every sum would double its time
+    sum_ = total(*operands)
+    sum_ = where_needed(jnp.isnan(sum_), careful_total, sum_, *operands)
+  others = {platform: weight for platform in PLATFORMS}
+  return Cost(*varying_alike(sum_, by_platform(careful_weight, others, *operands)))
 
 
 def _entries(x: jax.Array, mask: jax.Array | None, dtype: DTypeLike) -> jax.Array:

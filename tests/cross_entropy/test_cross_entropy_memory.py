@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from option_formulas import LOSSES, SOFT, VALUES, everything, flat
+from option_formulas import INTEGER, LOSSES, SOFT, VALUES, everything, flat
 from oracle import random
 
 ROWS, CLASSES = 16, 128
@@ -76,3 +76,19 @@ def test_no_option_adds_an_array_to_the_compiled_gradient(name, options, traced)
     # Plus a few numbers per class and per row.
     limit = temp_bytes_of_optax(logits.shape) + 4 * 8 * sum(logits.shape)
   assert temp_bytes(f, logits, labels, values if traced else {}) <= limit
+
+
+@pytest.mark.parametrize("shape", [(64, 4096), (4, 16, 4096)])
+@pytest.mark.parametrize("mapped", [False, True], ids=["", "vmap"])
+def test_no_mode_of_the_integer_loss_takes_an_array(shape, mapped):
+  """Value, gradient or both, of smoothed labels, for logits of any rank, also mapped over rows."""
+  loss = functools.partial(LOSSES[INTEGER], label_smoothing=0.1, z_loss=0.03)
+  if mapped:
+    for _ in shape[1:]:
+      loss = jax.vmap(loss)
+  f = lambda z, t: jnp.mean(loss(z, t))
+  logits = jax.ShapeDtypeStruct(shape, jnp.float32)
+  labels = jax.ShapeDtypeStruct(shape[:-1], jnp.int32)
+  for program in (f, jax.grad(f), jax.value_and_grad(f)):
+    compiled = jax.jit(program).lower(logits, labels).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes <= logits.size
