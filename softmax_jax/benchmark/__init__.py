@@ -43,7 +43,8 @@ Compare time, memory and accuracy with jax.nn, optax, torch and tokamax on this 
 
 Suites, of which the first two run by default:
 
-  softmax   softmax, log_softmax and logsumexp, forward and with the VJP, beside jax.nn and torch;
+  softmax   softmax, log_softmax and logsumexp, forward, with the VJP and the VJP alone, beside
+            jax.nn and torch (which save the softmax for log_softmax's VJP, we the output alone);
   losses    cross-entropy with integer and with soft labels, the loss of every row, and the mean
             loss with its gradient, beside optax and torch;
   linear    linear_softmax_cross_entropy, the loss, and the loss with both gradients, beside optax
@@ -61,7 +62,7 @@ Both units are those of the dtype of the logits, even where the loss is a float3
 
 On a CPU, normalizers of more than 16 classes take a second pass over the logits, to keep their
 digits, where one class holds more than half of the probability of some row. Standard normal logits
-of many classes have no such row; those late in a training do, as `--scale 10` shows.
+of many classes have no such row; those late in a training do, as `--scale 1 3 10` shows.
 
 A peer that is not installed is left out. Times of a busy machine are worth little.
 
@@ -89,7 +90,8 @@ def _shape(text: str) -> tuple[int, ...]:
     if len(shape) in (2, 3) and min(shape) >= 1 and math.prod(shape) < 2**48:
       return shape
   raise click.BadParameter(
-    f"expected ROWSxCLASSES or, for the linear suite, TOKENSxFEATURESxCLASSES, got {text!r}"
+    "expected ROWSxCLASSES, SEQUENCESxROWSxCLASSES or, for the linear suite, "
+    f"TOKENSxFEATURESxCLASSES, got {text!r}"
   )
 
 
@@ -107,7 +109,8 @@ def _shape(text: str) -> tuple[int, ...]:
   type=_shape,
   multiple=True,
   metavar="BxK...",
-  help="Rows and classes, as 512x32768; for linear TxHxV (default on a CPU: five up to 64x131072, "
+  help="Rows and classes, as 512x32768 or 4x128x32768; of three numbers, that of the linear suite "
+  "TxHxV where it runs (default on a CPU: five up to 64x131072, losses also 4x128x32768, "
   "linear 4096x512x32768; elsewhere 16 times the rows, linear 8192x4096x131072; with --target "
   f"{', '.join(map(report.shape_text, traffic.SHAPES))}, linear "
   f"{', '.join(map(report.shape_text, traffic.LINEAR_SHAPES))}).",
@@ -155,9 +158,10 @@ def _shape(text: str) -> tuple[int, ...]:
 @click.option(
   "--scale",
   type=_AT_LEAST_0,
-  default=1.0,
-  metavar="X",
-  help="Standard deviation of the logits; at 10, one class dominates many rows.",
+  multiple=True,
+  default=[1.0],
+  metavar="X...",
+  help="Standard deviations of the logits; at 10, one class dominates many rows.",
 )
 @seed_option("Decides the inputs, and the order in a round.")
 @click.option("--json", is_flag=True, help="Print one JSON object, not tables.")
@@ -299,7 +303,12 @@ def _lines(
   for suite in dict.fromkeys(args.suite):
     if suite == "accuracy":
       continue
-    lines[suite] = suites.lines(suite, args.shapes or default(suite))
+    shapes = args.shapes or default(suite)
+    linear = bool(args.shapes) and "linear" in args.suite
+    if args.target:
+      lines[suite] = suites.lines(suite, shapes, linear=linear)
+    else:
+      lines[suite] = suites.timed_lines(suite, shapes, args.scale, linear=linear)
     if not lines[suite]:
       wanted = "TOKENSxFEATURESxCLASSES" if suite == "linear" else "ROWSxCLASSES"
       raise click.BadParameter(f"the {suite} suite needs one {wanted}", param_hint="--shapes")
@@ -325,7 +334,7 @@ def _measure(args: SimpleNamespace, peers: list[str]) -> dict[str, Any]:
       for line in lines[suite]:
         shape = "x".join(map(str, line.shape))
         show(f"{line.function}, {line.mode}, {shape}")
-        limits = {name: getattr(args, name) for name in ("rounds", "seconds", "seed", "scale")}
+        limits = {name: getattr(args, name) for name in ("rounds", "seconds", "seed")}
         try:
           measured.append(suites.measure(line, peers, dtype, **limits))
         except (MemoryError, RuntimeError) as error:  # JAX's own is a RuntimeError.
@@ -366,7 +375,7 @@ def about(args: SimpleNamespace, peers: list[str]) -> dict[str, Any]:
     "rounds": args.rounds,
     "seconds": args.seconds,
     "seed": args.seed,
-    "scale": args.scale,
+    "scale": list(args.scale),
     # The load of the last minute, before any work is done here.
     "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     "call_seconds": _call_seconds(),

@@ -24,7 +24,7 @@ OURS = "softmax_jax"
 # In the order of the tables. "products" are the bare matrix products of the linear loss.
 PEERS = ("jax.nn", "optax", "torch", "torch.compile", "tokamax", "products")
 
-FORWARD, VJP = "forward", "forward + vjp"
+FORWARD, VJP, PULL = "forward", "forward + vjp", "vjp alone"
 LOSS, GRADIENT = "loss", "loss + gradient"
 
 INTEGER, SOFT = "softmax_cross_entropy_with_integer_labels", "softmax_cross_entropy"
@@ -162,6 +162,10 @@ def _jax_program(peer: str, function: str, mode: str, arguments: Sequence[np.nda
   arrays = jax.device_put(tuple(arguments))
   if (peer, mode) == ("products", GRADIENT):
     f = _products
+  elif mode == PULL:
+    g = jax_functions(peer, jax.default_backend())[function]
+    arrays = (jax.jit(lambda x: jax.vjp(g, x)[1])(arrays[0]), arrays[1])
+    f = lambda pull, y_bar: pull(y_bar)
   else:
     f = in_mode(jax_functions(peer, jax.default_backend())[function], function, mode)
   compiled = jax.jit(f).lower(*arrays).compile()
@@ -227,7 +231,11 @@ def _torch_program(peer: str, function: str, mode: str, arguments: Sequence[np.n
     "log_softmax": lambda x: torch.log_softmax(x, -1),
     "logsumexp": lambda x: torch.logsumexp(x, -1),
   }
-  each: Callable[[Any, Any], Any] = lambda z, labels: cross_entropy(z, labels, reduction="none")
+
+  def each(z: Any, labels: Any) -> Any:  # torch wants the classes along the second axis
+    labels = labels.flatten() if function == INTEGER else labels.flatten(0, -2)
+    return cross_entropy(z.flatten(0, -2), labels, reduction="none")
+
   mean: Callable[[Any, Any], Any] = lambda z, labels: each(z, labels).mean()
   linear: Callable[[Any, Any, Any], Any] = lambda x, weight, labels: cross_entropy(
     x @ weight, labels
@@ -252,6 +260,12 @@ def _torch_program(peer: str, function: str, mode: str, arguments: Sequence[np.n
     def call() -> tuple[Any, ...]:
       y = f(x)
       return y.detach(), *torch.autograd.grad(y, x, y_bar)
+  elif mode == PULL:
+    x, y_bar = tensors
+    y = f(x.requires_grad_())
+
+    def call() -> tuple[Any, ...]:
+      return torch.autograd.grad(y, x, y_bar, retain_graph=True)
   elif mode == GRADIENT:
     leaves = tensors[:2] if function == LINEAR else tensors[:1]
     for leaf in leaves:
@@ -279,8 +293,9 @@ def build(peer: str, function: str, mode: str, arguments: Sequence[np.ndarray]) 
   Args:
     peer: one of `PEERS`, or `OURS`.
     function: our name of it.
-    mode: `FORWARD`, `VJP` (arguments x and y_bar), `LOSS` or `GRADIENT` (logits and labels, or x,
-      weight and labels; `GRADIENT` is of the mean loss).
+    mode: `FORWARD`, `VJP` or `PULL` (arguments x and y_bar; `PULL` is the VJP without the value),
+      `LOSS` or `GRADIENT` (logits and labels, or x, weight and labels; `GRADIENT` is of the mean
+      loss).
     arguments: NumPy arrays.
   """
   make = _torch_program if peer.startswith("torch") else _jax_program

@@ -7,13 +7,13 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from softmax_jax.benchmark.programs import GRADIENT, INTEGER, LINEAR, OURS, PEERS, SOFT, VJP
+from softmax_jax.benchmark.programs import GRADIENT, INTEGER, LINEAR, OURS, PEERS, PULL, SOFT, VJP
 
 if TYPE_CHECKING:
   from rich.console import Console
 
 _SHORT = {INTEGER: "integer", SOFT: "soft", LINEAR: "linear"}
-_MODES = {VJP: " + vjp", GRADIENT: " + grad"}
+_MODES = {VJP: " + vjp", PULL: ", vjp alone", GRADIENT: " + grad"}
 # Where values are this far off, a number of ulp says less than the share that is wrong.
 _WRONG = 0.05
 
@@ -130,11 +130,13 @@ def print_tables(report: dict[str, Any]) -> None:
     lines = result["lines"]
     peers = _peers(lines)
     ends = sections_of(lines)
-    columns = ("", "shape", "ours", *peers, *(f"ours /\n{peer}" for peer in peers))
+    scaled = len({line["scale"] for line in lines}) > 1
+    place = "shape x scale" if scaled else "shape"
+    columns = ("", place, "ours", *peers, *(f"ours /\n{peer}" for peer in peers))
     rows = (
       (
         label_of(line),
-        shape_text(line["shape"]),
+        _place(line, scaled),
         *(_milliseconds(line["seconds"].get(name)) for name in (OURS, *peers)),
         *(_ratio(line["ratios"].get(peer)) for peer in peers),
       )
@@ -145,19 +147,19 @@ def print_tables(report: dict[str, Any]) -> None:
     for peer, summary in result["total"].items():
       worst = summary["worst_line"]
       say(
-        f"ours / {peer}: geometric mean {summary['geometric_mean']:.2f}, at most "
-        f"{summary['worst_ratio']:.2f} ({label_of(worst)}, {shape_text(worst['shape'])})"
+        f"ours / {peer}: geometric mean {_means(summary)}, at most "
+        f"{summary['worst_ratio']:.2f} ({label_of(worst)}, {_place(worst, scaled)})"
       )
     console.print()
     measured = [peer for peer in peers if any(peer in line["errors"] for line in lines)]
     compiled = [p for p in peers if any(line["temp_bytes"].get(p) is not None for line in lines)]
-    columns = ("", "shape", "GB/s", "of copy")
+    columns = ("", place, "GB/s", "of copy")
     columns += tuple(f"temp\n{name}" for name in ("ours", *compiled))
     columns += tuple(f"error\n{name}" for name in ("ours", *measured))
     rows = (
       (
         label_of(line),
-        shape_text(line["shape"]),
+        _place(line, scaled),
         digits(_scaled(line["bytes_per_second"], 1e-9)),
         "-" if line["of_copy"] is None else f"{line['of_copy']:.0%}",
         *(_megabytes(line["temp_bytes"].get(name)) for name in (OURS, *compiled)),
@@ -170,6 +172,17 @@ def print_tables(report: dict[str, Any]) -> None:
     for line in lines:
       for peer, reason in line["unable"].items():
         say(f"{peer} cannot do {label_of(line)} {shape_text(line['shape'])}: {reason}")
+
+
+def _place(line: dict[str, Any], scaled: bool) -> str:
+  return shape_text(line["shape"]) + (f" x {line['scale']:g}" if scaled else "")
+
+
+def _means(summary: dict[str, Any]) -> str:
+  """The geometric mean of the ratios, and of those at each scale where there are several."""
+  by_scale: dict[str, float] = summary["geometric_means"]
+  each = ", ".join(f"{mean:.2f} at scale {scale}" for scale, mean in by_scale.items())
+  return f"{summary['geometric_mean']:.2f}" + (f" ({each})" if len(by_scale) > 1 else "")
 
 
 def _scaled(value: float | None, factor: float) -> float | None:
@@ -209,7 +222,7 @@ def markdown(report: dict[str, Any], suite: str) -> str:
   """The table of one suite with a line above it that says where and when it was taken.
 
   Timed suites have a row per function and mode, a column per shape, and in a cell the milliseconds
-  of ours and the ratio to each peer.
+  of ours and the ratio to each peer, at each scale of the logits.
   """
   result = report["suites"][suite]
   lines = result["lines"]
@@ -219,25 +232,32 @@ def markdown(report: dict[str, Any], suite: str) -> str:
   else:
     peers = _peers(lines)
     shapes = list(dict.fromkeys(shape_text(line["shape"]) for line in lines))
-    cells = {(label_of(line), shape_text(line["shape"])): line for line in lines}
+    scales = list(dict.fromkeys(line["scale"] for line in lines))
+    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in lines:
+      cells.setdefault((label_of(line), shape_text(line["shape"])), []).append(line)
 
     def cell(label: str, shape: str) -> str:
-      line = cells.get((label, shape))
-      if line is None:
+      of_scales = cells.get((label, shape))
+      if of_scales is None:
         return "-"
-      ratios = " / ".join(_ratio(line["ratios"].get(peer)) for peer in peers)
-      return f"{_milliseconds(line['seconds'][OURS])} ms" + (f"; {ratios}" if ratios else "")
+      ratio = lambda peer: ", ".join(_ratio(line["ratios"].get(peer)) for line in of_scales)
+      ratios = " / ".join(map(ratio, peers))
+      times = ", ".join(_milliseconds(line["seconds"][OURS]) for line in of_scales)
+      return f"{times} ms" + (f"; {ratios}" if ratios else "")
 
     columns = ("", *shapes)
     rows = [
       (label, *(cell(label, shape) for shape in shapes))
       for label in dict.fromkeys(label_of(line) for line in lines)
     ]
-    means = ", ".join(
-      f"{peer} {summary['geometric_mean']:.2f} (at most {summary['worst_ratio']:.2f})"
+    means = "; ".join(
+      f"{peer} {_means(summary)}, at most {summary['worst_ratio']:.2f}"
       for peer, summary in result["total"].items()
     )
     about = "Milliseconds of ours" + (f"; ratios of ours to {' / '.join(peers)}" if peers else "")
+    if len(scales) > 1:
+      about += f", each at the scales {', '.join(f'{scale:g}' for scale in scales)}"
     about += f". Geometric means of the ratios: {means}" if means else ""
   return f"{about}. {machine(report)}.\n\n{markdown_table(columns, rows)}"
 

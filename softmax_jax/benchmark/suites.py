@@ -10,7 +10,17 @@ import jax
 import numpy as np
 
 from softmax_jax.benchmark import oracle, programs, timing
-from softmax_jax.benchmark.programs import FORWARD, GRADIENT, INTEGER, LINEAR, LOSS, OURS, SOFT, VJP
+from softmax_jax.benchmark.programs import (
+  FORWARD,
+  GRADIENT,
+  INTEGER,
+  LINEAR,
+  LOSS,
+  OURS,
+  PULL,
+  SOFT,
+  VJP,
+)
 
 COPY = "copy"
 
@@ -31,12 +41,16 @@ _ORACLE_TOKENS = 32
 
 
 class Line(NamedTuple):
-  """One row of a table: a function in a mode, on logits [B, K] or, linear, of shape (T, H, V)."""
+  """A function in a mode, on logits [*B, K] or, linear, of shape (T, H, V).
+
+  scale: the standard deviation of the logits; of linear it is 1.
+  """
 
   suite: str
   function: str
   mode: str
   shape: tuple[int, ...]
+  scale: float = 1.0
 
 
 def default_shapes(suite: str) -> list[tuple[int, ...]]:
@@ -47,23 +61,51 @@ def default_shapes(suite: str) -> list[tuple[int, ...]]:
   on_cpu = jax.default_backend() == "cpu"
   if suite == "linear":
     return [(4096, 512, 32768) if on_cpu else (8192, 4096, 131072)]
-  shapes = [(65536, 10), (8192, 128), (2048, 1024), (512, 32768), (64, 131072)]
-  return shapes if on_cpu else [(16 * rows, classes) for rows, classes in shapes]
-
-
-def lines(suite: str, shapes: Sequence[tuple[int, ...]]) -> list[Line]:
-  """The lines of a suite, function by function; shapes of another rank are left out."""
-  rank = 3 if suite == "linear" else 2
-  return [
-    Line(suite, function, mode, shape)
-    for function, mode in _LINES[suite]
-    for shape in shapes
-    if len(shape) == rank
+  shapes: list[tuple[int, ...]] = [
+    (65536, 10),
+    (8192, 128),
+    (2048, 1024),
+    (512, 32768),
+    (64, 131072),
   ]
+  if suite == "losses":
+    shapes.append((4, 128, 32768))  # sequences, as language models have them
+  return shapes if on_cpu else [(16 * shape[0], *shape[1:]) for shape in shapes]
 
 
-def arguments(line: Line, dtype: np.dtype, seed: int, scale: float = 1.0) -> list[np.ndarray]:
-  """Random inputs, with logits of standard deviation `scale` (of `linear`, of 1)."""
+def lines(suite: str, shapes: Sequence[tuple[int, ...]], *, linear: bool = False) -> list[Line]:
+  """The lines of a suite, function by function; shapes that are not its own are left out.
+
+  With ``linear``, shapes of three numbers are those of the linear suite alone.
+  """
+  if suite == "linear":
+    shapes = [shape for shape in shapes if len(shape) == 3]
+  elif linear:
+    shapes = [shape for shape in shapes if len(shape) == 2]
+  return [Line(suite, *function_and_mode, s) for function_and_mode in _LINES[suite] for s in shapes]
+
+
+def timed_lines(
+  suite: str, shapes: Sequence[tuple[int, ...]], scales: Sequence[float], *, linear: bool = False
+) -> list[Line]:
+  """The lines that are timed: also the VJP alone, and all at each of the scales."""
+  if suite == "linear":
+    return lines(suite, shapes)
+  found: list[Line] = []
+  for line in lines(suite, shapes, linear=linear):
+    alone = [line._replace(mode=PULL)] if line.mode == VJP else []
+    found += [each._replace(scale=scale) for each in (line, *alone) for scale in scales]
+  return sorted(found, key=lambda line: (_order(suite, line), shapes.index(line.shape)))
+
+
+def _order(suite: str, line: Line) -> tuple[int, bool]:
+  """The place of its function and mode in the suite; that of a VJP alone is behind the VJP."""
+  alone = line.mode == PULL
+  return _LINES[suite].index((line.function, VJP if alone else line.mode)), alone
+
+
+def arguments(line: Line, dtype: np.dtype, seed: int) -> list[np.ndarray]:
+  """Random inputs."""
   rng = np.random.default_rng(seed)
   if line.suite == "linear":
     tokens, features, classes = line.shape
@@ -74,20 +116,20 @@ def arguments(line: Line, dtype: np.dtype, seed: int, scale: float = 1.0) -> lis
   def draw(generate: Callable[..., np.ndarray], *shape: int) -> np.ndarray:
     return np.resize(generate(min(math.prod(shape), _RANDOM), np.float32), shape)
 
-  rows, classes = line.shape
-  logits = (draw(rng.standard_normal, rows, classes) * np.float32(scale)).astype(dtype)
+  *rows, classes = line.shape
+  logits = (draw(rng.standard_normal, *line.shape) * np.float32(line.scale)).astype(dtype)
   if line.function == INTEGER:
     labels = rng.integers(0, classes, rows, np.int32)
     # Half of the labels are the class of the largest logit, as late in a training.
-    likely = np.arange(rows) // 4 % 2 == 0
+    likely = (np.arange(math.prod(rows)) // 4 % 2 == 0).reshape(rows)
     return [logits, np.where(likely, logits.argmax(axis=-1), labels).astype(np.int32)]
   if line.function == SOFT:
-    labels = draw(rng.random, rows, classes)
+    labels = draw(rng.random, *line.shape)
     labels /= labels.sum(axis=-1, keepdims=True)
     return [logits, labels.astype(dtype)]
-  if line.mode == VJP:
-    reduces = line.function == "logsumexp"
-    return [logits, draw(rng.standard_normal, *line.shape[: 1 if reduces else 2]).astype(dtype)]
+  if line.mode in (VJP, PULL):
+    shape = rows if line.function == "logsumexp" else line.shape
+    return [logits, draw(rng.standard_normal, *shape).astype(dtype)]
   return [logits]
 
 
@@ -99,10 +141,11 @@ def shapes_of_arguments(line: Line, dtype: np.dtype) -> list[jax.ShapeDtypeStruc
   elif line.function == SOFT or (line.mode == VJP and line.function != "logsumexp"):
     shapes = [line.shape, line.shape]
   elif line.mode == VJP:
-    shapes = [line.shape, line.shape[:1]]
+    shapes = [line.shape, line.shape[:-1]]
   else:
     shapes = [line.shape]
-  labels = [jax.ShapeDtypeStruct(line.shape[:1], np.int32)]
+  of_labels = line.shape[:1] if line.suite == "linear" else line.shape[:-1]
+  labels = [jax.ShapeDtypeStruct(of_labels, np.int32)]
   takes_labels = line.function in (INTEGER, LINEAR)
   return [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes] + labels * takes_labels
 
@@ -116,18 +159,22 @@ def worst_errors(
   """By contender the worst error on some rows: in ulp of values, in u of gradients in norm."""
   if line.suite == "linear":
     return _linear_errors(line, inputs, contenders, dtype)
-  rows = max(1, min(len(inputs[0]), _ORACLE_LOGITS // line.shape[1]))
-  some = [array[:rows] for array in inputs]
+  rank = len(line.shape)
+  # Rows along one axis; labels, and cotangents of what reduces, have one number for each.
+  flat = [a.reshape(-1, *a.shape[rank - 1 :]) for a in inputs]
+  rows = max(1, min(len(flat[0]), _ORACLE_LOGITS // line.shape[-1]))
+  some = [array[:rows] for array in flat]
   some = [array if array.dtype == np.int32 else oracle.wide(array, dtype) for array in some]
-  if line.mode in (VJP, GRADIENT):
-    averaged = len(inputs[0]) if line.mode == GRADIENT else 1
+  if line.mode in (VJP, PULL, GRADIENT):
+    averaged = len(flat[0]) if line.mode == GRADIENT else 1
     expected = oracle.gradients(line.function, *some, rows_of_mean=averaged)
   else:
     expected = oracle.values(line.function, *some)
   worst: dict[str, float] = {}
   for name, program in contenders.items():
     # Only some rows leave the device: the others are gigabytes.
-    (actual,) = program.fetch([jax.tree.leaves(program.call())[-1][:rows]])
+    output = jax.tree.leaves(program.call())[-1]
+    (actual,) = program.fetch([output.reshape(-1, *output.shape[rank - 1 :])[:rows]])
     worst[name], _ = oracle.errors(actual, expected, dtype)
   return worst
 
@@ -162,11 +209,10 @@ def measure(
   rounds: int,
   seconds: float,
   seed: int,
-  scale: float = 1.0,
   clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
   """One line of the report: times, ratios, bandwidth, temp bytes and errors, ready for JSON."""
-  inputs = arguments(line, dtype, seed, scale)
+  inputs = arguments(line, dtype, seed)
   contenders = {OURS: programs.build(OURS, line.function, line.mode, inputs)}
   unable: dict[str, str] = {}
   for peer in programs.peers_of(line.function):
@@ -191,7 +237,7 @@ def measure(
   moved = sum(array.nbytes for array in (*inputs, *outputs))
   return summarize(line, times, moved, inputs[0].nbytes) | {
     "temp_bytes": {name: program.temp_bytes for name, program in contenders.items()},
-    "error_unit": "u" if line.mode in (VJP, GRADIENT) else "ulp",
+    "error_unit": "u" if line.mode in (VJP, PULL, GRADIENT) else "ulp",
     "errors": worst,
     "unable": unable,
   }
@@ -227,15 +273,21 @@ def summarize(
 
 
 def total(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-  """By peer, over the lines of a suite: the geometric mean of the ratios and the worst of them."""
+  """By peer, over the lines of a suite: geometric means of the ratios and the worst of them."""
   summary: dict[str, Any] = {}
   for peer in programs.PEERS:
     ratios = {i: line["ratios"][peer] for i, line in enumerate(results) if peer in line["ratios"]}
     if ratios:
       worst = max(ratios, key=ratios.__getitem__)
-      keys = ("function", "mode", "shape")
+      keys = ("function", "mode", "shape", "scale")
+      by_scale: dict[float, list[float]] = {}
+      for i, ratio in ratios.items():
+        by_scale.setdefault(results[i]["scale"], []).append(ratio)
       summary[peer] = {
         "geometric_mean": statistics.geometric_mean(ratios.values()),
+        "geometric_means": {
+          f"{scale:g}": statistics.geometric_mean(some) for scale, some in by_scale.items()
+        },
         "worst_ratio": ratios[worst],
         "worst_line": {key: results[worst][key] for key in keys},
       }

@@ -22,7 +22,7 @@ from commands import strict_json
 from softmax_jax import benchmark
 from softmax_jax.__main__ import main
 from softmax_jax.benchmark import accuracy, oracle, programs, report, suites, timing
-from softmax_jax.benchmark.programs import GRADIENT, INTEGER, LINEAR, OURS, SOFT, VJP
+from softmax_jax.benchmark.programs import GRADIENT, INTEGER, LINEAR, OURS, PULL, SOFT, VJP
 
 README = Path(__file__).parents[2] / "README.md"
 JAX_PEERS = ("jax.nn", "optax", "products")
@@ -124,8 +124,8 @@ def test_a_program_is_waited_for(queue):
 
 def test_inputs_repeat_beyond_what_is_drawn(monkeypatch):
   monkeypatch.setattr(suites, "_RANDOM", 24)
-  line = suites.Line("losses", SOFT, GRADIENT, (16, 6))
-  logits, labels = suites.arguments(line, np.dtype(np.float32), 0, 10.0)
+  line = suites.Line("losses", SOFT, GRADIENT, (16, 6), scale=10.0)
+  logits, labels = suites.arguments(line, np.dtype(np.float32), 0)
   np.testing.assert_array_equal(logits[:4], logits[4:8])
   assert len(np.unique(logits)) == 24
   np.testing.assert_allclose(labels.sum(axis=-1), 1, rtol=1e-6)
@@ -203,10 +203,10 @@ def test_every_contender_computes_what_the_oracle_does(peer):
   if programs.version(peer) is None:
     pytest.skip(f"{peer} is not installed")
   float32 = np.dtype(np.float32)
-  shapes = {"softmax": (8, 5), "losses": (8, 5), "linear": (8, 4, 5)}
+  shapes = {"softmax": (8, 5), "losses": (2, 4, 5), "linear": (8, 4, 5)}
   found = 0
   for suite, shape in shapes.items():
-    for line in suites.lines(suite, [shape]):
+    for line in suites.timed_lines(suite, [shape], [1.0]):
       if peer != OURS and peer not in programs.peers_of(line.function):
         continue
       inputs = suites.arguments(line, float32, 0)
@@ -216,7 +216,21 @@ def test_every_contender_computes_what_the_oracle_does(peer):
       error = suites.worst_errors(line, inputs, {peer: program}, float32)[peer]
       assert error < 100, (peer, line)
       found += 1
-  assert found == {OURS: 12, "jax.nn": 6, "optax": 6, "torch": 12}[peer]
+  assert found == {OURS: 15, "jax.nn": 9, "optax": 6, "torch": 15}[peer]
+
+
+def test_lines_at_each_scale_and_rank():
+  scales, shapes = [1.0, 10.0], [(8, 5), (2, 4, 5)]
+  lines = suites.timed_lines("softmax", shapes, scales)
+  assert len(lines) == len(set(lines)) == 9 * 2 * 2
+  assert [(line.mode, line.shape, line.scale) for line in lines[8:12]] == [
+    (PULL, shape, scale) for shape in shapes for scale in scales
+  ]
+  # Shapes of three numbers are those of the linear suite where that runs too.
+  assert {line.shape for line in suites.timed_lines("losses", shapes, [1.0], linear=True)} == {
+    (8, 5)
+  }
+  assert {line.shape for line in suites.timed_lines("linear", shapes, scales)} == {(2, 4, 5)}
 
 
 @pytest.mark.without("disable_jit")
@@ -263,7 +277,7 @@ def measured(tmp_path_factory):
   (folder / "notes.md").write_text(text + "after\n")
   out, err = io.StringIO(), io.StringIO()
   argv = ["benchmark", "--suite", *suites.NAMES, "--shapes", "16x5", "8x4x5"]
-  argv += ["--rounds", "2", "--seconds", "0", "--peers", *JAX_PEERS, "--json"]
+  argv += ["--rounds", "2", "--seconds", "0", "--peers", *JAX_PEERS, "--scale", "1", "3", "--json"]
   argv += ["--update", str(folder / "notes.md")]
   with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
     code = main(argv)
@@ -279,7 +293,8 @@ def test_the_json_report(measured):
   assert result["cpus"] >= 1 and result["call_seconds"] > 0
   assert list(result["suites"]) == list(suites.NAMES)
   peers = {"softmax": {"jax.nn"}, "losses": {"optax"}, "linear": {"optax", "products"}}
-  counts = {"softmax": 6, "losses": 4, "linear": 2}
+  counts = {"softmax": 2 * 9, "losses": 2 * 4, "linear": 2}
+  assert result["scale"] == [1, 3]
   for suite, part in result["suites"].items():
     assert len(part["lines"]) == counts[suite]
     assert set(part["total"]) == peers[suite]
@@ -291,7 +306,8 @@ def test_the_json_report(measured):
       assert all(value > 0 for value in (*line["seconds"].values(), *line["ratios"].values()))
       assert set(line["temp_bytes"]) == {OURS, *peers[suite]}
       assert set(line["errors"]) == {OURS, *peers[suite]} - {"products"}
-      assert line["error_unit"] == ("u" if "+" in line["mode"] else "ulp")
+      assert line["error_unit"] == ("u" if "+" in line["mode"] or "vjp" in line["mode"] else "ulp")
+      assert line["scale"] in ((1,) if suite == "linear" else (1, 3))
       assert line["unable"] == {}
       assert (line["of_copy"] is None) == (suite == "linear")
 
@@ -305,6 +321,7 @@ def test_counts_inputs_and_outputs_once(measured):
   array, row = 4 * 16 * 5, 4 * 16
   assert moved["softmax", "forward"] == 2 * array
   assert moved["softmax", VJP] == 4 * array
+  assert moved["softmax", PULL] == 3 * array
   assert moved["logsumexp", VJP] == 2 * array + 2 * row
   assert moved[INTEGER, "loss"] == array + 2 * row
   assert moved[INTEGER, GRADIENT] == 2 * array + row + 4
@@ -423,7 +440,7 @@ def test_runs_with_no_peer_installed(capsys, monkeypatch):
   [
     (["--shapes", "12"], "expected ROWSxCLASSES"),
     (["--shapes", "0x5"], "expected ROWSxCLASSES"),
-    (["--shapes", "4x5x6"], "the softmax suite needs one ROWSxCLASSES"),
+    (["--suite", "softmax", "linear", "--shapes", "4x5x6"], "the softmax suite needs one ROWSx"),
     (["--shapes", "1x9999999999999999"], "expected ROWSxCLASSES"),
     (["--suite", "linear", "--shapes", "4x5"], "the linear suite needs one TOKENSxFEATURESx"),
     *(
