@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar, TypeVarTuple
+from typing import ParamSpec, TypeVar, TypeVarTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.custom_batching import custom_vmap
 
 from softmax_jax._devices import varying_axes
-from softmax_jax._forward_mode import by_platform
+from softmax_jax._forward_mode import IfAny, by_platform
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -54,7 +52,7 @@ def batched_like(value: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def where_needed(needed: jax.Array, careful: Callable[[*Args], R], quick: R, *args: *Args) -> R:
-  """``careful(*args)``; the known arrays ``quick`` if none is ``needed`` and that is cheaper.
+  """``careful(*args)``; the known arrays ``quick`` if no row is ``needed`` and that is cheaper.
 
   A second pass over an array costs as much as the first where arithmetic is the limit, as on a CPU:
   there it is skipped if no row needs it. Elsewhere it is fused with the first, and a branch would
@@ -66,28 +64,7 @@ def where_needed(needed: jax.Array, careful: Callable[[*Args], R], quick: R, *ar
   if any(varying_axes(x) for x in jax.tree.leaves((quick, args))):
     return careful(*args)
 
-  def always(needed: jax.Array, quick: R, *args: *Args) -> R:
+  def everywhere(needed: jax.Array, quick: R, *args: *Args) -> R:
     return careful(*args)
 
-  return by_platform(always, {"cpu": _branch(careful)}, needed, quick, *args)
-
-
-def _branch(careful: Callable[..., Any]) -> Callable[..., Any]:
-  """``careful(*args)`` if any of ``needed``, else ``quick``."""
-
-  @custom_vmap
-  def branch(needed: jax.Array, quick: Any, *args: Any) -> Any:
-    yes = lambda _, *args: careful(*args)
-    return lax.cond(jnp.any(needed), yes, lambda quick, *_: quick, quick, *args)
-
-  # Of a condition for each element of the batch JAX would make a select, which computes both.
-  @branch.def_vmap
-  def _(size: int, batched: Any, needed: jax.Array, quick: Any, *args: Any) -> tuple[Any, Any]:
-    _, quick_batched, *args_batched = batched
-    whole = lambda x, is_batched: x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-    quick = jax.tree.map(whole, quick, quick_batched)
-    in_axes = tuple(jax.tree.map(lambda is_batched: 0 if is_batched else None, args_batched))
-    over_batch = jax.vmap(careful, in_axes=in_axes, axis_size=size)
-    return _branch(over_batch)(needed, quick, *args), jax.tree.map(lambda _: True, quick)
-
-  return branch
+  return by_platform(everywhere, {"cpu": IfAny(careful)}, needed, quick, *args)

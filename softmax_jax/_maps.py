@@ -27,7 +27,7 @@ from softmax_jax._exponentials import (
   underflow_floor,
 )
 from softmax_jax._normalizer import normalizer
-from softmax_jax._platform import Forms, evaluate, fits_on_chip
+from softmax_jax._platform import Forms, fits_on_chip, in_form_of_platform
 from softmax_jax._row_sums import RowSums, in_one_read, in_passes, row_sums, sum_in_one_read
 from softmax_jax._rows import Rows
 
@@ -51,7 +51,9 @@ def softmax(x: jax.Array, mask: jax.Array | None, rows: Rows, dtype: DTypeLike) 
   if rows.axis_name is not None:
     return _softmax_of_normalizer(rows, dtype, row_sums, x, mask)
   forms = (_softmax_in_passes, _softmax_in_one_read, _softmax_on_chip)
-  return evaluate(Forms(*(functools.partial(f, rows, dtype) for f in forms)), rows, x, mask)
+  return in_form_of_platform(
+    Forms(*(functools.partial(f, rows, dtype) for f in forms)), rows, x, mask
+  )
 
 
 def _softmax_in_passes(
@@ -152,7 +154,7 @@ def softmax_vjp(
     return a * (c - mean)
 
   forms = Forms(plain, one_read if len(rows.axes) == 1 else plain, on_chip)
-  return evaluate(forms, rows, y, largest, y_bar)
+  return in_form_of_platform(forms, rows, y, largest, y_bar)
 
 
 # The mean of c is subtracted first, and once more what rounding left of it. Then c_t is nearly 0,
@@ -195,7 +197,7 @@ def log_softmax(x: jax.Array, mask: jax.Array | None, rows: Rows, dtype: DTypeLi
   if not fits_on_chip(x, rows):
     return form(row_sums)(x, mask)
   on_chip = functools.partial(_log_softmax_on_chip, rows, dtype)
-  return evaluate(Forms(form(in_passes), form(in_one_read), on_chip), rows, x, mask)
+  return in_form_of_platform(Forms(form(in_passes), form(in_one_read), on_chip), rows, x, mask)
 
 
 def _log_softmax_of_normalizer(
@@ -246,7 +248,7 @@ def log_softmax_vjp(y: jax.Array, y_bar: jax.Array, rows: Rows, dtype: DTypeLike
     others = (total - y_bar) + low  # sum_{i != j} y_bar_i
     return -jnp.expm1(y) * y_bar - jnp.exp(y) * others  # (1 - a_j) y_bar_j - a_j others
 
-  return evaluate(Forms(plain, one_read, on_chip), rows, y, y_bar)
+  return in_form_of_platform(Forms(plain, one_read, on_chip), rows, y, y_bar)
 
 
 # P^T = I - a 1^T is a projection, P^T P^T = P^T, as a sums to 1, and it takes the t-th unit vector

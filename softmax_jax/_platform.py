@@ -54,7 +54,7 @@ def fits_on_chip(x: jax.Array, rows: Rows) -> bool:
   return whole and not is_symbolic_dim(size) and size <= ON_CHIP
 
 
-def evaluate(forms: Forms, rows: Rows, x: jax.Array, *args: Any) -> Any:
+def in_form_of_platform(forms: Forms, rows: Rows, x: jax.Array, *args: Any) -> Any:
   """``forms.plain(x, *args)``, in the form for the platform."""
   on_gpu = forms.on_gpu(x, rows)
   others = {"cuda": on_gpu, "rocm": on_gpu, "tpu": forms.one_read}

@@ -28,8 +28,8 @@ from softmax_jax._exponentials import (
   exp_of_difference,
   finite_or_zero,
 )
-from softmax_jax._forward_mode import PLATFORMS, by_platform
-from softmax_jax._platform import Forms, evaluate
+from softmax_jax._forward_mode import with_derivative_of
+from softmax_jax._platform import Forms, in_form_of_platform
 from softmax_jax._products import cost_of, scale_or_zero
 from softmax_jax._rows import Axes, Rows
 
@@ -100,7 +100,7 @@ def row_sums(
   def form(sums: Callable[..., RowSums]) -> Callable[..., RowSums]:
     return lambda x, mask, weights: sums(x, mask, weights, rows, dtype)
 
-  return evaluate(Forms(form(in_passes), form(in_one_read)), rows, x, mask, weights)
+  return in_form_of_platform(Forms(form(in_passes), form(in_one_read)), rows, x, mask, weights)
 
 
 # --- in passes ------------------------------------------------------------------------------------
@@ -134,6 +134,9 @@ def in_passes(
   return RowSums(top, rest, tuple(costs))
 
 
+_Operands = tuple[jax.Array, jax.Array | None, Weights, jax.Array]  # x, mask, weights, shift
+
+
 def _cost_in_passes(
   x: jax.Array,
   mask: jax.Array | None,
@@ -142,42 +145,39 @@ def _cost_in_passes(
   rows: Rows,
   dtype: DTypeLike,
 ) -> Cost:
-  def p_and_cost(
-    x: jax.Array, mask: jax.Array | None, weights: Weights, shift: jax.Array
-  ) -> tuple[jax.Array, jax.Array]:
+  def p_and_cost(operands: _Operands) -> tuple[jax.Array, jax.Array]:
+    x, mask, weights, shift = operands
     p = jnp.broadcast_to(weights.p(mask, dtype), x.shape)
     return p, -difference(_entries(x, mask, dtype), shift)
 
-  def total(*operands: Any) -> jax.Array:
-    p, cost = p_and_cost(*operands)
+  def quick_total(operands: _Operands) -> jax.Array:
+    p, cost = p_and_cost(operands)
     return rows.local_sum(p * cost)
 
-  def careful_total(
-    x: jax.Array, mask: jax.Array | None, weights: Weights, shift: jax.Array
-  ) -> jax.Array:
-    p, cost = p_and_cost(x, mask, weights, shift)
-    # An infinite weight at a cost of 0 counts in the other sum.
+  # An infinite weight at a cost of 0 counts in the other sum.
+  def careful_total(operands: _Operands) -> jax.Array:
+    p, cost = p_and_cost(operands)
     finite = jnp.where(jnp.isinf(p) & (cost == 0), 0, p)
-    return rows.local_sum(scale_or_zero(finite, cost_of(p, cost), weights.counts))
+    return rows.local_sum(scale_or_zero(finite, cost_of(p, cost), operands[2].counts))
 
-  def weight(x: jax.Array, mask: jax.Array | None, weights: Weights, _: Any) -> jax.Array:
-    return rows.local_sum(jnp.broadcast_to(weights.p(mask, dtype), x.shape))
+  def quick_weight(operands: _Operands) -> jax.Array:
+    return rows.local_sum(p_and_cost(operands)[0])
 
-  # The same, but the derivative by a weight of 0 at an infinite cost is 0.
-  def careful_weight(*operands: Any) -> jax.Array:
-    p, cost = p_and_cost(*operands)
+  # The derivative by a weight of 0 at an infinite cost is 0; the value is the same.
+  def careful_weight(operands: _Operands) -> jax.Array:
+    p, cost = p_and_cost(operands)
     return rows.local_sum(jnp.where((p == 0) & (cost == jnp.inf), 0, p))
 
   operands = x, mask, weights, shift
   if weights.labels is weights.classes is None and mask is None:
-    return Cost(*varying_alike(total(*operands), weight(*operands)))
+    return Cost(*varying_alike(quick_total(operands), quick_weight(operands)))
   if mask is not None:
-    sum_ = careful_total(*operands)
+    total = careful_total(operands)
   else:  # to be careful in every sum would double its time
-    sum_ = total(*operands)
-    sum_ = where_needed(jnp.isnan(sum_), careful_total, sum_, *operands)
-  others = {platform: weight for platform in PLATFORMS}
-  return Cost(*varying_alike(sum_, by_platform(careful_weight, others, *operands)))
+    total = quick_total(operands)
+    total = where_needed(jnp.isnan(total), careful_total, total, operands)
+  weight = with_derivative_of(careful_weight, quick_weight, operands)
+  return Cost(*varying_alike(total, weight))
 
 
 def _entries(x: jax.Array, mask: jax.Array | None, dtype: DTypeLike) -> jax.Array:

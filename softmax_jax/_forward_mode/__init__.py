@@ -24,7 +24,15 @@ This is the one package of the library that goes beyond JAX's documented public 
 
 from softmax_jax._forward_mode.linear import linear_map
 from softmax_jax._forward_mode.loops import rule_with_loops
-from softmax_jax._forward_mode.platforms import PLATFORMS, by_platform
+from softmax_jax._forward_mode.platforms import PLATFORMS, IfAny, by_platform, with_derivative_of
 from softmax_jax._forward_mode.transform import enable_forward_mode
 
-__all__ = ["PLATFORMS", "by_platform", "enable_forward_mode", "linear_map", "rule_with_loops"]
+__all__ = [
+  "PLATFORMS",
+  "IfAny",
+  "by_platform",
+  "enable_forward_mode",
+  "linear_map",
+  "rule_with_loops",
+  "with_derivative_of",
+]

@@ -1,10 +1,12 @@
 """The primitive `by_platform`: a function whose value other programs compute on some platforms.
 
-    by_platform_p.bind(*args, program, others) -> values
+    by_platform_p.bind(*leaves, program, others, tree) -> values
 
-- ``program``: the function, traced. Its derivatives are those of the call on every platform.
-- ``others``: pairs of a platform and the function ``(*args) -> values`` that is compiled there. It
-  computes the same, is traced only where it is compiled, and must not close over a tracer.
+- ``program``: the function of the leaves, traced. Its derivatives are those of the call, whatever
+  the platform. Without `jax.jit` it is also its value.
+- ``others``: pairs of a platform and the function that is compiled there. It computes the same, of
+  arguments of the structure ``tree``; it is traced only where it is compiled, and must not close
+  over a tracer. No function has a collective over an axis of `jax.vmap`.
 
 With `jax.lax.platform_dependent` each program would be traced at each call, and JAX can neither
 differentiate all of them nor batch such a branch inside `jax.shard_map`.
@@ -12,16 +14,20 @@ differentiate all of them nor batch such a branch inside `jax.shard_map`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 from softmax_jax._forward_mode.linear import Values, nonzero, replaced
+
+Function = Callable[..., Any]
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -29,64 +35,109 @@ by_platform_p = Primitive("by_platform")
 by_platform_p.multiple_results = True
 
 
-def by_platform(
-  function: Callable[..., Any], others: Mapping[str, Callable[..., Any]], *args: Any
-) -> Any:
+def by_platform(function: Function, others: Mapping[str, Function], *args: Any) -> Any:
   """``function(*args)``, for which another function stands on some of the `PLATFORMS`."""
   leaves, tree = jax.tree.flatten(args)
-
-  def flat(f: Callable[..., Any]) -> Callable[..., Values]:
-    return lambda *leaves: jax.tree.leaves(f(*jax.tree.unflatten(tree, leaves)))
-
   of_leaves = lambda *leaves: function(*jax.tree.unflatten(tree, leaves))
   program, out = jax.make_jaxpr(of_leaves, return_shape=True)(*leaves)
-  flat_others = tuple((platform, flat(other)) for platform, other in others.items())
-  values = by_platform_p.bind(*leaves, program=program, others=flat_others)
+  values = by_platform_p.bind(*leaves, program=program, others=tuple(others.items()), tree=tree)
   return jax.tree.unflatten(jax.tree.structure(out), values)
 
 
-def _impl(*args: Any, program: Any, others: Any) -> Values:
-  return jaxpr_as_fun(program)(*args)
+def with_derivative_of(function: Function, value: Function, *args: Any) -> Any:
+  """``value(*args)``, which is ``function(*args)``, with the derivative of ``function``."""
+  return by_platform(function, dict.fromkeys(PLATFORMS, value), *args)
 
 
-def _lowered(platform: str, *args: Any, program: Any, others: Any) -> Values:
-  return dict(others).get(platform, jaxpr_as_fun(program))(*args)
+def _lowered(platform: str | None, *leaves: Any, program: Any, others: Any, tree: Any) -> Values:
+  other = dict(others).get(platform)
+  if other is None:
+    return jaxpr_as_fun(program)(*leaves)
+  return jax.tree.leaves(other(*jax.tree.unflatten(tree, leaves)))
 
 
-def _jvp(primals: Values, tangents: Values, *, program: Any, others: Any) -> tuple[Values, Values]:
-  values = by_platform_p.bind(*primals, program=program, others=others)
+def _jvp(
+  primals: Values, tangents: Values, *, program: Any, **params: Any
+) -> tuple[Values, Values]:
+  values = by_platform_p.bind(*primals, program=program, **params)
   moving = nonzero(tangents)
   _, dots = jax.jvp(
     lambda *moved: jaxpr_as_fun(program)(*replaced(primals, moving, moved)),
     tuple(primals[i] for i in moving),
     tuple(tangents[i] for i in moving),
   )
-  is_float = [jnp.issubdtype(value.dtype, jnp.floating) for value in values]
-  zeros = [ad.Zero(jax.typeof(value).to_tangent_aval()) for value in values]
-  return values, [d if f else zero for d, f, zero in zip(dots, is_float, zeros, strict=True)]
+  types = [value_type.to_tangent_aval() for value_type in program.out_avals]
+  is_float0 = [x_type.dtype == jax.dtypes.float0 for x_type in types]
+  return values, [
+    ad.Zero(x_type) if zero else dot
+    for x_type, zero, dot in zip(types, is_float0, dots, strict=True)
+  ]
+
+
+def _transpose(y_bars: Values, *args: Any, program: Any, **_: Any) -> Values:
+  linear = [i for i, arg in enumerate(args) if ad.is_undefined_primal(arg)]
+  _, transpose = jax.vjp(
+    lambda *xs: jaxpr_as_fun(program)(*replaced(args, linear, xs)),
+    *(ad.zeros_like_aval(args[i].aval) for i in linear),  # any point: it is linear
+  )
+  x_bars = transpose([ad.instantiate_zeros(y_bar) for y_bar in y_bars])
+  return replaced([None] * len(args), linear, x_bars)
 
 
 def _batch(
-  axis_data: Any, args: Values, dims: Any, *, program: Any, others: Any
+  axis_data: Any, leaves: Values, dims: Any, *, program: Any, others: Any, tree: Any
 ) -> tuple[Values, Any]:
   if all(dim is None for dim in dims):  # JAX calls this rule with nothing batched too
-    values = by_platform_p.bind(*args, program=program, others=others)
+    values = by_platform_p.bind(*leaves, program=program, others=others, tree=tree)
     return values, [None] * len(values)
-
-  def over_batch(f: Callable[..., Values]) -> Callable[..., Values]:
-    return jax.vmap(
-      f, in_axes=tuple(dims), axis_size=axis_data.size, spmd_axis_name=axis_data.spmd_name
-    )
-
-  batched = {platform: over_batch(other) for platform, other in others}
-  values = by_platform(over_batch(jaxpr_as_fun(program)), batched, *args)
+  over_batch = functools.partial(
+    jax.vmap, axis_size=axis_data.size, spmd_axis_name=axis_data.spmd_name
+  )
+  flat = over_batch(jaxpr_as_fun(program), in_axes=tuple(dims))
+  axes = jax.tree.unflatten(tree, dims)
+  batched = {
+    platform: other.over_batch(over_batch, axes)
+    if isinstance(other, IfAny)
+    else over_batch(other, in_axes=axes)
+    for platform, other in others
+  }
+  args = jax.tree.unflatten(tree, leaves)
+  values = by_platform(lambda *args: flat(*jax.tree.leaves(args)), batched, *args)
   return values, [0] * len(values)
 
 
-by_platform_p.def_impl(_impl)
+by_platform_p.def_impl(functools.partial(_lowered, None))
 by_platform_p.def_abstract_eval(lambda *_, program, **__: program.out_avals)
 ad.primitive_jvps[by_platform_p] = _jvp
+ad.primitive_transposes[by_platform_p] = _transpose
 batching.fancy_primitive_batchers[by_platform_p] = _batch
-for _platform in PLATFORMS:
+for _platform in (None, *PLATFORMS):
   _rule = mlir.lower_fun(functools.partial(_lowered, _platform), multiple_results=True)
   mlir.register_lowering(by_platform_p, _rule, platform=_platform)
+
+
+def _same(quick: Any) -> Any:
+  return quick
+
+
+@dataclasses.dataclass(frozen=True)
+class IfAny:
+  """The function ``(needed, quick, *args)``: ``careful(*args)`` if any is needed, else ``quick``.
+
+  `jax.vmap` would make a select of the condition of each element of a batch, and compute both.
+  Here the batch has one condition.
+  """
+
+  careful: Function
+  as_result: Function = _same  # makes of ``quick`` what ``careful`` returns
+
+  def __call__(self, needed: jax.Array, quick: Any, *args: Any) -> Any:
+    careful = lambda quick, *args: self.careful(*args)
+    return lax.cond(jnp.any(needed), careful, lambda quick, *_: self.as_result(quick), quick, *args)
+
+  def over_batch(self, vmap: Function, axes: Any) -> IfAny:
+    """The same function of batches along ``axes``."""
+    _, quick_axes, *args_axes = axes
+    return IfAny(
+      vmap(self.careful, in_axes=tuple(args_axes)), vmap(self.as_result, in_axes=(quick_axes,))
+    )

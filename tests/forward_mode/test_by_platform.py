@@ -8,7 +8,8 @@ from jax import export
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from softmax_jax._forward_mode import PLATFORMS, by_platform
+from softmax_jax import enable_forward_mode, log_softmax, softmax
+from softmax_jax._forward_mode import PLATFORMS, IfAny, by_platform
 
 X = np.float32([[0.5, 1.0, 2.0], [3.0, -1.0, 0.25]])
 V = np.float32([[1.0, 2.0, -1.0], [0.5, 0.25, 4.0]])
@@ -87,6 +88,59 @@ def test_a_value_that_cannot_be_differentiated_has_the_derivatives_of_the_functi
   np.testing.assert_allclose(value, 2 * np.sum(X * X + 100), rtol=1e-6)
   np.testing.assert_allclose(x_bar, 4 * X, rtol=1e-6)
   np.testing.assert_allclose(scale_bar, np.sum(X * X), rtol=1e-6)
+
+
+def test_a_linear_function_is_transposed():
+  def linear(x, y):
+    return by_platform(lambda x, y: {"product": 2 * x * y, "sum": y + 1 * y}, {}, x, y)
+
+  x_bar = jax.linear_transpose(lambda y: linear(X, y)["product"], X)(V)[0]
+  np.testing.assert_allclose(x_bar, 2 * X * V, rtol=1e-6)
+  both = jax.jit(lambda bars: jax.linear_transpose(lambda y: linear(X, y), X)(bars)[0])
+  np.testing.assert_allclose(both({"product": V, "sum": X}), 2 * X * V + 2 * X, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("f", "plain"), [(softmax, jax.nn.softmax), (log_softmax, jax.nn.log_softmax)]
+)
+def test_the_vjp_of_a_softmax_is_transposed(f, plain):
+  y, pull = jax.vjp(f, X)
+  expected = jax.jvp(plain, (X,), (V,))[1]
+  np.testing.assert_allclose(jax.linear_transpose(pull, y)((V,))[0], expected, atol=1e-6)
+
+  @enable_forward_mode
+  @jax.custom_vjp
+  def of_user(x):
+    return f(x)
+
+  of_user.defvjp(lambda x: (f(x), x), lambda x, y_bar: (jax.vjp(f, x)[1](y_bar)[0],))
+  np.testing.assert_allclose(jax.jvp(of_user, (X,), (V,))[1], expected, atol=1e-6)
+
+
+def test_other_platforms_get_the_function():
+  exported = export.export(jax.jit(softmax), platforms=["oneapi"])(X)
+  assert exported.platforms == ("oneapi",)
+
+
+@on_cpu
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_batch_has_one_condition(axis):
+  """Along any axis, and with operands that are not batched."""
+  careful = lambda x, y: jnp.sum(x, keepdims=True) * y
+  x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+  f = lambda needed, quick, x, y: by_platform(
+    lambda needed, quick, x, y: careful(x, y), {"cpu": IfAny(careful)}, needed, quick, x, y
+  )
+  over_rows = jax.vmap(f, (0, None, 0, None))  # of one axis of x, then of another
+  size, rows = x.shape[axis], np.delete(x.shape, axis)[0]
+  needed, y = np.zeros((size, rows), bool), np.float32(3)
+  g = jax.jit(jax.vmap(over_rows, (0, None, axis, None)))
+  quick = np.full((1,), -1, np.float32)
+  np.testing.assert_array_equal(g(needed, quick, x, y), np.full((size, rows, 1), -1))
+  needed[0, 1] = True
+  sums = np.moveaxis(x, axis, 0).sum(-1, keepdims=True)
+  np.testing.assert_array_equal(g(needed, quick, x, y), 3 * sums)
+  assert "select" not in g.lower(needed, quick, x, y).as_text()
 
 
 def test_only_the_program_of_the_platform_is_traced():
