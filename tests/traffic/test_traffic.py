@@ -107,12 +107,15 @@ def test_no_option_reads_the_logits_once_more(soft, name, target):
     return f(x, label, **given, **options).mean()
 
   logits, more = rows * classes * 2, slack((rows, classes), jnp.bfloat16)
-  inputs = 1 + soft + ("where" in given) / 2
+  mask = ("where" in given) / 2  # in arrays of the logits
+  inputs = 1 + soft + mask
+  # XLA:TPU copies a mask of this size onto the chip, and reads it beside that.
+  again = mask if target == "v6e" else 0
   value = traffic(target, mean, x, label, given)
   gradient = traffic(target, jax.value_and_grad(mean), x, label, given)
-  assert value.reads <= (inputs + more) * logits
+  assert value.reads <= (inputs + again + more) * logits
   assert value.writes <= more * logits
-  assert gradient.reads <= (2 * inputs + more) * logits
+  assert gradient.reads <= (2 * inputs + again + more) * logits
   assert gradient.writes <= (1 + more) * logits
 
 
