@@ -147,7 +147,7 @@ def _with_coefficients(checks: tuple[str, ...]) -> Iterator[Case]:
     return f(z, y, 0, counts, ignore_index=-1, **options)
 
   def linear(f: Any, x: Any, w: Any, y: Any, bias: Any, cap: Any, *given: Any) -> Any:
-    _, options = coefficients(zero, True, *given)
+    _, options = coefficients(zero, np.True_, *given)
     return f(x, w, y, bias=bias, softcap=cap, ignore_index=-1, **options)
 
   def case(
