@@ -171,7 +171,7 @@ def _cost_in_passes(
   operands = x, mask, weights, shift
   if weights.labels is weights.classes is None and mask is None:
     return Cost(*varying_alike(quick_total(operands), quick_weight(operands)))
-  if mask is not None:
+  if mask is not None or rows.are_short(x.shape):
     total = careful_total(operands)
   else:  # to be careful in every sum would double its time
     total = quick_total(operands)

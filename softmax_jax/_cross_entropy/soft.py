@@ -83,6 +83,7 @@ def _fwd(
   s = differentiable(s, entries(logits, mask, s.any, dtype), rows)
 
   nll = cost.total + cost.weight * log_sum_from_constant(s)  # -sum_k p_k log a_k
+  nll = jnp.where(s.rest == jnp.inf, jnp.nan, nll)  # a row with +inf
   if uniform is not None:
     uniform_loss = uniform.loss(s, static.num_classes)  # -sum_k u_k log a_k
     uniform = uniform._replace(cost=None)
