@@ -78,11 +78,8 @@ def lines(suite: str, shapes: Sequence[tuple[int, ...]], *, linear: bool = False
 
   With ``linear``, shapes of three numbers are those of the linear suite alone.
   """
-  if suite == "linear":
-    shapes = [shape for shape in shapes if len(shape) == 3]
-  elif linear:
-    shapes = [shape for shape in shapes if len(shape) == 2]
-  return [Line(suite, *function_and_mode, s) for function_and_mode in _LINES[suite] for s in shapes]
+  own = _own(suite, shapes, linear)
+  return [Line(suite, function, mode, shape) for function, mode in _LINES[suite] for shape in own]
 
 
 def timed_lines(
@@ -91,17 +88,21 @@ def timed_lines(
   """The lines that are timed: also the VJP alone, and all at each of the scales."""
   if suite == "linear":
     return lines(suite, shapes)
-  found: list[Line] = []
-  for line in lines(suite, shapes, linear=linear):
-    alone = [line._replace(mode=PULL)] if line.mode == VJP else []
-    found += [each._replace(scale=scale) for each in (line, *alone) for scale in scales]
-  return sorted(found, key=lambda line: (_order(suite, line), shapes.index(line.shape)))
+  own = _own(suite, shapes, linear)
+  return [
+    Line(suite, function, timed, shape, scale)
+    for function, mode in _LINES[suite]
+    for timed in ((VJP, PULL) if mode == VJP else (mode,))
+    for shape in own
+    for scale in scales
+  ]
 
 
-def _order(suite: str, line: Line) -> tuple[int, bool]:
-  """The place of its function and mode in the suite; that of a VJP alone is behind the VJP."""
-  alone = line.mode == PULL
-  return _LINES[suite].index((line.function, VJP if alone else line.mode)), alone
+def _own(suite: str, shapes: Sequence[tuple[int, ...]], linear: bool) -> Sequence[tuple[int, ...]]:
+  """The shapes of a suite among those of all."""
+  if suite == "linear":
+    return [shape for shape in shapes if len(shape) == 3]
+  return [shape for shape in shapes if len(shape) == 2] if linear else shapes
 
 
 def arguments(line: Line, dtype: np.dtype, seed: int) -> list[np.ndarray]:
