@@ -12,7 +12,7 @@ from typing import Any, TypeVar, TypeVarTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from softmax_jax._rows import AxisName
@@ -72,6 +72,11 @@ def filled(spec: Sequence[Any], *others: Sequence[Any]) -> tuple[Any, ...]:
 
 
 # Manual axes.
+
+
+def are_manual() -> bool:
+  """Whether this is inside a `jax.shard_map`."""
+  return AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
 
 
 def varying_axes(x: Any) -> frozenset[str]:

@@ -1,12 +1,13 @@
 """The primitive `by_platform`: a function whose value other programs compute on some platforms.
 
-    by_platform_p.bind(*leaves, program, others, tree) -> values
+    by_platform_p.bind(*leaves, program, others, spread, tree, needs_devices) -> values
 
 - ``program``: the function of the leaves, traced. Its derivatives are those of the call, whatever
   the platform. Without `jax.jit` it is also its value.
 - ``others``: pairs of a platform and the function that is compiled there. It computes the same, of
   arguments of the structure ``tree``; it is traced only where it is compiled, and must not close
   over a tracer. No function has a collective over an axis of `jax.vmap`.
+- ``spread``: likewise, the functions for a program of several devices.
 
 With `jax.lax.platform_dependent` each program would be traced at each call, and JAX can neither
 differentiate all of them nor batch such a branch inside `jax.shard_map`.
@@ -22,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
@@ -35,13 +37,41 @@ by_platform_p = Primitive("by_platform")
 by_platform_p.multiple_results = True
 
 
-def by_platform(function: Function, others: Mapping[str, Function], *args: Any) -> Any:
-  """``function(*args)``, for which another function stands on some of the `PLATFORMS`."""
+def by_platform(
+  function: Function,
+  others: Mapping[str, Function],
+  *args: Any,
+  spread: Mapping[str, Function] | None = None,
+) -> Any:
+  """``function(*args)``, for which another function stands on some of the `PLATFORMS`.
+
+  In a program of several devices, those of ``spread`` come first. They are called with the number
+  of devices before the arguments, and may use `jax.experimental.custom_partitioning`. `jax.vmap`
+  and `jax.export` do without them.
+  """
   leaves, tree = jax.tree.flatten(args)
   of_leaves = lambda *leaves: function(*jax.tree.unflatten(tree, leaves))
   program, out = jax.make_jaxpr(of_leaves, return_shape=True)(*leaves)
-  values = by_platform_p.bind(*leaves, program=program, others=tuple(others.items()), tree=tree)
+  values = by_platform_p.bind(
+    *leaves,
+    program=program,
+    others=tuple(others.items()),
+    spread=tuple((spread or {}).items()),
+    tree=tree,
+    needs_devices=_needs_devices() if spread else None,
+  )
   return jax.tree.unflatten(jax.tree.structure(out), values)
+
+
+@functools.cache
+def _needs_devices() -> Any:
+  """A program for which JAX, when it finds it in the parameters, lowers with known devices.
+
+  `custom_partitioning` asks for that, and JAX looks for it before any function is traced here.
+  """
+  identity = custom_partitioning(lambda x: x)
+  identity.def_partition(lambda mesh, args, out: (mesh, lambda x: x, out, args), sharding_rule="->")
+  return jax.make_jaxpr(identity)(0.0)
 
 
 def with_derivative_of(function: Function, value: Function, *args: Any) -> Any:
@@ -49,11 +79,20 @@ def with_derivative_of(function: Function, value: Function, *args: Any) -> Any:
   return by_platform(function, dict.fromkeys(PLATFORMS, value), *args)
 
 
-def _lowered(platform: str | None, *leaves: Any, program: Any, others: Any, tree: Any) -> Values:
-  other = dict(others).get(platform)
+def _lowered(platform: str | None, context: Any, *values: Any, **params: Any) -> Any:
+  """The operations of the function for the platform."""
+  program, tree = params["program"], params["tree"]
+  other = dict(params["others"]).get(platform)
+  module = context.module_context
+  num_devices = getattr(module.axis_context, "num_devices", 1)
+  on_several = dict(params["spread"]).get(platform)
+  if on_several and num_devices > 1 and not module.lowering_parameters.for_export:
+    other = functools.partial(on_several, num_devices)
   if other is None:
-    return jaxpr_as_fun(program)(*leaves)
-  return jax.tree.leaves(other(*jax.tree.unflatten(tree, leaves)))
+    chosen = jaxpr_as_fun(program)
+  else:
+    chosen = lambda *leaves: jax.tree.leaves(other(*jax.tree.unflatten(tree, leaves)))
+  return mlir.lower_fun(chosen, multiple_results=True)(context, *values)
 
 
 def _jvp(
@@ -85,10 +124,10 @@ def _transpose(y_bars: Values, *args: Any, program: Any, **_: Any) -> Values:
 
 
 def _batch(
-  axis_data: Any, leaves: Values, dims: Any, *, program: Any, others: Any, tree: Any
+  axis_data: Any, leaves: Values, dims: Any, *, program: Any, others: Any, tree: Any, **params: Any
 ) -> tuple[Values, Any]:
   if all(dim is None for dim in dims):  # JAX calls this rule with nothing batched too
-    values = by_platform_p.bind(*leaves, program=program, others=others, tree=tree)
+    values = by_platform_p.bind(*leaves, program=program, others=others, tree=tree, **params)
     return values, [None] * len(values)
   over_batch = functools.partial(
     jax.vmap, axis_size=axis_data.size, spmd_axis_name=axis_data.spmd_name
@@ -106,14 +145,13 @@ def _batch(
   return values, [0] * len(values)
 
 
-by_platform_p.def_impl(functools.partial(_lowered, None))
+by_platform_p.def_impl(lambda *leaves, program, **_: jaxpr_as_fun(program)(*leaves))
 by_platform_p.def_abstract_eval(lambda *_, program, **__: program.out_avals)
 ad.primitive_jvps[by_platform_p] = _jvp
 ad.primitive_transposes[by_platform_p] = _transpose
 batching.fancy_primitive_batchers[by_platform_p] = _batch
 for _platform in (None, *PLATFORMS):
-  _rule = mlir.lower_fun(functools.partial(_lowered, _platform), multiple_results=True)
-  mlir.register_lowering(by_platform_p, _rule, platform=_platform)
+  mlir.register_lowering(by_platform_p, functools.partial(_lowered, _platform), platform=_platform)
 
 
 def _same(quick: Any) -> Any:

@@ -24,13 +24,10 @@ from softmax_jax._cross_entropy import integer
 from softmax_jax._cross_entropy.label import IGNORED, INVALID, Label, bar_by_row
 from softmax_jax._cross_entropy.per_row import PerRow, minus_log_softmax
 from softmax_jax._cross_entropy.uniform import UniformSums
-from softmax_jax._forward_mode import enable_forward_mode, rule_with_loops
-from softmax_jax._linear_cross_entropy.chunks import (
-  block_size,
-  default_chunk_size,
-  over_blocks,
-  over_chunks,
-)
+from softmax_jax._forward_mode import enable_forward_mode
+from softmax_jax._linear_cross_entropy import chunks
+from softmax_jax._linear_cross_entropy.chunks import Put, Tiling, over_blocks, over_chunks
+from softmax_jax._linear_cross_entropy.partition import with_loops
 from softmax_jax._linear_cross_entropy.projection import (
   Inputs,
   Projection,
@@ -55,6 +52,7 @@ class Static(NamedTuple):
     smoothed: whether the loss against the uniform label is needed.
     ignores: whether there may be rows that do not count.
     axis_name: the mesh axis over whose devices the classes are spread, if any.
+    tiling: how large chunks and blocks are by default.
   """
 
   projection: Projection
@@ -64,6 +62,7 @@ class Static(NamedTuple):
   smoothed: bool
   ignores: bool
   axis_name: AxisName | None
+  tiling: Tiling = chunks.ON_CPU
 
   @property
   def rows(self) -> Rows:
@@ -132,7 +131,7 @@ def _logits(
   inputs = inputs._replace(x=_features(inputs.x, index, static))
   y = static.projection.product(inputs.x, inputs.weight)
   num_tokens, num_features = inputs.x.shape
-  size = block_size(num_tokens, num_features, y.shape[1], y.dtype.itemsize)
+  size = static.tiling.block_size(num_tokens, num_features, y.shape[1], y.dtype.itemsize)
 
   # Block by block, as XLA:CPU otherwise holds a version of the logits for each of their users.
   def add_bias(y: jax.Array, first: Any, size: int) -> jax.Array:
@@ -214,9 +213,9 @@ def _rounded_product_jvp(
 #   c_bar = sum z_bar dz/dc,   u_bar_j = sum_i uniform_bar (-log a_j),
 # where i runs over the tokens.
 def _add_gradients(
-  sums: Inputs, chunk: Chunk, bars: PerRow, first_row: Any, wanted: Inputs, static: Static
+  sums: Inputs, chunk: Chunk, bars: PerRow, put: Put, wanted: Inputs, static: Static
 ) -> Inputs:
-  """``sums`` plus the part of a chunk; in the gradient of x that part is the rows of the chunk."""
+  """``sums`` plus the part of a chunk; in the gradient of x that part is ``put``."""
   inputs, index, y, z, s, uniform_sum = chunk
   projection = static.projection
   num_classes = y.shape[1]
@@ -277,11 +276,9 @@ def _add_gradients(
   if wanted.x:
     sums = sums._replace(x=jnp.zeros_like(inputs.x, projection.dtype))
   num_tokens, num_features = inputs.x.shape
-  size = block_size(num_tokens, num_features, num_classes, y.dtype.itemsize)
+  size = static.tiling.block_size(num_tokens, num_features, num_classes, y.dtype.itemsize)
   sums = over_blocks(block, sums, num_classes, size)
-  if wanted.x:
-    sums = sums._replace(x=lax.dynamic_update_slice_in_dim(all_x_bar, sums.x, first_row, 0))
-  return sums
+  return sums._replace(x=put(all_x_bar, sums.x)) if wanted.x else sums
 
 
 def _over_chunks(
@@ -293,8 +290,8 @@ def _over_chunks(
     num_tokens, num_features = inputs.x.shape
     num_classes = inputs.weight.shape[static.projection.vocab_axis]
     item_bytes = static.projection.dtype.itemsize
-    size = default_chunk_size(num_tokens, num_features, num_classes, item_bytes)
-  return over_chunks(body, carry, tokens, size)
+    size = static.tiling.chunk_size(num_tokens, num_features, num_classes, item_bytes)
+  return over_chunks(body, carry, tokens, size, static.tiling.of_neighbors)
 
 
 def _zeros(wanted: Inputs, inputs: Inputs, static: Static) -> Inputs:
@@ -319,19 +316,16 @@ def _as_gradients(gradients: Inputs, inputs: Inputs, poison: jax.Array) -> Input
 
 # --- the losses of all rows -----------------------------------------------------------------------
 
-# What loops over the chunks is compiled, here and below: outside of `jax.jit` a loop would be
-# compiled in every call, as its body is a new function each time.
-
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _losses_rule(inputs: Inputs, index: jax.Array, static: Static) -> PerRow:
-  return _forward(inputs, index, static)[0]
+  return _forward(static, inputs, index)[0]
 
 
 def _losses_fwd(inputs: Any, index: Any, static: Static) -> tuple[PerRow, Any]:
   wanted = _Wanted.of(inputs)
   inputs, index = _values((inputs, index))
-  per_row, normalizer, uniform_sum = _forward(inputs, index, static)
+  per_row, normalizer, uniform_sum = _forward(static, inputs, index)
   return per_row, (wanted, inputs, index, normalizer, uniform_sum)
 
 
@@ -340,18 +334,20 @@ def _losses_bwd(static: Static, residuals: Any, bars: Any) -> tuple[Inputs, None
   bars = jax.tree.map(
     lambda bar: jnp.zeros(bar.shape, bar.dtype) if _is_zero(bar) else bar, bars, is_leaf=_is_zero
   )
-  return _losses_gradients(static, residuals, bars), None
+  _, inputs, index, *_ = residuals
+  gradients = _losses_gradients(static, residuals, bars)
+  return _as_gradients(gradients, inputs, _poison(index, bars)), None
 
 
 def _is_zero(bar: Any) -> bool:
   return type(bar) is SymbolicZero
 
 
-@functools.partial(rule_with_loops, static_argnums=2)
+@with_loops
 def _forward(
-  inputs: Inputs, index: jax.Array, static: Static
+  static: Static, inputs: Inputs, index: jax.Array
 ) -> tuple[PerRow, Normalizer, jax.Array | None]:
-  def body(carry: tuple[()], tokens: Any, first: Any) -> tuple[tuple[()], Any]:
+  def body(carry: tuple[()], tokens: Any, put: Put) -> tuple[tuple[()], Any]:
     x, index = tokens
     of_chunk, _, z = _logits(inputs._replace(x=x), index, static)
     per_row, residuals = integer.fwd(z, index, None, of_chunk.class_weights, static.dense)
@@ -369,29 +365,31 @@ def _uniform_sum(residuals: integer.Residuals, static: Static) -> jax.Array | No
   return jnp.broadcast_to(total, residuals.class_index.shape)
 
 
-@functools.partial(rule_with_loops, static_argnums=0)
+@with_loops
 def _losses_gradients(static: Static, residuals: Any, bars: PerRow) -> Inputs:
   wanted, inputs, index, normalizer, uniform_sum = residuals
 
-  def body(sums: Inputs, tokens: Any, first: Any) -> tuple[Inputs, None]:
+  def body(sums: Inputs, tokens: Any, put: Put) -> tuple[Inputs, None]:
     x, index, s, uniform_sum, bars = tokens
     of_chunk, y, z = _logits(inputs._replace(x=x), index, static)
     chunk = Chunk(of_chunk, index, y, z, s, uniform_sum)
-    return _add_gradients(sums, chunk, bars, first, wanted.inputs, static), None
+    return _add_gradients(sums, chunk, bars, put, wanted.inputs, static), None
 
   sums = _zeros(wanted.inputs, inputs, static)
   tokens = inputs.x, index, normalizer, uniform_sum, bars
-  gradients, _ = _over_chunks(body, sums, tokens, inputs, static)
-  return _as_gradients(gradients, inputs, _poison(index, bars))
+  return _over_chunks(body, sums, tokens, inputs, static)[0]
 
 
 # The tangent of the logits goes through the tangent rule of the dense loss, chunk by chunk.
-@functools.partial(rule_with_loops, static_argnums=0)
 def _losses_tangent(static: Static, residuals: Any, args_dot: tuple[Any, ...]) -> PerRow:
-  _, inputs, index, normalizer, uniform_sum = residuals
-  dots = Inputs(*args_dot[0])
+  return _tangent_in_chunks(static, residuals, Inputs(*args_dot[0]))
 
-  def body(carry: tuple[()], tokens: Any, first: Any) -> tuple[tuple[()], PerRow]:
+
+@with_loops
+def _tangent_in_chunks(static: Static, residuals: Any, dots: Inputs) -> PerRow:
+  _, inputs, index, normalizer, uniform_sum = residuals
+
+  def body(carry: tuple[()], tokens: Any, put: Put) -> tuple[tuple[()], PerRow]:
     x, x_dot, index, normalizer, uniform_sum = tokens
     of_chunk, y, z = _logits(inputs._replace(x=x), index, static)
     chunk_dots = dots
@@ -431,31 +429,31 @@ def _weighted_sum(shares: PerRow, per_row: PerRow) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _sum_rule(inputs: Inputs, shares: PerRow, index: jax.Array, static: Static) -> jax.Array:
-  return _weighted_sum(shares, _forward(inputs, index, static)[0])
+  return _weighted_sum(shares, _forward(static, inputs, index)[0])
 
 
 # In the forward pass, for a cotangent of 1: nll_bar = p, uniform_bar = q, lse_bar = 2 r lse.
 def _sum_fwd(inputs: Any, shares: Any, index: Any, static: Static) -> tuple[jax.Array, Any]:
   wanted = _Wanted.of(inputs)
   inputs, shares, index = _values((inputs, shares, index))
-  gradients, per_row = _sum_gradients(inputs, shares, index, wanted, static)
+  gradients, per_row = _sum_gradients(static, inputs, shares, index, wanted)
   # Empty arrays carry the dtypes of the gradients: a residual must be an array.
   likes = jax.tree.map(lambda x: jnp.zeros(0, x.dtype), inputs)
   return _weighted_sum(shares, per_row), (gradients, likes, per_row, shares, index)
 
 
-@functools.partial(rule_with_loops, static_argnums=(3, 4))
+@with_loops
 def _sum_gradients(
-  inputs: Inputs, shares: PerRow, index: jax.Array, wanted: _Wanted, static: Static
+  static: Static, inputs: Inputs, shares: PerRow, index: jax.Array, wanted: _Wanted
 ) -> tuple[Inputs, PerRow]:
-  def body(sums: Inputs, tokens: Any, first: Any) -> tuple[Inputs, PerRow]:
+  def body(sums: Inputs, tokens: Any, put: Put) -> tuple[Inputs, PerRow]:
     x, shares, index = tokens
     of_chunk, y, z = _logits(inputs._replace(x=x), index, static)
     per_row, dense = integer.fwd(z, index, None, of_chunk.class_weights, static.dense)
     lse_bar = jnp.zeros_like(per_row.lse) if shares.lse is None else 2 * shares.lse * per_row.lse
     bars = shares._replace(lse=lse_bar)
     chunk = Chunk(of_chunk, index, y, z, dense.normalizer, _uniform_sum(dense, static))
-    sums = _add_gradients(sums, chunk, bars, first, wanted.inputs, static)
+    sums = _add_gradients(sums, chunk, bars, put, wanted.inputs, static)
     return sums, per_row._replace(weight=None)
 
   sums = _zeros(wanted.inputs, inputs, static)

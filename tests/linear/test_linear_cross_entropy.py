@@ -37,7 +37,7 @@ from softmax_jax._linear_cross_entropy import chunks, projection
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-  monkeypatch.setattr(chunks, "BLOCK_BYTES", 1024)
+  monkeypatch.setattr(chunks, "ON_CPU", chunks.ON_CPU._replace(bytes_of_block=1024))
 
 
 @pytest.mark.parametrize(("options", "reduction"), CASES)
@@ -153,7 +153,7 @@ def test_chunks_and_leading_axes(chunk_size):
 
 
 def test_the_chunk_is_chosen_from_the_bytes_of_a_tile():
-  size = lambda *shape: chunks.default_chunk_size(*shape, 4)
+  size = lambda *shape: chunks.ON_CPU.chunk_size(*shape, 4)
   assert size(4096, 512, 32768) == 1024  # 128 MiB
   assert size(3000, 512, 32768) == 1000  # three equal chunks rather than two and a remainder
   assert size(3003, 512, 32768) == 1001  # of any size

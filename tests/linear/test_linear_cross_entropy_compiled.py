@@ -37,7 +37,7 @@ pytestmark = pytest.mark.without("disable_jit")
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_number_of_products(name, monkeypatch):
   # XLA counts the body of a loop once: here one of the two chunks, which is one block.
-  monkeypatch.setattr(chunks, "BLOCK_BYTES", 2**30)
+  monkeypatch.setattr(chunks, "ON_CPU", chunks.ON_CPU._replace(bytes_of_block=None))
   f, expected = PRODUCTS[name]
   h, v = 2048, 512
   flops = compiled(f, *shapes(2 * CHUNK, h, v)).cost_analysis()["flops"]
@@ -60,12 +60,12 @@ def test_memory_is_a_tile_and_does_not_grow_with_the_tokens(vocab_axis, reductio
   tile, weight = 4 * chunk * v, 4 * h * v
   at_once = temp(8 * chunk, **options)
   assert at_once < 1.1 * (2 * tile + weight)
-  assert at_once < tile + chunks.BLOCK_BYTES  # as it is today
+  assert at_once < tile + chunks.ON_CPU.bytes_of_block  # as it is today
   per_row = 64 * 24 * chunk  # a few numbers per row are kept, but no features
   assert temp(32 * chunk, **options) <= at_once + per_row
   assert temp(8 * chunk + 5, **options) <= at_once + per_row + 4 * 5 * v
   options["softcap"] = 30.0
-  assert temp(8 * chunk, **options) < 2 * tile + chunks.BLOCK_BYTES
+  assert temp(8 * chunk, **options) < 2 * tile + chunks.ON_CPU.bytes_of_block
 
 
 def test_a_small_chunk_takes_little_beside_the_gradients():
@@ -76,7 +76,7 @@ def test_a_small_chunk_takes_little_beside_the_gradients():
 
 @pytest.mark.parametrize("name", ["tangent", "tangent of losses", "Hessian-vector product"])
 def test_memory_of_forward_mode_does_not_grow_with_the_logits(name, monkeypatch):
-  monkeypatch.setattr(chunks, "TILE_BYTES", 2**21)
+  monkeypatch.setattr(chunks, "ON_CPU", chunks.ON_CPU._replace(least_bytes=2**21, bytes_of_chunk=0))
   jax.clear_caches()  # the default is read while tracing
   h, v = 8, 4096
   f = {
