@@ -47,26 +47,6 @@ class LinearArguments(Arguments):
         f"{labels}."
       )
 
-  def check_placement(
-    self, x: Any, weight: Any, rows: tuple[str, ...], classes: tuple[str, ...]
-  ) -> None:
-    """Raises unless tokens and classes are spread over different mesh axes, and features over none.
-
-    ``x`` and ``weight`` are the mesh axes of the features of each.
-    """
-    for name, part in (("x", x), ("weight", weight)):
-      if part is not None:
-        raise ValueError(
-          f"{self} expected all features of {name} on each device, got them spread over the mesh "
-          f"axis {part!r}. Pass jax.sharding.reshard({name}, ...)."
-        )
-    both = set(rows) & set(classes)
-    if both:
-      raise ValueError(
-        f"{self} expected the rows of x and the classes of weight on different mesh axes, got "
-        f"both on {', '.join(map(repr, sorted(both)))}. Pass jax.sharding.reshard(x, ...)."
-      )
-
   def as_bias(self, value: Any, shape: tuple[int, ...]) -> jax.Array:
     """``value`` as an array with one number per class."""
     x = self.as_logits("bias", value)

@@ -195,8 +195,8 @@ def linear_softmax_cross_entropy(
     axis_name=axis_name,
   )
   if reduction == "none":
-    return on_mesh(arguments, _losses, arrays, static, summed=False)
-  total, total_weight = on_mesh(arguments, _sums, arrays, static, summed=True)
+    return on_mesh(_losses, arrays, static, summed=False)
+  total, total_weight = on_mesh(_sums, arrays, static, summed=True)
   return options.mean(total, total_weight) if reduction == "mean" else total
 
 
@@ -208,7 +208,7 @@ def _losses(arrays: Arrays, static: Static) -> jax.Array:
   if arrays.class_weights is not None:
     per_row = per_row._replace(nll=scale_or_zero(weight, per_row.nll))
   chosen = options.Options(arrays.label_smoothing, arrays.z_loss, "none")
-  return options.combine(chosen, per_row)[0].reshape(arrays.index.shape)
+  return options.combine(chosen, per_row)[0][..., 0]
 
 
 def _sums(arrays: Arrays, static: Static) -> tuple[jax.Array, jax.Array]:
@@ -236,17 +236,16 @@ def _sums(arrays: Arrays, static: Static) -> tuple[jax.Array, jax.Array]:
 
 
 def _of_rules(arrays: Arrays, static: Static) -> tuple[Inputs, jax.Array, jax.Array]:
-  """What the rules take, for tokens along one axis, and the weights of the labels."""
+  """What the rules take, and the weights of the labels."""
   dtype = static.projection.dtype
-  num_features = arrays.x.shape[-1]
-  num_tokens = arrays.index.size
-  x, index = arrays.x.reshape(num_tokens, num_features), arrays.index.reshape(num_tokens, 1)
-
+  index = arrays.index[..., None]
   weight = jnp.ones(index.shape, dtype)
   class_weights = None
   if arrays.class_weights is not None:
     class_weights = arrays.class_weights[None]
-    weight = weight_of_label(class_weights, index, static.rows)
+    axis = index.ndim - 1
+    of_rank = jnp.expand_dims(arrays.class_weights, range(axis))
+    weight = weight_of_label(of_rank, index, static.rows._replace(axes=(axis,)))
   if static.padded:
     size = arrays.weight.shape[static.projection.vocab_axis]
     classes = static.rows.first_entry(size) + jnp.arange(size)[None]
@@ -257,7 +256,7 @@ def _of_rules(arrays: Arrays, static: Static) -> tuple[Inputs, jax.Array, jax.Ar
     # Far above all logits any bound is the same; y / c is 0 for the largest ones.
     softcap = jnp.minimum(softcap, 2.0**100)
   class_weights = class_weights if static.smoothed else None
-  return Inputs(x, arrays.weight, arrays.bias, softcap, class_weights), index, weight
+  return Inputs(arrays.x, arrays.weight, arrays.bias, softcap, class_weights), index, weight
 
 
 def _weight_that_counts(weight: jax.Array, index: jax.Array) -> jax.Array:

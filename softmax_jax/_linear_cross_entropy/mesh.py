@@ -14,7 +14,6 @@ import jax
 from jax.sharding import AxisType, PartitionSpec
 
 from softmax_jax import _devices as devices
-from softmax_jax._linear_cross_entropy.arguments import LinearArguments
 from softmax_jax._linear_cross_entropy.rules import Static
 
 
@@ -40,12 +39,12 @@ class Arrays(NamedTuple):
   z_loss: Any
 
 
-def on_mesh(
-  arguments: LinearArguments, f: Callable[..., Any], arrays: Arrays, static: Static, summed: bool
-) -> Any:
+def on_mesh(f: Callable[..., Any], arrays: Arrays, static: Static, summed: bool) -> Any:
   """``f(arrays, static)``, on each device for its tokens and classes where these are spread.
 
-  ``f`` returns one number per token or, if ``summed``, a pair of sums over the tokens.
+  ``f`` returns one number per token or, if ``summed``, a pair of sums over the tokens. Each device
+  gets all features of its tokens and classes. Where both are spread over one mesh axis, it gets the
+  classes of all devices of that axis.
   """
   specs = Arrays(*(None if a is None else _spec(a) for a in arrays))
   if not any(any(s) for s in specs if s is not None):
@@ -54,12 +53,11 @@ def on_mesh(
       arrays = jax.tree.map(_whole, arrays)
     return f(arrays, static)
   names, vocab_axis = devices.mesh_axes, static.projection.vocab_axis
-  *rows, features = specs.x
-  vocab, features_of_weight = specs.weight[vocab_axis], specs.weight[1 - vocab_axis]
-  arguments.check_placement(features, features_of_weight, names(*rows), names(vocab))
+  *rows, _ = specs.x
+  vocab = tuple(name for name in names(specs.weight[vocab_axis]) if name not in names(*rows))
   # x and the weight say how tokens and classes are spread; where they do not, the others.
   of_classes = [(*rows, *s) for s in (specs.bias, specs.class_weights) if s is not None]
-  *rows, vocab = devices.filled((*rows, vocab), (*specs.index, None), *of_classes)
+  *rows, vocab = devices.filled((*rows, vocab or None), (*specs.index, None), *of_classes)
   over_rows, over_classes = names(*rows), names(vocab)
   spec = PartitionSpec
   specs = Arrays(

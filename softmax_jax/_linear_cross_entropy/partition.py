@@ -28,14 +28,24 @@ Function = Callable[..., Any]
 
 
 def with_loops(f: Function) -> Function:
-  """``f(static, *args)`` as a rule with loops, of chunks that fit the platform and the devices."""
+  """``f(static, *args)`` as a rule with loops, of chunks that fit the platform and the devices.
+
+  The leaves of ``args`` are those of `Inputs` and arrays of numbers per token, ``[*B, 1]``. To ``f``
+  they come as ``[T, 1]``, and x as ``[T, H]``. It returns such arrays, and gradients as `Inputs`.
+  """
 
   # It is compiled: outside of `jax.jit` a loop would be compiled in every call, as its body is a
   # new function each time.
   @functools.partial(rule_with_loops, static_argnums=0)
   def rule(static: Any, *args: Any) -> Any:
     def tiled(tiling: Tiling) -> Function:
-      return lambda axis_name, *args: f(static._replace(tiling=tiling, axis_name=axis_name), *args)
+      def tiled_f(axis_name: Any, *args: Any) -> Any:
+        rows = next(x.shape[:-1] for x in _nodes(args) if not _is_inputs(x))
+        merged = _on_tokens(lambda x: x.reshape(math.prod(rows), x.shape[-1]), args)
+        outputs = f(static._replace(tiling=tiling, axis_name=axis_name), *merged)
+        return _on_tokens(lambda x: x.reshape(*rows, x.shape[-1]), outputs)
+
+      return tiled_f
 
     on_cpu, on_accelerator = tiled(chunks.ON_CPU), tiled(chunks.ON_ACCELERATOR)
     functions = {p: on_cpu if p == "cpu" else on_accelerator for p in PLATFORMS}
@@ -52,16 +62,36 @@ def with_loops(f: Function) -> Function:
   return rule
 
 
-# The axes of arrays: tokens, classes, and those that are never spread, features and a single one.
-TOKENS, CLASSES, FEATURES, ONE = "t", "v", "h", "u"
+def _is_inputs(node: Any) -> bool:
+  return isinstance(node, Inputs)
+
+
+def _nodes(tree: Any) -> list[Any]:
+  """The parts of ``tree``: `Inputs` and arrays."""
+  return jax.tree.leaves(tree, is_leaf=_is_inputs)
+
+
+def _on_tokens(f: Callable[[jax.Array], jax.Array], tree: Any) -> Any:
+  """``tree`` with ``f`` of the arrays of all tokens."""
+
+  def of_node(node: Any) -> Any:
+    if not _is_inputs(node):
+      return f(node)
+    return node if node.x is None else node._replace(x=f(node.x))
+
+  return jax.tree.map(of_node, tree, is_leaf=_is_inputs)
+
+
+# The axes of arrays: classes, and those that are never spread, features and a single one. Those of
+# the tokens are numbered: t0, t1, ...
+CLASSES, FEATURES, ONE = "v", "h", "u"
 
 
 @dataclasses.dataclass(frozen=True)
 class Partitioned:
   """``f(axis_name, *args)``, on each device with the mesh axes that the classes are spread over.
 
-  The leaves of ``args`` are those of `Inputs` and arrays ``[T, 1]``; the outputs are arrays
-  ``[T, 1]`` and gradients, as `Inputs`, which are sums over the tokens and classes of a device.
+  ``args`` are those of `with_loops`. Gradients of ``f`` are sums over its tokens and classes.
   """
 
   f: Function
@@ -84,9 +114,9 @@ class Partitioned:
 
     def partition(mesh: Mesh, args: Any, outputs: Any) -> Any:
       spread = self._spread(args)
-      of_devices = lambda *args: self._added(self.f(spread[CLASSES] or None, *args), spread)
+      on_device = lambda *args: self._added(self.f(spread.get(CLASSES) or None, *args), spread)
       shardings = (self._shardings(tree, mesh, spread) for tree in (outputs, args))
-      return mesh, of_devices, *shardings
+      return mesh, on_device, *shardings
 
     partitioned = custom_partitioning(whole)
     partitioned.def_partition(partition, infer_sharding_from_operands=infer, sharding_rule=rule)
@@ -95,30 +125,34 @@ class Partitioned:
   def _axes(self, tree: Any) -> list[tuple[str, ...]]:
     """For each array of ``tree``, what its axes are."""
     weight = (FEATURES, CLASSES) if self.vocab_axis == 1 else (CLASSES, FEATURES)
-    of_inputs = Inputs((TOKENS, FEATURES), weight, (CLASSES,), (), (ONE, CLASSES))
+    tokens = lambda x: tuple(f"t{i}" for i in range(x.ndim - 1))
     found = list[tuple[str, ...]]()
-    for node in jax.tree.leaves(tree, is_leaf=_is_inputs):
+    for node in _nodes(tree):
       if _is_inputs(node):
+        x = () if node.x is None else (*tokens(node.x), FEATURES)
+        of_inputs = Inputs(x, weight, (CLASSES,), (), (ONE, CLASSES))
         found += [axes for axes, x in zip(of_inputs, node, strict=True) if x is not None]
       else:
-        found.append((TOKENS, ONE))
+        found.append((*tokens(node), ONE))
     return found
 
   def _spread(self, args: Any) -> dict[str, tuple[str, ...]]:
-    """The mesh axes that tokens and classes are spread over, as they are in ``args``.
+    """By axis of the tokens and the classes the mesh axes that it is spread over in ``args``.
 
-    What is spread over none, or does not divide, is whole on each device.
+    Tokens come before classes, x and the weight before other arrays. What does not divide is whole.
     """
-    spread: dict[str, tuple[str, ...]] = {TOKENS: (), CLASSES: ()}
-    for name in spread:
-      for x, axes in zip(jax.tree.leaves(args), self._axes(args), strict=True):
-        if name in axes and not spread[name] and isinstance(x.sharding, NamedSharding):
-          axis, sizes = axes.index(name), x.sharding.mesh.shape
-          taken = {*spread[TOKENS]}
-          names = devices.mesh_axes(x.sharding.spec[axis])
-          names = tuple(n for n in names if n not in taken)
-          if x.shape[axis] % math.prod(sizes[n] for n in names) == 0:
-            spread[name] = names
+    spread: dict[str, tuple[str, ...]] = {}
+    arrays = [*zip(jax.tree.leaves(args), self._axes(args), strict=True)]
+    for of_classes in (False, True):
+      for x, axes in arrays:
+        for i, axis in enumerate(axes):
+          fits = axis not in (FEATURES, ONE) and (axis == CLASSES) == of_classes
+          if not fits or spread.get(axis) or not isinstance(x.sharding, NamedSharding):
+            continue
+          taken = devices.mesh_axes(*spread.values())
+          names = tuple(n for n in devices.mesh_axes(x.sharding.spec[i]) if n not in taken)
+          if x.shape[i] % math.prod(x.sharding.mesh.shape[n] for n in names) == 0:
+            spread[axis] = names
     return spread
 
   def _shardings(self, tree: Any, mesh: Mesh, spread: dict[str, tuple[str, ...]]) -> Any:
@@ -134,12 +168,8 @@ class Partitioned:
         return node
       sums = list[jax.Array]()
       for x, axes in zip(jax.tree.leaves(node), self._axes(node), strict=True):
-        over = [name for key, names in spread.items() if key not in axes for name in names]
-        sums.append(lax.psum(x, tuple(over)) if over else x)
+        over = devices.mesh_axes(*(names for axis, names in spread.items() if axis not in axes))
+        sums.append(lax.psum(x, over) if over else x)
       return jax.tree.unflatten(jax.tree.structure(node), sums)
 
     return jax.tree.map(added, outputs, is_leaf=_is_inputs)
-
-
-def _is_inputs(node: Any) -> bool:
-  return isinstance(node, Inputs)

@@ -16,7 +16,7 @@ from softmax_jax import (
   softmax_cross_entropy_with_integer_labels,
 )
 
-T, H, V = 8, 6, 160  # on a 2 x 4 mesh 4 tokens and 40 classes on each device
+T, H, V = 8, 12, 160  # on a 2 x 4 mesh 4 tokens and 40 classes on each device
 OPTIONS = {"label_smoothing": 0.1, "z_loss": 0.2}
 VALUES = {
   "logits": random(0, (T, V)),

@@ -74,7 +74,7 @@ def mixes(names, other_ways=True):
     replaced = lambda specs, spec, i=i: [*specs[:i], spec, *specs[i + 1 :]]
     yield replaced(alike, REPLICATED)
     yield replaced([REPLICATED] * len(names), alike[i])
-    if other_ways and name not in ("x", "weight"):  # which are refused
+    if other_ways:
       spec = P("d") if name in ("class_weights", "bias") else OTHER_WAY[VALUES[name].ndim]
       yield replaced(alike, spec)
 
@@ -261,17 +261,22 @@ def test_the_linear_loss_takes_chunks_of_the_tokens_of_each_device(axis):
 
 
 @pytest.mark.parametrize(
-  "x_spec, weight_spec, message",
+  "x_spec, weight_spec",
   [
-    (P(None, "d"), P(None, "v"), "all features of x on each device"),
-    (P("d", None), P("v", None), "all features of weight on each device"),
-    (P("v", None), P(None, "v"), "on different mesh axes, got both on 'v'"),
+    (P(None, "d"), P(None, "v")),  # features of x
+    (P("d", None), P("d", "v")),  # those of the weight, over the axis of the tokens
+    (P(("d", "v"), None), P(None, "v")),  # classes over that axis
   ],
 )
-def test_arguments_spread_in_a_way_that_does_not_fit_are_refused(x_spec, weight_spec, message):
+def test_the_linear_loss_gathers_what_is_spread_in_a_way_that_does_not_fit(x_spec, weight_spec):
   mesh = mesh_of(AxisType.Explicit)
+  f = jax.jit(jax.value_and_grad(linear_with_options, (0, 1)))
+  names = ["x", "weight", "bias", "class_weights", "labels"]
   with jax.set_mesh(mesh):
-    x = jax.device_put(np.zeros((8, 8), np.float32), NamedSharding(mesh, x_spec))
-    weight = jax.device_put(np.zeros((8, V), np.float32), NamedSharding(mesh, weight_spec))
-    with pytest.raises(ValueError, match=message):
-      linear_softmax_cross_entropy(x, weight, np.zeros(8, int))
+    args = placed(mesh, names, [x_spec, weight_spec, P("v"), P("v"), P("d")])
+    value, grads = f(*args)
+    assert [jax.typeof(g).sharding.spec for g in grads] == [x_spec, weight_spec]
+  expected, expected_grads = f(*(jnp.asarray(VALUES[name]) for name in names))
+  assert relative_error(value, expected) < 1e-6
+  for a, e in zip(grads, expected_grads, strict=True):
+    assert relative_error(a, e) < 2e-6

@@ -1,0 +1,160 @@
+"""The linear loss in plain `jax.jit`, with arguments that automatic axes of a mesh spread.
+
+Each device computes its share, and exchanges x, the weight and their gradients once at most. In the
+loop over chunks devices exchange nothing but numbers per token.
+"""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from collectives import found_in
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from oracle import random, relative_error
+
+from softmax_jax import linear_softmax_cross_entropy as linear
+
+pytestmark = pytest.mark.devices(8)
+
+B, S, H, V = 8, 16, 24, 160  # on all eight devices together a chunk of 2 tokens has 4 each
+X, WEIGHT, BIAS = random(0, (B, S, H)), random(1, (H, V), scale=0.3), random(2, V)
+LABELS = np.random.default_rng(3).integers(0, V, (B, S))
+COUNTS = np.where(np.arange(S) % 3, LABELS, -1)
+CLASS_WEIGHTS = np.abs(random(4, V))
+BOTH = "d", "v"
+LAYOUTS = {  # how x, the weight, and the labels are spread
+  "tokens": (P(BOTH), P(), P(BOTH)),
+  "tokens of a sequence": (P("d", "v"), P(), P("d", "v")),
+  "classes": (P(), P(None, BOTH), P()),
+  "tokens and classes": (P("d"), P(None, "v"), P("d")),
+  "features of the weight": (P(BOTH), P(BOTH), P(BOTH)),
+  "features of the weight, and classes": (P("d"), P("d", "v"), P("d")),
+  "classes over the axis of the tokens": (P(BOTH), P(None, "d"), P(BOTH)),
+  "labels whole": (P(None, "d"), P(None, "v"), P()),
+}
+
+
+def losses(x, weight, bias, class_weights, labels, **options):
+  out = linear(
+    x,
+    weight,
+    labels,
+    bias=bias,
+    class_weights=class_weights,
+    ignore_index=-1,
+    label_smoothing=0.1,
+    z_loss=0.01,
+    **options,
+  )
+  return jnp.sum(out**2)
+
+
+def mesh_of(axis_type=AxisType.Auto):
+  return jax.make_mesh((2, 4), BOTH, axis_types=(axis_type,) * 2)
+
+
+def placed(layout):
+  mesh = mesh_of()
+  x, weight, labels = LAYOUTS[layout]
+  of_classes = P(*weight[1:])
+  arrays = X, WEIGHT, BIAS, CLASS_WEIGHTS, COUNTS
+  specs = x, weight, of_classes, of_classes, labels
+  return [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(arrays, specs, strict=True)]
+
+
+def gradients(**options):
+  f = lambda *args: losses(*args, **options)
+  return jax.value_and_grad(f, (0, 1, 2, 3))
+
+
+def compiled(args, **options):
+  """The program whose gradients are spread like the arguments, as in a training step."""
+  spread = tuple(arg.sharding for arg in args[:4])
+  return jax.jit(gradients(**options), out_shardings=(None, spread)).lower(*args).compile()
+
+
+OF_LOSSES = "tokens of a sequence", "features of the weight, and classes"
+
+
+@pytest.mark.parametrize(
+  "layout, reduction",
+  [*((layout, "mean") for layout in LAYOUTS), *((layout, "none") for layout in OF_LOSSES)],
+)
+def test_numbers_are_those_of_one_device_and_little_is_exchanged(layout, reduction):
+  args, options = placed(layout), {"reduction": reduction, "chunk_size": 2}
+  program = compiled(args, **options)
+  actual = program(*args)
+  expected = jax.jit(gradients(**options))(X, WEIGHT, BIAS, CLASS_WEIGHTS, COUNTS)
+  for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+    assert relative_error(a, e) < 3e-6
+
+  text = program.as_text()
+  loops = "\n".join(line for line in text.splitlines() if "while/body" in line)
+  size = lambda shape: math.prod(shape)
+  for _, shapes in found_in(loops):
+    assert sum(map(size, shapes)) <= 8 * 2  # of a chunk
+  large = [s for _, shapes in found_in(text) for s in shapes if size(s) > 8 * B * S]
+  of_weight = [s for s in large if {*s} & {V, V // 2, V // 4, V // 8}]
+  assert len(of_weight) <= 2  # the weight and its gradient
+  assert len(large) - len(of_weight) <= 2  # x and its gradient
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_device_computes_its_share(layout):
+  if layout == "classes over the axis of the tokens":
+    pytest.skip("the weight is gathered")
+  flops = lambda args: compiled(args, chunk_size=B * S).cost_analysis()["flops"]
+  whole = jax.jit(gradients(chunk_size=B * S)).lower(X, WEIGHT, BIAS, CLASS_WEIGHTS, COUNTS)
+  share = flops(placed(layout)) / whole.compile().cost_analysis()["flops"]
+  assert share < 1.1 / 8
+
+
+def test_a_batch_of_losses():
+  """`jax.vmap` does without custom partitioning."""
+  args = placed("tokens")
+  batch = lambda f: jax.jit(jax.vmap(f, (None, 0, None, None, None)))
+  weights = jnp.stack([WEIGHT, -WEIGHT])
+  actual = batch(gradients(chunk_size=2))(args[0], weights, *args[2:])
+  expected = [gradients(chunk_size=2)(X, w, BIAS, CLASS_WEIGHTS, COUNTS) for w in weights]
+  for i, each in enumerate(expected):
+    for a, e in zip(*map(jax.tree.leaves, (actual, each)), strict=True):
+      assert relative_error(a[i], e) < 3e-6
+
+
+def test_derivatives_of_both_modes_and_of_second_order():
+  def derivatives(x, weight, bias, class_weights, labels):
+    f = lambda x, weight: losses(x, weight, bias, class_weights, labels, chunk_size=2)
+    dots = jnp.cos(x), jnp.cos(weight)
+    tangent = jax.jvp(f, (x, weight), dots)[1]
+    return tangent, jax.jvp(jax.grad(f, (0, 1)), (x, weight), dots)[1]
+
+  actual = jax.jit(derivatives)(*placed("tokens and classes"))
+  expected = jax.jit(derivatives)(X, WEIGHT, BIAS, CLASS_WEIGHTS, COUNTS)
+  for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+    assert relative_error(a, e) < 1e-5
+
+
+def test_tokens_that_do_not_divide_are_whole_on_each_device():
+  mesh = mesh_of()
+  spread = jax.jit(lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P("d"))) * 1)
+  f = jax.jit(jax.value_and_grad(lambda x, w: linear(spread(x), w, LABELS[0, :3]), (0, 1)))
+  actual, expected = (
+    f(X[0, :3], WEIGHT),
+    jax.value_and_grad(linear, (0, 1))(X[0, :3], WEIGHT, LABELS[0, :3]),
+  )
+  for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+    assert relative_error(a, e) < 3e-6
+
+
+def test_a_program_for_several_devices_can_be_exported():
+  args = placed("tokens and classes")
+  exported = jax.export.export(jax.jit(gradients(chunk_size=2)))(*args)
+  assert not re.search("CustomSPMDPartitioning", exported.mlir_module())
+  actual = jax.export.deserialize(exported.serialize()).call(*args)
+  expected = gradients(chunk_size=2)(X, WEIGHT, BIAS, CLASS_WEIGHTS, COUNTS)
+  for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+    assert relative_error(a, e) < 3e-6
