@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import numpy as np
 from jax.export import is_symbolic_dim
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from softmax_jax._arguments import Arguments, known_number
+from softmax_jax._devices import are_manual, mesh_axes
 
 
 class LinearArguments(Arguments):
@@ -46,6 +49,43 @@ class LinearArguments(Arguments):
         f"{self} expected one label per token, of shape {x[:-1]} for x of shape {x}, got shape "
         f"{labels}."
       )
+
+  def as_logits_sharding(self, value: Any, rows: tuple[int, ...]) -> NamedSharding:
+    """``value`` as the sharding of logits ``[*rows, V]``, with one part for each axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if isinstance(value, NamedSharding):
+      mesh, value = value.mesh, value.spec
+    if not isinstance(value, PartitionSpec):
+      raise TypeError(
+        f"{self} expected logits_sharding to be a jax.sharding.PartitionSpec or NamedSharding, got "
+        f"{value!r}."
+      )
+    if are_manual():
+      raise ValueError(
+        f"{self} expected no logits_sharding inside jax.shard_map. Pass axis_name, if the classes "
+        "are spread there."
+      )
+    if mesh.empty:
+      raise ValueError(
+        f"{self} expected a mesh for logits_sharding={value}. Call jax.set_mesh(mesh), or pass "
+        "jax.sharding.NamedSharding(mesh, spec)."
+      )
+    if len(value) > len(rows) + 1:
+      raise ValueError(
+        f"{self} expected logits_sharding with at most {len(rows) + 1} parts, for the {len(rows)} "
+        f"axes of labels and one of classes, got {value}."
+      )
+    parts = (*value, *[None] * (len(rows) + 1 - len(value)))
+    sharding = NamedSharding(mesh, PartitionSpec(*parts))
+    for size, part in zip(rows, parts, strict=False):
+      count = math.prod(mesh.shape[name] for name in mesh_axes(part))
+      if size % count:
+        raise ValueError(
+          f"{self} expected labels of shape {rows} to be cut into equal parts over the mesh axis "
+          f"{part!r} of size {count}, as logits_sharding={value} says. Pad them, and pass "
+          "ignore_index."
+        )
+    return sharding
 
   def as_bias(self, value: Any, shape: tuple[int, ...]) -> jax.Array:
     """``value`` as an array with one number per class."""

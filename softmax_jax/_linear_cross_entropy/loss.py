@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from softmax_jax import _devices as devices
@@ -42,6 +43,7 @@ def linear_softmax_cross_entropy(
   chunk_size: int | None = None,
   num_classes: int | None = None,
   axis_name: AxisName | None = None,
+  logits_sharding: PartitionSpec | NamedSharding | None = None,
 ) -> jax.Array:
   r"""Cross-entropy of a linear layer with one correct class per token; the logits are never held.
 
@@ -163,6 +165,8 @@ def linear_softmax_cross_entropy(
   if chunk_size is not None:
     chunk_size = arguments.as_chunk_size(chunk_size)
   arguments.check_symbolic_sizes(math.prod(rows), size, chunk_size)
+  if logits_sharding is not None:
+    logits_sharding = arguments.as_logits_sharding(logits_sharding, rows)
   if axis_name is not None:
     arguments.check_axis_name(axis_name, "weight", weight, labels=labels, x=x)
   num_columns = size * Rows((), axis_name).num_devices()
@@ -195,8 +199,8 @@ def linear_softmax_cross_entropy(
     axis_name=axis_name,
   )
   if reduction == "none":
-    return on_mesh(_losses, arrays, static, summed=False)
-  total, total_weight = on_mesh(_sums, arrays, static, summed=True)
+    return on_mesh(_losses, arrays, static, False, logits_sharding)
+  total, total_weight = on_mesh(_sums, arrays, static, True, logits_sharding)
   return options.mean(total, total_weight) if reduction == "mean" else total
 
 

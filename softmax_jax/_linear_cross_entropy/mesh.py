@@ -1,4 +1,4 @@
-"""Arguments whose types say how they are spread over a mesh (explicit sharding).
+"""Tokens and classes spread over a mesh as the types of the arguments say, or the caller.
 
 Chunks of tokens are then cut on each device from its own, in a `jax.shard_map` around the loss: cut
 from all tokens, they would be gathered.
@@ -7,11 +7,13 @@ from all tokens, they would be gathered.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from softmax_jax import _devices as devices
 from softmax_jax._linear_cross_entropy.rules import Static
@@ -39,27 +41,32 @@ class Arrays(NamedTuple):
   z_loss: Any
 
 
-def on_mesh(f: Callable[..., Any], arrays: Arrays, static: Static, summed: bool) -> Any:
+def on_mesh(
+  f: Callable[..., Any],
+  arrays: Arrays,
+  static: Static,
+  summed: bool,
+  logits_sharding: NamedSharding | None,
+) -> Any:
   """``f(arrays, static)``, on each device for its tokens and classes where these are spread.
 
   ``f`` returns one number per token or, if ``summed``, a pair of sums over the tokens. Each device
-  gets all features of its tokens and classes. Where both are spread over one mesh axis, it gets the
-  classes of all devices of that axis.
+  gets all features of its tokens and classes.
   """
-  specs = Arrays(*(None if a is None else _spec(a) for a in arrays))
-  if not any(any(s) for s in specs if s is not None):
+  names, vocab_axis, spec = devices.mesh_axes, static.projection.vocab_axis, PartitionSpec
+  mesh = None
+  if logits_sharding is not None:
+    mesh = logits_sharding.mesh
+    *rows, vocab = logits_sharding.spec
+    arrays, static = _padded(arrays, static, math.prod(mesh.shape[name] for name in names(vocab)))
+  elif spread := _spread_by_types(arrays, vocab_axis):
+    *rows, vocab = spread
+  else:
     if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
       # Arguments of `jax.jit` may have types without a mesh, while other arrays have one.
-      arrays = jax.tree.map(_whole, arrays)
+      arrays = jax.tree.map(lambda x: jax.sharding.reshard(x, spec()), arrays)
     return f(arrays, static)
-  names, vocab_axis = devices.mesh_axes, static.projection.vocab_axis
-  *rows, _ = specs.x
-  vocab = tuple(name for name in names(specs.weight[vocab_axis]) if name not in names(*rows))
-  # x and the weight say how tokens and classes are spread; where they do not, the others.
-  of_classes = [(*rows, *s) for s in (specs.bias, specs.class_weights) if s is not None]
-  *rows, vocab = devices.filled((*rows, vocab or None), (*specs.index, None), *of_classes)
   over_rows, over_classes = names(*rows), names(vocab)
-  spec = PartitionSpec
   specs = Arrays(
     x=spec(*rows, None),
     index=spec(*rows),
@@ -71,24 +78,57 @@ def on_mesh(f: Callable[..., Any], arrays: Arrays, static: Static, summed: bool)
     z_loss=spec(),
   )
   specs = Arrays(*(None if a is None else s for a, s in zip(arrays, specs, strict=True)))
-
-  def placed(array: jax.Array, spec: PartitionSpec) -> jax.Array:
-    return jax.sharding.reshard(array, spec)
-
+  explicit = mesh is None or AxisType.Explicit in mesh.axis_types
+  if explicit:
+    arrays = jax.tree.map(jax.sharding.reshard, arrays, specs)
   static = static._replace(axis_name=over_classes or None)
   added_over = over_rows if summed else ()
   out_specs = (spec(), spec()) if summed else spec(*rows)
-  arrays = jax.tree.map(placed, arrays, specs)
-  return _on_devices(arrays, f, static, added_over, specs, out_specs)  # pyright: ignore[reportUnknownVariableType]
+  return _on_devices(arrays, f, static, added_over, mesh, specs, out_specs)  # pyright: ignore[reportUnknownVariableType]
+
+
+def _spread_by_types(arrays: Arrays, vocab_axis: int) -> tuple[Any, ...] | None:
+  """What the types of the arrays say of the axes of the logits ``[*B, V]``, None where nothing.
+
+  Where tokens and classes are spread over one mesh axis, it is left to the tokens.
+  """
+  names = devices.mesh_axes
+  specs = Arrays(*(None if a is None else _spec(a) for a in arrays))
+  if not any(any(s) for s in specs if s is not None):
+    return None
+  *rows, _ = specs.x
+  vocab = tuple(name for name in names(specs.weight[vocab_axis]) if name not in names(*rows))
+  # x and the weight say how tokens and classes are spread; where they do not, the others.
+  of_classes = [(*rows, *s) for s in (specs.bias, specs.class_weights) if s is not None]
+  return devices.filled((*rows, vocab or None), (*specs.index, None), *of_classes)
+
+
+def _padded(arrays: Arrays, static: Static, count: int) -> tuple[Arrays, Static]:
+  """The arrays with as many classes that are none as ``count`` devices need for equal parts."""
+  vocab_axis = static.projection.vocab_axis
+  excess = -arrays.weight.shape[vocab_axis] % count
+  if excess == 0:
+    return arrays, static
+
+  def padded(x: jax.Array | None, axis: int = 0) -> jax.Array | None:
+    return None if x is None else jnp.pad(x, [(0, excess * (i == axis)) for i in range(x.ndim)])
+
+  arrays = arrays._replace(
+    weight=padded(arrays.weight, vocab_axis),
+    bias=padded(arrays.bias),
+    class_weights=padded(arrays.class_weights),
+  )
+  return arrays, static._replace(padded=True)
 
 
 # One function, so that calls outside of `jax.jit` are compiled once.
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
 def _on_devices(
   arrays: Arrays,
   f: Callable[..., Any],
   static: Static,
   added_over: tuple[str, ...],
+  mesh: Mesh | AbstractMesh | None,
   specs: Arrays,
   out_specs: Any,
 ) -> Any:
@@ -96,14 +136,9 @@ def _on_devices(
     out = f(arrays, static)
     return jax.lax.psum(out, added_over) if added_over else out
 
-  return jax.shard_map(on_device, in_specs=(specs,), out_specs=out_specs)(arrays)
+  return jax.shard_map(on_device, mesh=mesh, in_specs=(specs,), out_specs=out_specs)(arrays)
 
 
 def _spec(x: jax.Array) -> tuple[Any, ...]:
   sharding = devices.explicit_sharding(x)
   return (None,) * x.ndim if sharding is None else tuple(sharding.spec)
-
-
-def _whole(x: jax.Array) -> jax.Array:
-  """``x``, the same on each device of the mesh."""
-  return jax.sharding.reshard(x, PartitionSpec())

@@ -30,8 +30,8 @@ Function = Callable[..., Any]
 def with_loops(f: Function) -> Function:
   """``f(static, *args)`` as a rule with loops, of chunks that fit the platform and the devices.
 
-  The leaves of ``args`` are those of `Inputs` and arrays of numbers per token, ``[*B, 1]``. To ``f``
-  they come as ``[T, 1]``, and x as ``[T, H]``. It returns such arrays, and gradients as `Inputs`.
+  The leaves of ``args`` are those of `Inputs` and arrays of numbers per token, ``[*B, 1]``. ``f``
+  gets them as ``[T, 1]``, and x as ``[T, H]``. It returns such arrays, and gradients as `Inputs`.
   """
 
   # It is compiled: outside of `jax.jit` a loop would be compiled in every call, as its body is a

@@ -1,4 +1,4 @@
-"""The linear loss in plain `jax.jit`, with arguments that automatic axes of a mesh spread.
+"""The linear loss of arguments that automatic axes of a mesh spread, and with `logits_sharding`.
 
 Each device computes its share, and exchanges x, the weight and their gradients once at most. In the
 loop over chunks devices exchange nothing but numbers per token.
@@ -35,6 +35,16 @@ LAYOUTS = {  # how x, the weight, and the labels are spread
   "features of the weight, and classes": (P("d"), P("d", "v"), P("d")),
   "classes over the axis of the tokens": (P(BOTH), P(None, "d"), P(BOTH)),
   "labels whole": (P(None, "d"), P(None, "v"), P()),
+}
+
+
+# That of the logits, which may be said too.
+NAMED = {
+  "tokens": P(BOTH),
+  "tokens of a sequence": P("d", "v"),
+  "classes": P(None, None, BOTH),
+  "tokens and classes": P("d", None, "v"),
+  "features of the weight": P(BOTH),
 }
 
 
@@ -86,7 +96,17 @@ OF_LOSSES = "tokens of a sequence", "features of the weight, and classes"
 )
 def test_numbers_are_those_of_one_device_and_little_is_exchanged(layout, reduction):
   args, options = placed(layout), {"reduction": reduction, "chunk_size": 2}
-  program = compiled(args, **options)
+  check_against_one_device(compiled(args, **options), args, options)
+
+
+@pytest.mark.parametrize("layout", NAMED)
+def test_the_same_where_the_sharding_of_the_logits_is_said(layout):
+  args, options = placed(layout), {"chunk_size": 2}
+  named = NamedSharding(args[0].sharding.mesh, NAMED[layout])
+  check_against_one_device(compiled(args, logits_sharding=named, **options), args, options)
+
+
+def check_against_one_device(program, args, options):
   actual = program(*args)
   expected = jax.jit(gradients(**options))(X, WEIGHT, BIAS, CLASS_WEIGHTS, COUNTS)
   for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
@@ -111,6 +131,65 @@ def test_each_device_computes_its_share(layout):
   whole = jax.jit(gradients(chunk_size=B * S)).lower(X, WEIGHT, BIAS, CLASS_WEIGHTS, COUNTS)
   share = flops(placed(layout)) / whole.compile().cost_analysis()["flops"]
   assert share < 1.1 / 8
+
+
+def test_classes_that_do_not_divide_are_padded_and_a_mesh_may_be_set():
+  options = {"label_smoothing": 0.1, "z_loss": 0.01, "reduction": "none"}
+  f = jax.jit(
+    lambda x, weight, bias, **more: jax.vjp(
+      lambda *args: linear(args[0], args[1], LABELS % 50, bias=args[2], **options, **more),
+      x,
+      weight,
+      bias,
+    )[1](jnp.cos(LABELS)),
+    static_argnames="logits_sharding",
+  )
+  args = X, WEIGHT[:, :50], BIAS[:50]
+  expected = f(*args)
+  for axis_type in (AxisType.Auto, AxisType.Explicit):
+    with jax.set_mesh(mesh_of(axis_type)):
+      actual = f(*args, logits_sharding=P("d", None, "v"))
+    for a, e in zip(actual, expected, strict=True):
+      assert relative_error(a, e) < 3e-6
+
+
+def model(parameters, tokens, labels, **options):
+  return linear(jnp.tanh(parameters["embedding"][tokens]), parameters["head"], labels, **options)
+
+
+def trained(parameters, tokens, **options):
+  """The losses of some steps of gradient descent, by the next token."""
+  step = jax.jit(jax.value_and_grad(lambda p, *data: model(p, *data, chunk_size=2, **options)))
+  losses = []
+  for _ in range(4):
+    loss, gradient = step(parameters, tokens[:, :-1], tokens[:, 1:])
+    parameters = jax.tree.map(lambda p, g: p - 5 * g, parameters, gradient)
+    losses.append(loss)
+  return np.array(losses)
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["automatic", "named"])
+@pytest.mark.parametrize(
+  "head, logits",
+  [
+    (P(), P(BOTH)),  # data
+    (P(None, BOTH), P(None, None, BOTH)),  # tensor
+    (P(None, "v"), P("d", None, "v")),  # data and tensor
+    (P(BOTH), P(BOTH)),  # FSDP
+  ],
+  ids=["data", "tensor", "data and tensor", "FSDP"],
+)
+def test_a_model_is_trained_as_on_one_device(head, logits, named):
+  mesh = mesh_of()
+  put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+  parameters = {"embedding": random(5, (V, H)), "head": 0.1 * WEIGHT}
+  tokens = np.random.default_rng(6).integers(0, V, (B, 9))
+  expected = trained(parameters, tokens)
+  assert expected[-1] < 0.9 * expected[0]
+  spread = {"embedding": put(parameters["embedding"], P()), "head": put(parameters["head"], head)}
+  options = {"logits_sharding": NamedSharding(mesh, logits)} if named else {}
+  actual = trained(spread, put(tokens, P(*logits[:1])), **options)
+  assert relative_error(actual, expected) < 1e-5
 
 
 def test_a_batch_of_losses():

@@ -5,7 +5,6 @@ With automatic axes of the mesh the compiler decides how; with explicit ones the
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from collectives import collectives
 from jax.sharding import AxisType, NamedSharding
