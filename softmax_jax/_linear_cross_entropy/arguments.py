@@ -56,9 +56,10 @@ class LinearArguments(Arguments):
     if isinstance(value, NamedSharding):
       mesh, value = value.mesh, value.spec
     if not isinstance(value, PartitionSpec):
+      got = "a traced value" if isinstance(value, jax.core.Tracer) else type(value).__name__
       raise TypeError(
-        f"{self} expected logits_sharding to be a jax.sharding.PartitionSpec or NamedSharding, got "
-        f"{value!r}."
+        f"{self} expected logits_sharding to be a jax.sharding.PartitionSpec, a NamedSharding or "
+        f"None, got {got}."
       )
     if are_manual():
       raise ValueError(

@@ -84,14 +84,15 @@ def linear_softmax_cross_entropy(
       one loss per token.
     chunk_size: the number of tokens whose logits are held at a time, a static int; the last chunk
       may be smaller. None stands for as many as have logits of 128 MiB, or for H / 4 if that is
-      more, or for somewhat fewer (half as many at least) that divide T. Beside its arguments and
-      results, the loss with its gradients takes the bytes of the logits of a chunk in float32
-      (twice those with a softcap), and 12 MiB or an eighth of those of the weight, whatever T;
-      where the gradients are of sixteen bits, also those of their sums in float32. A
-      Hessian-vector product takes about six times the logits of a chunk. `jax.export` with a
-      symbolic number of tokens needs one that divides it: 512 for ``symbolic_shape("512*n")``. With
-      a symbolic number of classes it needs one too, and the bytes of the logits of a chunk and of
-      the weight once more.
+      more; on a GPU or TPU for as many as have 512 MiB, or for H if that is more, but for no more
+      than T / 4 beyond 128 MiB; or for somewhat fewer (half as many at least) that divide T. Beside
+      its arguments and results, the loss with its gradients takes the bytes of the logits of a
+      chunk in float32 (twice those with a softcap; on a TPU 1.5 times those more), whatever T, and
+      on a CPU 12 MiB or an eighth of those of the weight. Where the gradients are of sixteen bits,
+      add the bytes of their sums in float32. A Hessian-vector product takes about six times the
+      logits of a chunk of a CPU. `jax.export` with a symbolic number of tokens needs a size that
+      divides it: 512 for ``symbolic_shape("512*n")``. With a symbolic number of classes it needs
+      one too, and the bytes of the logits of a chunk and of the weight once more.
     num_classes: how many columns of the weight are classes, a static int; None stands for all. The
       columns after them are padding: they take no part, and their gradients are 0. They have to
       hold finite numbers.
@@ -105,6 +106,12 @@ def linear_softmax_cross_entropy(
       classes; JAX does not tell a function how its arguments are spread, so that this is no error.
       For each chunk it takes one reduction of one number per token and one of three to six; class
       weights take one more, and the gradient one of x's cotangent.
+    logits_sharding: outside of `jax.shard_map`, how logits ``[*B, V]`` would be spread over a mesh,
+      a `jax.sharding.NamedSharding`, or a `jax.sharding.PartitionSpec` for the mesh of
+      `jax.set_mesh`. Each device then computes the loss of its tokens and classes from all of their
+      features. The axes of labels must divide; classes that do not are padded. None stands for what
+      the arguments say: their types with explicit axes of the mesh, and with automatic axes XLA,
+      which on a TPU adds up the gradient of the weight once for each chunk where tokens are spread.
 
   Returns:
     The loss, one number or ``[*B]``, in float32 (float64 where an argument has it). The products
@@ -115,12 +122,13 @@ def linear_softmax_cross_entropy(
   Raises:
     TypeError: if x, weight or bias are not of a floating dtype, the labels or ``ignore_index`` not
       of an integer dtype, a coefficient not a real scalar, or ``vocab_axis``, ``chunk_size`` or
-      ``num_classes`` not static ints.
+      ``num_classes`` not static ints, or ``logits_sharding`` no sharding.
     ValueError: if the shapes do not fit, ``reduction`` is unknown, ``chunk_size`` is not positive
       or does not divide a symbolic number of tokens or is missing where the number of classes is
-      symbolic, a coefficient is known while tracing and out of its range, or ``axis_name`` is no
-      axis of a surrounding `jax.shard_map` with ``check_vma=True`` over which the weight, but not x
-      and the labels, is spread.
+      symbolic, a coefficient is known while tracing and out of its range, ``axis_name`` is no axis
+      of a surrounding `jax.shard_map` with ``check_vma=True`` over which the weight, but not x and
+      the labels, is spread, or ``logits_sharding`` is given inside one, without a mesh, or does not
+      divide the labels.
 
   Example:
     >>> import jax, jax.numpy as jnp

@@ -189,6 +189,7 @@ FUNCTIONS = {
       "num_classes": Kind(
         None, fixed={k: n for k, n in SIZES.items() if n < 3} | {"0": 0, "Index": 0} | OPTIONAL
       ),
+      "logits_sharding": none,
       **options,
     },
   ),
@@ -210,5 +211,5 @@ FUNCTIONS = {
 ARGUMENTS = [(function, name) for function, (_, _, kinds) in FUNCTIONS.items() for name in kinds]
 STATIC = (
   *("axis", "axis_name", "reduction", "keepdims", "return_sign", "return_aux"),
-  *("vocab_axis", "chunk_size", "num_classes"),
+  *("vocab_axis", "chunk_size", "num_classes", "logits_sharding"),
 )

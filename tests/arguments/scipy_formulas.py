@@ -97,7 +97,7 @@ def integer_cross_entropy(
 def linear_cross_entropy(
   x, weight, labels, bias=None, softcap=None, reduction="mean", vocab_axis=-1, **options
 ):
-  for name in ("chunk_size", "axis_name"):
+  for name in ("chunk_size", "axis_name", "logits_sharding"):
     options.pop(name, None)
   num_classes = options.pop("num_classes", None)
   if num_classes is not None:  # without classes the loss is 0; class 3 is not the only one

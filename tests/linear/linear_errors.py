@@ -3,9 +3,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from linear_programs import LABELS, WEIGHT, X
 
 from softmax_jax import linear_softmax_cross_entropy as linear
+
+
+def sharding(*parts):
+  return NamedSharding(jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,)), P(*parts))
+
 
 NAME = "linear_softmax_cross_entropy"
 ERRORS = {
@@ -83,6 +90,24 @@ ERRORS = {
     lambda: linear(X, WEIGHT, LABELS, chunk_size=2.0),
     TypeError,
     f"{NAME} expected chunk_size to be a static int or None, got float.",
+  ),
+  "logits_sharding": (
+    lambda: linear(X, WEIGHT, LABELS, logits_sharding="d"),
+    TypeError,
+    f"{NAME} expected logits_sharding to be a jax.sharding.PartitionSpec, a NamedSharding or "
+    "None, got str.",
+  ),
+  "logits_sharding without a mesh": (
+    lambda: linear(X, WEIGHT, LABELS, logits_sharding=P("d")),
+    ValueError,
+    f"{NAME} expected a mesh for logits_sharding={P('d')}. Call jax.set_mesh(mesh), or pass "
+    "jax.sharding.NamedSharding(mesh, spec).",
+  ),
+  "parts of logits_sharding": (
+    lambda: linear(X, WEIGHT, LABELS, logits_sharding=sharding(None, None, "d")),
+    ValueError,
+    f"{NAME} expected logits_sharding with at most 2 parts, for the 1 axes of labels and one of "
+    f"classes, got {P(None, None, 'd')}.",
   ),
   "class weights": (
     lambda: linear(X, WEIGHT, LABELS, class_weights=jnp.ones(6)),

@@ -153,6 +153,25 @@ def test_classes_that_do_not_divide_are_padded_and_a_mesh_may_be_set():
       assert relative_error(a, e) < 3e-6
 
 
+def test_a_sharding_of_the_logits_that_cannot_be():
+  mesh = mesh_of()
+  by_sequence = NamedSharding(mesh, P(None, "v"))
+  with pytest.raises(ValueError) as raised:
+    linear(X[:, :3], WEIGHT, LABELS[:, :3], logits_sharding=by_sequence)
+  assert str(raised.value) == (
+    "linear_softmax_cross_entropy expected labels of shape (8, 3) to be cut into equal parts over "
+    f"the mesh axis 'v' of size 4, as logits_sharding={P(None, 'v')} says. Pad them, and pass "
+    "ignore_index."
+  )
+  f = lambda x: linear(x, WEIGHT, LABELS[:1], logits_sharding=by_sequence)
+  with pytest.raises(ValueError) as raised:
+    jax.shard_map(f, mesh=mesh, in_specs=P(BOTH), out_specs=P(BOTH))(X)
+  assert str(raised.value) == (
+    "linear_softmax_cross_entropy expected no logits_sharding inside jax.shard_map. Pass "
+    "axis_name, if the classes are spread there."
+  )
+
+
 def model(parameters, tokens, labels, **options):
   return linear(jnp.tanh(parameters["embedding"][tokens]), parameters["head"], labels, **options)
 
