@@ -11,7 +11,7 @@ from jax.export import is_symbolic_dim
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from softmax_jax._arguments import Arguments, known_number
+from softmax_jax._arguments import Arguments, is_concrete, known_number
 from softmax_jax._devices import are_manual, mesh_axes
 
 
@@ -56,7 +56,7 @@ class LinearArguments(Arguments):
     if isinstance(value, NamedSharding):
       mesh, value = value.mesh, value.spec
     if not isinstance(value, PartitionSpec):
-      got = "a traced value" if isinstance(value, jax.core.Tracer) else type(value).__name__
+      got = type(value).__name__ if is_concrete(value) else "a traced value"
       raise TypeError(
         f"{self} expected logits_sharding to be a jax.sharding.PartitionSpec, a NamedSharding or "
         f"None, got {got}."

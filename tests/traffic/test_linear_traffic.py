@@ -2,11 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from absent_devices import required
 
 from softmax_jax import linear_softmax_cross_entropy
-from softmax_jax import softmax_cross_entropy_with_integer_labels as integer
 from softmax_jax.benchmark.traffic import traffic
 
 pytestmark = pytest.mark.long
@@ -16,7 +16,7 @@ H = 2048
 
 def dense(x, weight, labels):
   logits = jax.lax.dot(x, weight, preferred_element_type=jnp.float32)
-  return integer(logits, labels, reduction="mean")
+  return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def measured(target, f, num_tokens, num_classes):
