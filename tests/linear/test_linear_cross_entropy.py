@@ -385,3 +385,24 @@ def test_classes_with_a_bias_of_minus_infinity(softcap):
     step = 1e-2
     f = lambda c: dense(**smooth, labels=labels, softcap=c)
     np.testing.assert_allclose(by_softcap(3.0), (f(3 + step) - f(3 - step)) / (2 * step), rtol=1e-3)
+
+
+@pytest.mark.without("disable_jit")
+@pytest.mark.parametrize("of_neighbors", [True, False])
+def test_the_chunks_of_an_accelerator(of_neighbors, monkeypatch):
+  """All classes at once; of neighbors or, as on several TPUs, of every n-th token; and a rest."""
+  tiling = chunks.ON_ACCELERATOR._replace(of_neighbors=of_neighbors)
+  monkeypatch.setattr(chunks, "ON_CPU", tiling)
+  jax.clear_caches()  # it is read while tracing
+  labels, smooth = arguments(SMOOTH)
+  tokens = np.arange(7) % T  # three chunks of two tokens, and one
+  smooth["x"] = smooth["x"].reshape(-1, H)[tokens]
+  labels = labels.reshape(-1)[tokens]
+  f = lambda f, reduction, **fixed: jax.jit(
+    jax.value_and_grad(
+      lambda smooth: jnp.sum(jnp.sin(f(**smooth, labels=labels, reduction=reduction, **fixed)))
+    )
+  )
+  for reduction in ("sum", "none"):
+    assert_equal(f(linear, reduction, chunk_size=2)(smooth), f(dense, reduction)(smooth), 2e-6)
+  jax.clear_caches()
