@@ -192,6 +192,29 @@ FUNCTIONS = {
       **options,
     },
   ),
+  "softmax_entropy": (
+    sj.softmax_entropy,
+    {"logits": X},
+    {
+      "logits": Kind(X, FLOATS, {}, None),
+      "axis": axis,
+      "where": dataclasses.replace(where, shapes=("fewer axes",)),
+      "axis_name": none,
+    },
+  ),
+  "softmax_kl_divergence": (
+    sj.softmax_kl_divergence,
+    {"logits": X, "target_logits": X[::-1]},
+    {
+      "logits": Kind(X, FLOATS, {}, ("more axes", "fewer axes")),
+      "target_logits": Kind(X, FLOATS, {}, ("more axes", "fewer axes")),
+      "axis": axis,
+      "where": where,
+      "temperature": Kind(np.array(0.5, np.float32), REAL, CAPS),
+      "reduction": options["reduction"],
+      "axis_name": none,
+    },
+  ),
   **{
     name: (getattr(derivatives, name), dict.fromkeys(kinds, X), kinds)
     for name, kinds in {
