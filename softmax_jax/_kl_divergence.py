@@ -125,24 +125,28 @@ def _scaled(x: jax.Array, temperature: jax.Array | None, dtype: np.dtype) -> jax
 def _pair_of(residuals: _Residuals, rows: Rows) -> _Pair:
   """The distributions at the logits, differentiable."""
   z, w, predicted, target = _scaled_entries(residuals, rows)
-  by_q, by_p = inverse_sum(predicted), inverse_sum(target)
-  log_ratio = _log_ratio(residuals)
-  is_p = log_ratio > 0
+  q = predicted.exp(z) * inverse_sum(predicted)
+  p = target.exp(w) * inverse_sum(target)
+  log_ratio = jnp.where(p == 0, 0, _log_ratio(residuals))
+  # XLA:GPU writes what two sums share. So each has its own, of numbers per row that XLA does not
+  # recognize as the same.
+  gap, _ = _gap_and_term(residuals, z, w)
+  _, term = _gap_and_term(_held(residuals, rows), z, w)
+  return _differentiable(rows, z, w, _Pair(p, q, log_ratio, gap, term))
 
-  def larger(shift_p: jax.Array, shift_q: jax.Array) -> jax.Array:
-    of_p, of_q = difference_and_error(w, shift_p), difference_and_error(z, shift_q)
-    x, error = (jnp.where(is_p, *pair) for pair in zip(of_p, of_q, strict=True))
-    e = jnp.exp(x)
-    return (e + e * error) * jnp.where(is_p, by_p, by_q)
 
-  # XLA:GPU writes an exponential that two sums share. So each has its own, of shifts that XLA does
-  # not recognize as the same.
-  shifts = target.shift, predicted.shift
-  copies = rows.barrier(shifts)
-  gap, term = _gap_and_term(larger(*shifts), larger(*copies), log_ratio)
-  p, q = target.exp(w) * by_p, predicted.exp(z) * by_q
-  pair = _Pair(p, q, jnp.where(p == 0, 0, log_ratio), gap, term)
-  return _differentiable(rows, z, w, pair)
+def _held(residuals: _Residuals, rows: Rows) -> _Residuals:
+  """The same with barriers, of which XLA computes everything anew."""
+  predicted, target = residuals.predicted, residuals.target
+  q_shift, p_shift, offset, ratio = rows.barrier(
+    (predicted.shift, target.shift, residuals.offset, residuals.ratio)
+  )
+  return residuals._replace(
+    predicted=predicted._replace(shift=q_shift),
+    target=target._replace(shift=p_shift),
+    offset=offset,
+    ratio=ratio,
+  )
 
 
 # With s = |l| the larger of p and q is exp(s) times the other. If p is the larger
@@ -151,11 +155,18 @@ def _pair_of(residuals: _Residuals, rows: Rows) -> _Pair:
 #   q - p = q (1 - exp(-s)),   T = q ((1 - exp(-s)) - s exp(-s)).
 # Below 1 these would cancel. There, with the sum f = 1/2 - s/6 + s^2/24 - ...,
 #   1 - exp(-s) = s (1 - s f),   T = p s^2 f   or   q s^2 (1 - s f - f).
-def _gap_and_term(
-  larger: jax.Array, copy: jax.Array, log_ratio: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """``q - p`` and T from the larger of p and q and from log p - log q, to the last digits."""
+def _gap_and_term(residuals: _Residuals, z: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """``q - p`` and T from l and the larger of p and q, to the last digits."""
+  log_ratio = _log_ratio(residuals)
   is_p, size = log_ratio > 0, jnp.abs(log_ratio)
+  of_q, of_p = (
+    (*difference_and_error(x, s.shift), inverse_sum(s))
+    for x, s in ((z, residuals.predicted), (w, residuals.target))
+  )
+  d, error, inverse = (jnp.where(is_p, *pair) for pair in zip(of_p, of_q, strict=True))
+  larger = jnp.exp(d)
+  larger = (larger + larger * error) * inverse
+
   near = jnp.minimum(size, 1)
   series = jnp.ones_like(near)
   for k in range(18 if near.dtype == jnp.float64 else 10, 2, -1):
@@ -169,7 +180,7 @@ def _gap_and_term(
     near * near * jnp.where(is_p, series, slope - series),
     jnp.where(is_p, size - (1 - small), (1 - small) - size * small),
   )
-  return larger * gap, jnp.where(copy == 0, 0, copy * term)
+  return larger * gap, jnp.where(larger == 0, 0, larger * term)
 
 
 def _scaled_entries(
@@ -251,11 +262,9 @@ def _differentiable_jvp(rows: Rows, primals: Any, tangents: Any) -> tuple[_Pair,
 def _bwd(
   rows: Rows, residuals: _Residuals, bars: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, None, jax.Array | None]:
-  logits, target_logits, mask, temperature, predicted, target, *_ = residuals
+  logits, target_logits, mask, temperature, *_ = residuals
   # With barriers XLA does not keep the probabilities of the forward pass, two arrays.
-  shifts = rows.barrier((predicted.shift, target.shift))
-  normalizers = (s._replace(shift=x) for s, x in zip((predicted, target), shifts, strict=True))
-  residuals = residuals._replace(**dict(zip(("predicted", "target"), normalizers, strict=True)))
+  residuals = _held(residuals, rows)
   pair = _pair_of(residuals, rows)
   p, _, log_ratio, gap, term = pair
   by_target = maps.softmax_vjp(p, residuals.largest, log_ratio, rows, p.dtype)
