@@ -10,6 +10,7 @@ import pytest
 from oracle import check, random, relative_error
 
 from softmax_jax import _platform, softmax_entropy
+from softmax_jax.derivatives import softmax_jvp
 
 ENTROPY = "softmax_entropy"
 MASK = np.array([[1, 1, 0, 1, 0], [0, 0, 0, 1, 0], [1, 1, 1, 1, 1]], bool)
@@ -99,6 +100,12 @@ def test_the_usual_formula_loses_what_is_kept_here():
   assert relative_error(peer(z), expected[0]) > 1e-3
   assert relative_error(softmax_entropy(z), expected[0]) < 4 * U
   assert relative_error(jax.grad(softmax_entropy)(z), gradient[0]) < 8 * U
+
+
+def test_the_gradient_is_minus_the_jacobian_times_the_logits():
+  z = random(0, (3, 6))
+  gradient = jax.grad(lambda z: softmax_entropy(z).sum())(z)
+  assert relative_error(gradient, -softmax_jvp(z, z)) < 1e-6
 
 
 def test_second_derivatives_keep_their_digits_in_sure_rows():
