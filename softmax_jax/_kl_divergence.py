@@ -108,6 +108,7 @@ def _fwd(
   total, excess = rows.sum_over_devices(two_row_sums(pair.term, pair.gap, rows))
   total = total - 0.5 * excess * excess  # phi(eta), to the last digit of what is corrected
   divergence = masked(jnp.where(total < 0, 0, total), predicted.any, 0)
+  # A row without any class does not count.
   weight = batched_like(masked(jnp.ones_like(total), predicted.any, 0), total)
   residuals = residuals._replace(ratio=ratio - excess, divergence=divergence)
   return (divergence, weight), residuals
@@ -310,12 +311,13 @@ def softmax_kl_divergence(
 
   The loss of distillation, and the distance of two policies, differentiable in both modes and in
   both arguments, in the order of `optax.losses.kl_divergence` and ``torch.nn.functional.kl_div``:
-  the prediction first. The reverse divergence KL(q || p) is that of the arguments exchanged. Where p
-  and q are nearly equal, or sure of one class, value and gradients keep their digits: from 1e-14 on
-  (in float32) the divergence is right to a few units in the last place, and its gradient by the
-  logits to a few of its norm. That by the target has as many more as the log-ratios are large, if
-  these nearly agree. The result is never negative. Only the inputs and a few scalars per row are
-  saved for the backward pass.
+  the prediction first. The reverse divergence KL(q || p) is that of the arguments exchanged.
+
+  Where p and q are nearly equal, or sure of one class, value and gradients keep their digits. From
+  1e-14 on (in float32) the divergence is right to a few units in the last place, and its gradient
+  by the logits to a few of its norm; that by the target has larger errors if the log-ratios are
+  large and nearly agree. The result is never negative. Only the inputs and a few scalars per row
+  are saved for the backward pass.
 
   Args:
     logits: array z ``[*B, V]`` of a floating dtype, differentiable. Sixteen-bit logits are computed
