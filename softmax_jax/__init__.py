@@ -9,7 +9,9 @@ from softmax_jax._cross_entropy import (
   softmax_cross_entropy,
   softmax_cross_entropy_with_integer_labels,
 )
+from softmax_jax._entropy import softmax_entropy
 from softmax_jax._forward_mode import enable_forward_mode
+from softmax_jax._kl_divergence import softmax_kl_divergence
 from softmax_jax._linear_cross_entropy import linear_softmax_cross_entropy
 from softmax_jax._softmax import log_softmax, logsumexp, softmax
 
@@ -36,4 +38,6 @@ __all__ = [
   "softmax",
   "softmax_cross_entropy",
   "softmax_cross_entropy_with_integer_labels",
+  "softmax_entropy",
+  "softmax_kl_divergence",
 ]

@@ -165,6 +165,16 @@ class Arguments:
       raise ValueError(f"{self} expected label_smoothing in [0, 1], got {number:g}.")
     return x
 
+  def as_positive(self, name: str, value: Any, dtype: DTypeLike, fix: str = "") -> jax.Array:
+    """``value`` as a scalar of ``dtype``, positive and finite if that can be known."""
+    x = self.as_coefficient(name, value, dtype)
+    number, limits = known_number(value), np.finfo(dtype)
+    if number is not None and not float(limits.tiny) <= number <= float(limits.max):
+      raise ValueError(
+        f"{self} expected {name} to be positive and finite in {limits.dtype}, got {number:g}.{fix}"
+      )
+    return x
+
   def as_class_weights(self, value: Any, shape: tuple[int, ...]) -> jax.Array:
     """``value`` as an array with one number per class."""
     x = self.as_real("class_weights", value)
@@ -197,6 +207,7 @@ class Arguments:
     labels: tuple[int, ...],
     shape: tuple[int, ...],
     class_axes: tuple[int, ...],
+    name: str = "labels",
   ) -> jax.Array:
     """``where`` as a boolean array of the rank of ``shape``, that of the logits beside the labels.
 
@@ -209,7 +220,7 @@ class Arguments:
     per_row = mask.ndim == len(rows) and not of_logits
     expected = rows if per_row else shape
     if _broadcast_shapes(mask.shape, expected) != expected:
-      beside = "" if logits == shape else f" with labels of shape {labels}"
+      beside = "" if logits == shape else f" with {name} of shape {labels}"
       raise ValueError(
         f"{self} expected where to broadcast to logits of shape {logits}{beside}, or one value "
         f"per row, of shape {rows}, got shape {mask.shape}."

@@ -19,9 +19,15 @@ def exp_of_difference(x: jax.Array, shift: jax.Array) -> jax.Array:
   The difference d is off by up to u |d|, and its exponential by as many units of itself. The error
   is known exactly (the two-sum of Knuth), and exp(d + error) = exp(d) (1 + error).
   """
-  error = rounding_error_of_difference(jnp.maximum(x, underflow_floor(shift)), shift)
-  e = jnp.exp(difference(x, shift))  # as in `in_passes`: XLA computes it once for both
+  d, error = difference_and_error(x, shift)
+  e = jnp.exp(d)  # as in `in_passes`: XLA computes it once for both
   return e + e * error
+
+
+def difference_and_error(x: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """``x - shift`` for ``x <= shift``, and what that lacks if its exponential is not 0."""
+  error = rounding_error_of_difference(jnp.maximum(x, underflow_floor(shift)), shift)
+  return difference(x, shift), error
 
 
 def rounding_error_of_difference(x: jax.Array, shift: jax.Array) -> jax.Array:
@@ -55,6 +61,11 @@ def difference(x: jax.Array, shift: jax.Array) -> jax.Array:
   """
   zero = lax.optimization_barrier(0 * shift)
   return (x + zero) - shift
+
+
+def finite_cost(x: jax.Array, shift: jax.Array) -> jax.Array:
+  """``shift - x``; finite for an x of -inf, so that its product with a probability of 0 is 0."""
+  return jnp.minimum(-difference(x, shift), np.finfo(shift.dtype).max)
 
 
 def underflow_floor(shift: jax.Array, *, barrier: bool = True) -> jax.Array:

@@ -131,7 +131,7 @@ def _differences_on_chip(rows: Rows, z: jax.Array) -> tuple[jax.Array, jax.Array
 # When one a_t is close to 1 this difference cancels. But J 1 = 0, so that any number may be
 # subtracted from c first. With c_t, the term of t is exactly 0 and nothing cancels.
 def softmax_vjp(
-  y: jax.Array, largest: jax.Array, y_bar: jax.Array, rows: Rows, dtype: DTypeLike
+  y: jax.Array, largest: jax.Array | None, y_bar: jax.Array, rows: Rows, dtype: DTypeLike
 ) -> jax.Array:
   """The product of the cotangent with the (symmetric) Jacobian of softmax at its output y."""
   if rows.axis_name is not None:

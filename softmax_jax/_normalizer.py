@@ -69,6 +69,12 @@ class Normalizer(NamedTuple):
     """
     return _minus_shift(z, self.shift, self.rest)
 
+  def cost(self, z: jax.Array) -> jax.Array:
+    """``shift - z``, but finite: its product with a probability of 0 is 0."""
+    gone, zeros = z == -jnp.inf, jnp.zeros_like(z)
+    cost = jnp.minimum(-self.minus_shift(jnp.where(gone, zeros, z)), jnp.finfo(z.dtype).max)
+    return jnp.where(gone, zeros, cost)
+
   def minus_shift_in_a_sum(self, z: jax.Array) -> jax.Array:
     """``z - shift`` without the select of `minus_shift`, which would slow down a sum on a CPU."""
     return _minus_shift_in_a_sum(z, self.shift, self.rest)
@@ -84,6 +90,7 @@ class LocalNormalizer(NamedTuple):
       `DOMINATED`, otherwise 0; None where one device has the whole row.
     any: that of the `Normalizer`.
     top_index: where the largest entry on this device is, if that is known.
+    spread: the sum of ``exp(z - shift) (shift - z)`` on this device, if that was asked for.
   """
 
   shift: jax.Array
@@ -91,6 +98,7 @@ class LocalNormalizer(NamedTuple):
   excluded_max: jax.Array | None
   any: jax.Array | None
   top_index: jax.Array | None
+  spread: jax.Array | None
 
   def over_devices(self, others: Parts, rows: Rows) -> tuple[Normalizer, Parts]:
     """The normalizer, and the sums over the devices of ``others``, which are per-row scalars."""
@@ -131,7 +139,8 @@ def local_normalizer(
   local_top = lax.stop_gradient(local.top)
   local_shift = finite_or_zero(local_top)
   if rows.axis_name is None:
-    return LocalNormalizer(local_shift, local.rest, None, any_, local.top_index), local.costs
+    s = LocalNormalizer(local_shift, local.rest, None, any_, local.top_index, local.spread)
+    return s, local.costs
   top, any_ = rows.max_over_devices(local_top, any_)
   shift = finite_or_zero(top)
   # exp(z - shift) = e exp(z - local_top), which is e for the largest on this device.
@@ -139,7 +148,10 @@ def local_normalizer(
   kept = drop_dominant(e)
   costs = tuple(cost.moved(shift - local_shift) for cost in local.costs)
   rest = e * local.rest + kept
-  return LocalNormalizer(shift, rest, e - kept, any_, local.top_index), costs
+  spread = local.spread
+  if spread is not None:
+    spread = e * (spread + (1 + local.rest) * (shift - local_shift))
+  return LocalNormalizer(shift, rest, e - kept, any_, local.top_index, spread), costs
 
 
 # With z_t the dominant entry of a row, shift_dot = z_dot_t, and the derivatives of

@@ -3,7 +3,8 @@
 Both forms compute the same numbers from the entries z_k on this device:
 
     top = max_k z_k,   rest = (sum_k exp(z_k - top)) - 1,
-    and for weights p_k:   cost = sum_k p_k (top - z_k),   weight = sum_k p_k.
+    and for weights p_k:   cost = sum_k p_k (top - z_k),   weight = sum_k p_k,
+    or for the entropy:    spread = sum_k exp(z_k - top) (top - z_k).
 
 The largest exponential is 1. Added to the others it wipes out their digits where it holds nearly
 all of the sum, so that the others must be summed without it.
@@ -11,21 +12,24 @@ all of the sum, so that the others must be summed without it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from softmax_jax._arrays import masked, where_needed
+from softmax_jax._arrays import batched_like, masked, where_needed
 from softmax_jax._devices import index_along, varying_alike
 from softmax_jax._exponentials import (
   DOMINATED,
   difference,
   drop_dominant,
   exp_of_difference,
+  finite_cost,
   finite_or_zero,
 )
 from softmax_jax._forward_mode import with_derivative_of
@@ -79,13 +83,16 @@ class RowSums(NamedTuple):
     rest: the sum of ``exp(z - top)`` over all entries but one that is the largest: to a few
       rounding errors of its own size; -1 in a row of -inf alone, +inf in a row with +inf.
     costs: one for each of the weights; the shift is `top`, or 0 where that is not finite.
-    top_index: where the largest entry is, if that was asked for.
+    top_index: where the largest entry is, if that was asked for; 0 in passes, which do not know.
+    spread: the sum of ``exp(z - shift) (shift - z)``, if that was asked for; the shift is that of
+      the costs, and an entry of -inf adds 0.
   """
 
   top: jax.Array
   rest: jax.Array
   costs: tuple[Cost, ...]
   top_index: jax.Array | None = None
+  spread: jax.Array | None = None
 
 
 def row_sums(
@@ -94,20 +101,43 @@ def row_sums(
   weights: tuple[Weights, ...],
   rows: Rows,
   dtype: DTypeLike,
+  *,
+  with_index: bool = False,
+  with_spread: bool = False,
 ) -> RowSums:
   """The sums over the entries of ``x``, computed in ``dtype``; masked ones count as -inf."""
 
   def form(sums: Callable[..., RowSums]) -> Callable[..., RowSums]:
-    return lambda x, mask, weights: sums(x, mask, weights, rows, dtype)
+    asked = functools.partial(sums, with_index=with_index, with_spread=with_spread)
+    return lambda x, mask, weights: asked(x, mask, weights, rows, dtype)
 
   return in_form_of_platform(Forms(form(in_passes), form(in_one_read)), rows, x, mask, weights)
+
+
+def two_row_sums(x: jax.Array, y: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
+  """The sums of two arrays over the entries of each row on this device."""
+
+  def plain(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return rows.local_sum(x), rows.local_sum(y)
+
+  def one_read(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _two_sums(x, y, rows.axes)
+
+  return in_form_of_platform(Forms(plain, one_read), rows, x, y)
 
 
 # --- in passes ------------------------------------------------------------------------------------
 
 
 def in_passes(
-  x: jax.Array, mask: jax.Array | None, weights: tuple[Weights, ...], rows: Rows, dtype: DTypeLike
+  x: jax.Array,
+  mask: jax.Array | None,
+  weights: tuple[Weights, ...],
+  rows: Rows,
+  dtype: DTypeLike,
+  *,
+  with_index: bool = False,
+  with_spread: bool = False,
 ) -> RowSums:
   """The largest, then the sum of all, and only where one dominates a row that of the others."""
   z = _entries(x, mask, dtype)
@@ -131,7 +161,12 @@ def in_passes(
   # With a shift of their own: XLA:CPU would materialize the difference that two sums share.
   (shift,) = rows.barrier((shift,))
   costs = [_cost_in_passes(x, mask, weight, shift, rows, dtype) for weight in weights]
-  return RowSums(top, rest, tuple(costs))
+  spread = None
+  if with_spread:
+    z = _entries(x, mask, dtype)
+    spread = rows.local_sum(exp_of_difference(z, shift) * finite_cost(z, shift))
+  index = batched_like(jnp.zeros((), jnp.int32), top) if with_index else None
+  return RowSums(top, rest, tuple(costs), index, spread)
 
 
 _Operands = tuple[jax.Array, jax.Array | None, Weights, jax.Array]  # x, mask, weights, shift
@@ -214,11 +249,13 @@ class _Part(NamedTuple):
   low: jax.Array
   costs: tuple[tuple[jax.Array, jax.Array, jax.Array], ...]  # total, low, weight
   top_index: jax.Array | None
+  spread: tuple[jax.Array, jax.Array] | None  # total, low
 
 
 # A part of a row is described by (m, r): its largest entry, and the sum of exp(z_k - m) over all
 # entries but one that is m. Two parts with m_1 >= m_2 make
 #   m = m_1,   r = r_1 + exp(m_2 - m_1) (1 + r_2),   cost = cost_1 + cost_2 + weight_2 (m_1 - m_2),
+#   spread = spread_1 + exp(m_2 - m_1) (spread_2 + (1 + r_2) (m_1 - m_2)),
 # in any order: a commutative monoid with the neutral element (-inf, -1), which an entry of -inf is
 # too; any other entry is (z, 0). So one `jax.lax.reduce` reads the row once, and no sum includes
 # the 1 of the largest entry. The rounding errors of r and of the costs travel along, each in a
@@ -231,6 +268,7 @@ def in_one_read(
   dtype: DTypeLike,
   *,
   with_index: bool = False,
+  with_spread: bool = False,
 ) -> RowSums:
   """All sums at once."""
   z = _entries(x, mask, dtype)
@@ -243,6 +281,7 @@ def in_one_read(
     low=zeros,
     costs=tuple((zeros, zeros, weight) for weight in p),
     top_index=index_along(z, rows.axes[0]) if with_index else None,
+    spread=(zeros, zeros) if with_spread else None,
   )
   neutral = _Part(
     top=zero - jnp.inf,
@@ -250,12 +289,14 @@ def in_one_read(
     low=zero,
     costs=((zero, zero, zero),) * len(p),
     top_index=jnp.zeros((), jnp.int32) if with_index else None,
+    spread=(zero, zero) if with_spread else None,
   )
   sums: _Part = lax.reduce(entry, neutral, _combined, rows.axes)
   row = jax.tree.map(lambda x: jnp.expand_dims(x, rows.axes), sums)
   rest = (row.rest + row.low) + jnp.where(row.top == jnp.inf, jnp.inf, 0)
   costs = tuple(Cost(total + low, weight) for total, low, weight in row.costs)
-  return RowSums(row.top, rest, costs, row.top_index)
+  spread = None if row.spread is None else row.spread[0] + row.spread[1]
+  return RowSums(row.top, rest, costs, row.top_index, spread)
 
 
 def _combined(one: _Part, other: _Part) -> _Part:
@@ -289,7 +330,15 @@ def _combined(one: _Part, other: _Part) -> _Part:
   top_index = None
   if one.top_index is not None and other.top_index is not None:
     top_index, _ = ordered(one.top_index, other.top_index)
-  return _Part(m_1, r, low_1 + low, costs, top_index)
+  spread = None
+  if one.spread is not None and other.spread is not None:
+    spread_1, spread_2 = ordered(one.spread[0], other.spread[0])
+    spread_low_1, spread_low_2 = ordered(one.spread[1], other.spread[1])
+    distance = lax.min(-d, lax.full_like(d, np.finfo(d.dtype).max))
+    moved = e * (spread_2 + ((1 + r_2) + low_2) * distance) + e * spread_low_2
+    total, more = _two_sum(spread_1, moved)
+    spread = total, spread_low_1 + more
+  return _Part(m_1, r, low_1 + low, costs, top_index, spread)
 
 
 def sum_in_one_read(x: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:

@@ -17,7 +17,8 @@ All functions here are built from step 5 as a matrix and from the projection P i
     J = diag(a) - a a^T = J^T = diag(a) P,    P = I - 1 a^T.
 
 log softmax has the Jacobian P, logsumexp the gradient a and the Hessian J, and cross-entropy the
-gradient a - t and again the Hessian J.
+gradient a - t and again the Hessian J. So has the KL divergence from a given distribution t to a,
+and there J is the Fisher information of the logits. The entropy of a has the gradient -J z.
 
 The functions named after a matrix return it; the products with a vector (``*_jvp``, ``*_vjp``,
 ``*_hvp``) never build a K x K matrix. All are plain JAX, differentiable further in both modes, and

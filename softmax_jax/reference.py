@@ -30,6 +30,8 @@ __all__ = [
   "softmax",
   "softmax_cross_entropy",
   "softmax_cross_entropy_with_integer_labels",
+  "softmax_entropy",
+  "softmax_kl_divergence",
 ]
 
 Axis = int | Sequence[int] | None
@@ -278,6 +280,85 @@ def linear_softmax_cross_entropy(
   )
 
 
+def softmax_entropy(
+  logits: jax.Array, axis: Axis = -1, where: jax.Array | None = None
+) -> jax.Array:
+  r"""The entropy of `softmax`.
+
+  .. math:: H = -\sum_k a_k \log a_k
+
+  Args:
+    logits: array ``[*B, V]`` of a floating dtype, differentiable.
+    axis: the axis or axes of the classes; None stands for all.
+    where: optional booleans of the rank of the logits, or one per row, False where masked.
+
+  Returns:
+    The entropies ``[*B]`` in the dtype of the logits. A row without an unmasked class has entropy
+    0, and a class without probability adds 0.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from softmax_jax import reference
+    >>> print(f"{reference.softmax_entropy(jnp.zeros(2)):.4f}")
+    0.6931
+
+  Source: seed step 1.
+  """
+  a, log_a = _probabilities(_rows(logits, axis), _mask(where, logits, axis))
+  return -jnp.sum(a * log_a, axis=-1)
+
+
+def softmax_kl_divergence(
+  logits: jax.Array,
+  target_logits: jax.Array,
+  axis: Axis = -1,
+  where: jax.Array | None = None,
+  *,
+  temperature: Scalar = 1.0,
+  reduction: str = "none",
+) -> jax.Array:
+  r"""The Kullback-Leibler divergence of the `softmax` of logits from that of target logits.
+
+  .. math:: \mathrm{KL} = \sum_k p_k (\log p_k - \log q_k), \qquad
+    q = \mathrm{softmax}(z / \tau), \quad p = \mathrm{softmax}(w / \tau)
+
+  Args:
+    logits: array z ``[*B, V]`` of a floating dtype, differentiable.
+    target_logits: array w ``[*B, V]`` of that dtype, differentiable; both broadcast against each
+      other.
+    axis: the axis or axes of the classes; None stands for all.
+    where: optional booleans of the rank of the logits, or one per row, False where masked.
+    temperature: tau, differentiable.
+    reduction: "none", "sum", or "mean" over the rows with an unmasked class.
+
+  Returns:
+    The divergences ``[*B]``, or one number if reduced, in the dtype of the logits. A row without an
+    unmasked class has divergence 0, and a class of target probability 0 adds 0.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from softmax_jax import reference
+    >>> divergence = reference.softmax_kl_divergence(jnp.log(jnp.array([1.0, 3.0])), jnp.zeros(2))
+    >>> print(f"{divergence:.4f}")
+    0.1438
+
+  Source: seed step 1.
+  """
+  m = _mask(where, logits, axis)
+  logits, target_logits = jnp.broadcast_arrays(logits, target_logits)
+  z, w = (_rows(x, axis) for x in (logits, target_logits))
+  # -inf / temperature would have the derivative NaN.
+  z, w = (jnp.where(x == -jnp.inf, x, jnp.where(x == -jnp.inf, 0, x) / temperature) for x in (z, w))
+  _, log_q = _probabilities(z, m)
+  p, log_p = _probabilities(w, m)
+  divergence = jnp.sum(p * (log_p - log_q), axis=-1)
+  counts = jnp.broadcast_to(jnp.any(m, axis=-1), divergence.shape)
+  if reduction == "none":
+    return divergence
+  total = jnp.sum(divergence)
+  return total if reduction == "sum" else total / jnp.maximum(jnp.sum(counts), 1)
+
+
 # --- parts ---------------------------------------------------------------------------------------
 
 
@@ -323,6 +404,12 @@ def _cross_entropy(
   loss, penalty = reduce[reduction](loss), reduce[reduction](penalty)
   aux = CrossEntropyAux(nll=cross_entropy(w * t), lse=lse, z_loss=penalty, weight=total)
   return (loss, aux) if return_aux else loss
+
+
+def _probabilities(z: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The softmax of logits ``[*B, K]`` and its logarithm, with 0 for that of 0."""
+  a, log_a = softmax(z, where=m), log_softmax(z, where=m)
+  return a, jnp.where(log_a == -jnp.inf, 0, log_a)
 
 
 def _masked(x: jax.Array, where: jax.Array | None) -> jax.Array:

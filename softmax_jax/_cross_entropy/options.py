@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -88,13 +87,15 @@ def combine(options: Options, per_row: PerRow) -> tuple[jax.Array, CrossEntropyA
     z_loss = scale_or_zero(options.z_loss, per_row.lse**2)
     loss = loss + z_loss
   total_weight = jnp.sum(per_row.weight)
-  reduce: dict[Reduction, Callable[[jax.Array], jax.Array]] = {
-    "none": lambda x: x,
-    "sum": jnp.sum,
-    "mean": lambda x: mean(x, total_weight),
-  }
-  loss, z_loss = (reduce[options.reduction](x) for x in (loss, z_loss))
+  loss, z_loss = (reduced(x, total_weight, options.reduction) for x in (loss, z_loss))
   return loss, CrossEntropyAux(per_row.nll, per_row.lse, z_loss, total_weight)
+
+
+def reduced(x: jax.Array, weight: jax.Array, reduction: Reduction) -> jax.Array:
+  """The losses ``x`` of the rows, their sum, or that divided by ``weight``."""
+  if reduction == "none":
+    return x
+  return jnp.sum(x) if reduction == "sum" else mean(x, weight)
 
 
 def mean(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ from softmax_jax._forward_mode import enable_forward_mode
 from softmax_jax._normalizer import Normalizer, differentiable, local_normalizer
 from softmax_jax._products import cost_of, linear_scale_or_zero
 from softmax_jax._row_sums import Weights
-from softmax_jax._rows import AxisName, Rows
+from softmax_jax._rows import AxisName, Rows, known_sum
 
 
 class _Static(NamedTuple):
@@ -110,7 +110,9 @@ def _bwd(
   z = entries(logits, mask, s.any, dtype)
   s = differentiable(s, z, rows)
   p = jnp.broadcast_to(Weights(labels, weights).p(mask, dtype), z.shape)  # [*B, V]
-  total = _sum_of(p, total, rows)  # sum_k p_k
+  # sum_k p_k. In the loss the derivative by a weight of 0 of an infinite cost is 0, also that of
+  # its share in this sum, which here has the derivative of a sum.
+  total = known_sum(p, total, rows)
   cost = minus_log_softmax(z, s)  # -log a
   e, inverse = s.exp(z), inverse_sum(s)
   g = bars.lse
@@ -144,18 +146,6 @@ def _bwd(
     None,
     weights_bar,
   )
-
-
-# In the loss the derivative by a weight of 0 of an infinite cost is 0, also that of its share in
-# sum_k p_k. Here the sum has the derivative of a sum.
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _sum_of(p: jax.Array, total: jax.Array, rows: Rows) -> jax.Array:
-  return total
-
-
-@_sum_of.defjvp
-def _sum_of_jvp(rows: Rows, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-  return primals[1], rows.sum(tangents[0])
 
 
 # The same derivative along z_dot, p_dot and u_dot, in the form that keeps its digits near a_t = 1.

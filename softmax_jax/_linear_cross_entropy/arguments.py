@@ -6,12 +6,10 @@ import math
 from typing import Any
 
 import jax
-import numpy as np
 from jax.export import is_symbolic_dim
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
 
-from softmax_jax._arguments import Arguments, is_concrete, known_number
+from softmax_jax._arguments import Arguments, is_concrete
 from softmax_jax._devices import are_manual, mesh_axes
 
 
@@ -94,17 +92,6 @@ class LinearArguments(Arguments):
     if x.shape != shape:
       raise ValueError(
         f"{self} expected one bias per class, of shape {shape}, got shape {x.shape}."
-      )
-    return x
-
-  def as_softcap(self, value: Any, dtype: DTypeLike) -> jax.Array:
-    """``value`` as a scalar of ``dtype``, positive and finite if that can be known."""
-    x = self.as_coefficient("softcap", value, dtype)
-    number, limits = known_number(value), np.finfo(dtype)
-    if number is not None and not float(limits.tiny) <= number <= float(limits.max):
-      raise ValueError(
-        f"{self} expected softcap to be positive and finite in {limits.dtype}, got {number:g}. "
-        "Pass None for no softcap."
       )
     return x
 

@@ -164,7 +164,7 @@ def linear_softmax_cross_entropy(
   x, weight = (cast(a, dtype) if dtype == jnp.float64 else a for a in (x, weight))
   chosen = options.checked(arguments, dtype, label_smoothing, z_loss, reduction)
   if softcap is not None:
-    softcap = arguments.as_softcap(softcap, dtype)
+    softcap = arguments.as_positive("softcap", softcap, dtype, " Pass None for no softcap.")
   weights = None
   if class_weights is not None:
     weights = arguments.as_class_weights(class_weights, (size,)).astype(dtype)

@@ -47,6 +47,9 @@ Suites, of which the first two run by default:
             jax.nn and torch (which save the softmax for log_softmax's VJP, we the output alone);
   losses    cross-entropy with integer and with soft labels, the loss of every row, and the mean
             loss with its gradient, beside optax and torch;
+  divergences
+            softmax_entropy and softmax_kl_divergence of every row, and the mean with its gradient
+            by the logits, beside jax.nn, optax and torch; half of the rows are near the target;
   linear    linear_softmax_cross_entropy, the loss, and the loss with both gradients, beside optax
             on x @ weight, torch, tokamax and the bare matrix products, which are the limit;
   accuracy  the worst errors against float64 over 2 to 128,256 classes and logit scales of 0.01 to

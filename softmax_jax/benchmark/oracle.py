@@ -21,6 +21,8 @@ from typing import Any, NamedTuple, cast
 import jax.numpy as jnp
 import numpy as np
 
+_NONE = np.zeros(0)
+
 
 class Expected(NamedTuple):
   """The true values, the size beside which an error of each counts, and how errors are counted.
@@ -64,6 +66,29 @@ def _pick(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
   return np.take_along_axis(rows, labels[:, None].astype(np.int64), -1)[:, 0]
 
 
+def _log_ratio(rows: _Rows, target: _Rows) -> np.ndarray:
+  """log p - log q, from the differences of the logits: these keep their digits."""
+  difference = (target.z - target.max) - (rows.z - rows.max)
+  terms = np.where(difference < 0, -np.exp(rows.z - rows.max), np.exp(target.z - target.max))
+  excess = np.sum(terms * np.expm1(-np.abs(difference)), axis=-1, keepdims=True)  # S_q - S_p
+  # log S_p - log S_q, which is that of p's logits minus that of q's
+  smaller = 1 + np.minimum(rows.r, target.r)
+  return difference + np.sign(excess) * np.log1p(np.abs(excess) / smaller)
+
+
+def _gap(rows: _Rows, target: _Rows) -> np.ndarray:
+  """q - p."""
+  log_ratio = _log_ratio(rows, target)
+  return np.where(log_ratio < 0, -rows.a, target.a) * np.expm1(-np.abs(log_ratio))
+
+
+def _divergence(rows: _Rows, target: _Rows) -> np.ndarray:
+  """The sum of p (q / p - 1 + log p - log q), whose terms are not negative."""
+  log_ratio = _log_ratio(rows, target).astype(np.longdouble)
+  terms = target.a * (np.expm1(-log_ratio) + log_ratio)
+  return np.sum(terms, axis=-1).astype(rows.z.dtype)
+
+
 def values(function: str, z: np.ndarray, labels: np.ndarray | None = None) -> Expected:
   """What `function` returns at wide logits z: ``[B, K]`` or, where it reduces, ``[B]``."""
   rows = _Rows(z)
@@ -75,6 +100,11 @@ def values(function: str, z: np.ndarray, labels: np.ndarray | None = None) -> Ex
     y = rows.a
   elif function == "log_softmax":
     y = rows.log_a
+  elif function == "softmax_entropy":
+    y = -np.sum(rows.a * rows.log_a, axis=-1)
+  elif function == "softmax_kl_divergence":
+    assert labels is not None
+    y = _divergence(rows, _Rows(labels))
   else:
     assert labels is not None  # A loss has some.
     soft = function == "softmax_cross_entropy"
@@ -83,9 +113,11 @@ def values(function: str, z: np.ndarray, labels: np.ndarray | None = None) -> Ex
 
 
 def gradients(
-  function: str, z: np.ndarray, second: np.ndarray, *, rows_of_mean: int = 1
+  function: str, z: np.ndarray, second: np.ndarray = _NONE, *, rows_of_mean: int = 1
 ) -> Expected:
   """The VJP of `function` with cotangent `second`; of a loss the gradient at labels `second`.
+
+  In place of labels a divergence has target logits, and an entropy nothing.
 
   `rows_of_mean` is the number of rows over which the loss is averaged.
   """
@@ -98,6 +130,11 @@ def gradients(
     bar = second - a * np.sum(second, axis=-1, keepdims=True)
   elif function == "logsumexp":
     bar = a * second[:, None]
+  elif function == "softmax_entropy":
+    entropy = -np.sum(a * rows.log_a, axis=-1, keepdims=True)
+    bar = -a * (rows.log_a + entropy)
+  elif function == "softmax_kl_divergence":
+    bar = _gap(rows, _Rows(second))
   elif function == "softmax_cross_entropy":
     bar = a * np.sum(second, axis=-1, keepdims=True) - second
   else:

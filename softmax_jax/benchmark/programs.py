@@ -29,6 +29,7 @@ LOSS, GRADIENT = "loss", "loss + gradient"
 
 INTEGER, SOFT = "softmax_cross_entropy_with_integer_labels", "softmax_cross_entropy"
 LINEAR = "linear_softmax_cross_entropy"
+ENTROPY, DIVERGENCE = "softmax_entropy", "softmax_kl_divergence"
 
 
 def version(peer: str) -> str | None:
@@ -91,9 +92,16 @@ def jax_functions(peer: str, platform: str) -> dict[str, Callable[..., Any]]:
       INTEGER: softmax_jax.softmax_cross_entropy_with_integer_labels,
       SOFT: softmax_jax.softmax_cross_entropy,
       LINEAR: softmax_jax.linear_softmax_cross_entropy,
+      ENTROPY: softmax_jax.softmax_entropy,
+      DIVERGENCE: softmax_jax.softmax_kl_divergence,
     }
   if peer == "jax.nn":
+
+    def entropy(z: jax.Array) -> jax.Array:
+      return -jnp.sum(jax.nn.softmax(z) * jax.nn.log_softmax(z), axis=-1)
+
     return {
+      ENTROPY: entropy,
       "softmax": jax.nn.softmax,
       "log_softmax": jax.nn.log_softmax,
       "logsumexp": functools.partial(jax.nn.logsumexp, axis=-1),
@@ -107,7 +115,10 @@ def jax_functions(peer: str, platform: str) -> dict[str, Callable[..., Any]]:
     def linear(x: jax.Array, weight: jax.Array, labels: jax.Array) -> jax.Array:
       return jnp.mean(integer(x @ weight, labels))
 
-    return {INTEGER: integer, SOFT: soft, LINEAR: linear}
+    def divergence(z: jax.Array, w: jax.Array) -> jax.Array:
+      return losses.kl_divergence(jax.nn.log_softmax(z), jax.nn.softmax(w))
+
+    return {INTEGER: integer, SOFT: soft, LINEAR: linear, DIVERGENCE: divergence}
   if peer == "tokamax":
     tokamax: Any = importlib.import_module("tokamax")  # Optional like torch, and not typed.
     # It has a kernel for TPUs, which it finds itself; elsewhere it would materialize the logits.
@@ -139,8 +150,8 @@ def in_mode(f: Callable[..., Any], function: str, mode: str) -> Callable[..., An
     return f
   if function != LINEAR:
 
-    def of_mean(logits: jax.Array, labels: jax.Array) -> Any:
-      mean: Callable[[jax.Array], jax.Array] = lambda z: jnp.mean(f(z, labels))
+    def of_mean(logits: jax.Array, *others: jax.Array) -> Any:
+      mean: Callable[[jax.Array], jax.Array] = lambda z: jnp.mean(f(z, *others))
       return jax.value_and_grad(mean)(logits)
 
     return of_mean
@@ -241,11 +252,23 @@ def _torch_program(peer: str, function: str, mode: str, arguments: Sequence[np.n
     x @ weight, labels
   )
   dense = mean if mode == GRADIENT else each
+
+  def entropy(z: Any) -> Any:
+    losses = torch.distributions.Categorical(logits=z, validate_args=False).entropy()
+    return losses.mean() if mode == GRADIENT else losses
+
+  def divergence(z: Any, w: Any) -> Any:
+    log_q, log_p = (torch.log_softmax(x, -1) for x in (z, w))
+    losses = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    return losses.mean() if mode == GRADIENT else losses
+
   functions: dict[str, Callable[..., Any]] = {
     **softmaxes,
     INTEGER: dense,
     SOFT: dense,
     LINEAR: linear,
+    ENTROPY: entropy,
+    DIVERGENCE: divergence,
   }
   f = functions[function]
   if peer == "torch.compile":
@@ -306,5 +329,5 @@ def peers_of(function: str) -> tuple[str, ...]:
   """The peers that have `function`."""
   if function == LINEAR:
     return ("optax", "torch", "torch.compile", "tokamax", "products")
-  library = "optax" if "cross_entropy" in function else "jax.nn"
+  library = "optax" if function in (INTEGER, SOFT, DIVERGENCE) else "jax.nn"
   return (library, "torch", "torch.compile")

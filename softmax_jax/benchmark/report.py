@@ -7,12 +7,29 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from softmax_jax.benchmark.programs import GRADIENT, INTEGER, LINEAR, OURS, PEERS, PULL, SOFT, VJP
+from softmax_jax.benchmark.programs import (
+  DIVERGENCE,
+  ENTROPY,
+  GRADIENT,
+  INTEGER,
+  LINEAR,
+  OURS,
+  PEERS,
+  PULL,
+  SOFT,
+  VJP,
+)
 
 if TYPE_CHECKING:
   from rich.console import Console
 
-_SHORT = {INTEGER: "integer", SOFT: "soft", LINEAR: "linear"}
+_SHORT = {
+  INTEGER: "integer",
+  SOFT: "soft",
+  LINEAR: "linear",
+  ENTROPY: "entropy",
+  DIVERGENCE: "KL divergence",
+}
 _MODES = {VJP: " + vjp", PULL: ", vjp alone", GRADIENT: " + grad"}
 # Where values are this far off, a number of ulp says less than the share that is wrong.
 _WRONG = 0.05

@@ -11,6 +11,8 @@ import numpy as np
 
 from softmax_jax.benchmark import oracle, programs, timing
 from softmax_jax.benchmark.programs import (
+  DIVERGENCE,
+  ENTROPY,
   FORWARD,
   GRADIENT,
   INTEGER,
@@ -29,6 +31,7 @@ _LINES = {
     (f, mode) for f in ("softmax", "log_softmax", "logsumexp") for mode in (FORWARD, VJP)
   ],
   "losses": [(f, mode) for f in (INTEGER, SOFT) for mode in (LOSS, GRADIENT)],
+  "divergences": [(f, mode) for f in (ENTROPY, DIVERGENCE) for mode in (LOSS, GRADIENT)],
   "linear": [(LINEAR, LOSS), (LINEAR, GRADIENT)],
 }
 NAMES = tuple(_LINES)
@@ -128,6 +131,11 @@ def arguments(line: Line, dtype: np.dtype, seed: int) -> list[np.ndarray]:
     labels = draw(rng.random, *line.shape)
     labels /= labels.sum(axis=-1, keepdims=True)
     return [logits, labels.astype(dtype)]
+  if line.function == DIVERGENCE:  # half of the rows are close to the target
+    close = logits + 0.01 * draw(rng.standard_normal, *line.shape)
+    other = draw(rng.standard_normal, *line.shape)[::-1] * line.scale
+    is_close = np.arange(math.prod(rows)).reshape(*rows, 1) % 2 == 0
+    return [logits, np.where(is_close, close, other).astype(dtype)]
   if line.mode in (VJP, PULL):
     shape = rows if line.function == "logsumexp" else line.shape
     return [logits, draw(rng.standard_normal, *shape).astype(dtype)]
@@ -139,7 +147,7 @@ def shapes_of_arguments(line: Line, dtype: np.dtype) -> list[jax.ShapeDtypeStruc
   if line.suite == "linear":
     tokens, features, classes = line.shape
     shapes = [(tokens, features), (features, classes)]
-  elif line.function == SOFT or (line.mode == VJP and line.function != "logsumexp"):
+  elif line.function in (SOFT, DIVERGENCE) or (line.mode == VJP and line.function != "logsumexp"):
     shapes = [line.shape, line.shape]
   elif line.mode == VJP:
     shapes = [line.shape, line.shape[:-1]]

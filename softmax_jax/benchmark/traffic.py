@@ -17,7 +17,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from softmax_jax._platform import ON_CHIP
 from softmax_jax.benchmark import hlo, programs, suites, targets
-from softmax_jax.benchmark.programs import GRADIENT, INTEGER, LINEAR, OURS, SOFT, VJP
+from softmax_jax.benchmark.programs import (
+  DIVERGENCE,
+  ENTROPY,
+  GRADIENT,
+  INTEGER,
+  LINEAR,
+  OURS,
+  SOFT,
+  VJP,
+)
 
 SHAPES = ((8192, 128), (2048, 1024), (2048, 32768), (4096, 131072))
 LINEAR_SHAPES = ((16384, 2048, 128256),)
@@ -112,7 +121,7 @@ def least(line: suites.Line, target: str) -> tuple[int, int] | None:
   if line.suite == "linear":
     return None
   full_cotangent = line.mode == VJP and line.function != "logsumexp"
-  inputs = 2 if full_cotangent or line.function == SOFT else 1
+  inputs = 2 if full_cotangent or line.function in (SOFT, DIVERGENCE) else 1
   outputs = (line.function in ("softmax", "log_softmax")) + (line.mode in (VJP, GRADIENT))
   fits = line.shape[1] <= _ROW_ON_CHIP[targets.platform(target)]
   return inputs if fits or not outputs else 2 * inputs, outputs
@@ -128,9 +137,9 @@ def _specs(line: suites.Line) -> tuple[list[PartitionSpec], PartitionSpec]:
     return [same, spread, same], same
   if line.function == INTEGER:
     return [spread, same], same
-  if line.function == SOFT:
+  if line.function in (SOFT, DIVERGENCE):
     return [spread, spread], same
-  return [spread], same if line.function == "logsumexp" else spread
+  return [spread], same if line.function in ("logsumexp", ENTROPY) else spread
 
 
 def _spread_out(line: suites.Line, target: str, dtype: np.dtype, devices: int) -> list[Any]:

@@ -95,6 +95,9 @@ def _of_dtype(dtype: str, checks: tuple[str, ...] | None, shape: tuple[int, int]
   yield case("softmax_cross_entropy", (x, t), (edge, t.at[0, -1].set(0)))
   yield case("softmax_cross_entropy_with_integer_labels", (x, y), (edge, y))
   yield case("linear_softmax_cross_entropy", (features, weight, y))
+  w = _logits(shape, dtype, 7)
+  yield case("softmax_entropy", (x,), (edge,))
+  yield case("softmax_kl_divergence", (x, w), (edge, w.at[0, -1].set(-jnp.inf)))
 
 
 def _shown(kwargs: dict[str, Any]) -> str:
@@ -150,6 +153,9 @@ def _with_coefficients(checks: tuple[str, ...]) -> Iterator[Case]:
     _, options = coefficients(zero, np.True_, *given)
     return f(x, w, y, bias=bias, softcap=cap, ignore_index=-1, **options)
 
+  def divergence(f: Callable[..., Any], z: Any, w: Any, counts: Any, temperature: Any) -> Any:
+    return f(z, w, 0, counts, temperature=temperature, reduction="mean")
+
   def case(
     title: str, adapted: Callable[..., Any], args: tuple[Any, ...], *edge_points: tuple[Any, ...]
   ) -> Case:
@@ -178,6 +184,16 @@ def _with_coefficients(checks: tuple[str, ...]) -> Iterator[Case]:
     (z, t, all_rows, *at_1),
     (impossible, t, all_rows, 0, zero, z_loss, weights),
     (anything, t.at[0, 0].set(jnp.nan), last_row, *inside),
+  )
+  w = _logits(z.shape, "float32", 7)
+  yield case(
+    "softmax_kl_divergence(axis=0, temperature, reduction=mean)",
+    divergence,
+    (z, w, all_rows, np.float32(1.5)),
+    (z, w, all_rows, np.float32(1)),
+    (z, z, all_rows, np.float32(1.5)),
+    (impossible, w.at[-1].set(-jnp.inf), all_rows, np.float32(1.5)),
+    (anything, w.at[0, 0].set(jnp.nan), last_row, np.float32(1.5)),
   )
   x, weight = _logits((rows, 3), "float32", 4), _logits((3, 20), "float32", 3)
   nothing = x.at[0, 0].set(jnp.nan).at[1, 1].set(jnp.inf).at[2].set(-jnp.inf)

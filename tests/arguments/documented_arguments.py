@@ -74,6 +74,7 @@ NUMBERS |= dict.fromkeys(("0-d __array__", "0-d __jax_array__"), 0.5)
 if X64:  # integers of 64 bits are numbers too
   NUMBERS |= {"2147483648": 2**31, "np.uint64": 2**64 - 1}
 OF_THEIR_OWN = NUMBERS | ({"1e+300": 1e300} if X64 else {})  # not brought to float32
+FLOATING = {name: x for name, x in OF_THEIR_OWN.items() if not isinstance(x, int)}
 SHARES = {name: x for name, x in NUMBERS.items() if 0 <= x <= 1}
 CAPS = {name: x for name, x in NUMBERS.items() if 0 < x < np.inf}
 BOOLS = {"True": True, "False": False, "np.bool_": True}
@@ -191,6 +192,24 @@ FUNCTIONS = {
       ),
       "logits_sharding": none,
       **options,
+    },
+  ),
+  "softmax_entropy": (
+    sj.softmax_entropy,
+    {"logits": X},
+    {"logits": Kind(X, FLOATS, {}, None), "axis": axis, "where": where, "axis_name": none},
+  ),
+  "softmax_kl_divergence": (
+    sj.softmax_kl_divergence,
+    {"logits": X, "target_logits": T},
+    {
+      "logits": Kind(X, FLOATS, {}, ("more axes", "fewer axes")),
+      "target_logits": Kind(T, FLOATS, FLOATING, ("more axes", "fewer axes")),
+      "axis": axis,
+      "where": where,
+      "temperature": Kind(np.array(1, np.float32), REAL, CAPS),
+      "reduction": options["reduction"],
+      "axis_name": none,
     },
   ),
   **{

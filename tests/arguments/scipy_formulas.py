@@ -123,6 +123,41 @@ def logsumexp(a, axis=None, b=None, keepdims=False, return_sign=False, where=Non
     return scipy.special.logsumexp(a, axis, b, keepdims, return_sign)
 
 
+def _probabilities(logits, axis, where):
+  """The probabilities along ``axis``, their logarithms, and the axes."""
+  z = np.where(np.broadcast_to(True if where is None else where, logits.shape), logits, -np.inf)
+  axes = tuple(range(z.ndim)) if axis is None else axis
+  a = scipy.special.softmax(z, axis=axes)
+  return a, np.where(a == 0, 0, scipy.special.log_softmax(z, axis=axes)), axes
+
+
+def entropy(logits, axis=-1, where=None, axis_name=None):
+  if where is not None and not np.any(where):
+    return 0 * np.sum(logits, axis=axis)
+  with np.errstate(all="ignore"):
+    a, log_a, axes = _probabilities(logits, axis, where)
+  return -np.sum(a * log_a, axis=axes)
+
+
+def kl_divergence(
+  logits,
+  target_logits,
+  axis=-1,
+  where=None,
+  temperature=1.0,
+  reduction="none",
+  axis_name=None,
+):
+  logits, target_logits = np.broadcast_arrays(logits, target_logits)
+  if where is not None and not np.any(where):
+    return 0 * np.sum(logits, axis=axis)
+  with np.errstate(all="ignore"):
+    _, log_q, axes = _probabilities(logits / temperature, axis, where)
+    p, log_p, _ = _probabilities(target_logits / temperature, axis, where)
+  divergence = np.sum(p * (log_p - log_q), axis=axes)
+  return _reduced(divergence, reduction, divergence.size)
+
+
 def _cross_entropy_gradient(logits, labels):
   labels = labels if labels.ndim == logits.ndim else _one_hot(labels, logits.shape[-1])
   return scipy.special.softmax(logits, axis=-1) * np.sum(labels, -1, keepdims=True) - labels
@@ -135,6 +170,8 @@ ORACLE = {
   "softmax_cross_entropy": softmax_cross_entropy,
   "softmax_cross_entropy_with_integer_labels": integer_cross_entropy,
   "linear_softmax_cross_entropy": linear_cross_entropy,
+  "softmax_entropy": entropy,
+  "softmax_kl_divergence": kl_divergence,
   "softmax_jacobian": _jacobian,
   "softmax_jvp": lambda x, x_dot: _product(x, x_dot),
   "softmax_vjp": lambda x, y_bar: _product(x, y_bar),

@@ -22,7 +22,17 @@ from commands import strict_json
 from softmax_jax import benchmark
 from softmax_jax.__main__ import main
 from softmax_jax.benchmark import accuracy, oracle, programs, report, suites, timing
-from softmax_jax.benchmark.programs import GRADIENT, INTEGER, LINEAR, OURS, PULL, SOFT, VJP
+from softmax_jax.benchmark.programs import (
+  DIVERGENCE,
+  ENTROPY,
+  GRADIENT,
+  INTEGER,
+  LINEAR,
+  OURS,
+  PULL,
+  SOFT,
+  VJP,
+)
 
 README = Path(__file__).parents[2] / "README.md"
 JAX_PEERS = ("jax.nn", "optax", "products")
@@ -142,6 +152,14 @@ def reference(function, z, second):
     total = mpmath.fsum(map(mpmath.exp, z))
     a = [mpmath.exp(v) / total for v in z]
     t = [int(i == second) for i in range(size)] if function == INTEGER else second
+    if function == ENTROPY:
+      entropy = -mpmath.fsum(p * mpmath.log(p) for p in a)
+      return [float(entropy)], [float(-p * (mpmath.log(p) + entropy)) for p in a]
+    if function == DIVERGENCE:
+      w = [mpmath.exp(mpmath.mpf(float(v))) for v in second]
+      p = [v / mpmath.fsum(w) for v in w]
+      divergence = mpmath.fsum(v * mpmath.log(v / q) for v, q in zip(p, a, strict=True))
+      return [float(divergence)], [float(q - v) for v, q in zip(p, a, strict=True)]
     if function in (INTEGER, SOFT):
       loss = -mpmath.fsum(float(p) * mpmath.log(q) for p, q in zip(t, a, strict=True))
       weight = mpmath.fsum(map(float, t))
@@ -158,7 +176,9 @@ def reference(function, z, second):
     return [float(v) for v in y], [float(v) for v in bar]
 
 
-@pytest.mark.parametrize("function", ["softmax", "log_softmax", "logsumexp", INTEGER, SOFT])
+@pytest.mark.parametrize(
+  "function", ["softmax", "log_softmax", "logsumexp", INTEGER, SOFT, ENTROPY, DIVERGENCE]
+)
 def test_the_oracle_keeps_its_digits(function):
   rng = np.random.default_rng(1)
   z = rng.normal(size=(5, 6)) * np.array([0.01, 1.0, 10.0, 30.0, 1.0])[:, None]
@@ -167,13 +187,14 @@ def test_the_oracle_keeps_its_digits(function):
     INTEGER: np.array([0, 1, 2, 3, 2], np.int32),
     SOFT: rng.dirichlet(np.ones(6), size=5),
     "logsumexp": rng.normal(size=5),
+    DIVERGENCE: z + 0.1 * rng.normal(size=(5, 6)),
   }.get(function, rng.normal(size=(5, 6)))
-  is_loss = function in (INTEGER, SOFT)
+  is_loss = function in (INTEGER, SOFT, DIVERGENCE)
   y = oracle.values(function, z, *([second] if is_loss else [])).values
   bar = oracle.gradients(function, z, second).values
   for i in range(len(z)):
     value, gradient = reference(function, z[i], second[i])
-    np.testing.assert_allclose(np.ravel(y[i]), value, rtol=1e-14)
+    np.testing.assert_allclose(np.ravel(y[i]), value, rtol=1e-13)
     np.testing.assert_allclose(bar[i], gradient, rtol=1e-12, atol=1e-14 * np.abs(gradient).max())
 
 
@@ -203,7 +224,7 @@ def test_every_contender_computes_what_the_oracle_does(peer):
   if programs.version(peer) is None:
     pytest.skip(f"{peer} is not installed")
   float32 = np.dtype(np.float32)
-  shapes = {"softmax": (8, 5), "losses": (2, 4, 5), "linear": (8, 4, 5)}
+  shapes = {"softmax": (8, 5), "losses": (2, 4, 5), "divergences": (2, 4, 5), "linear": (8, 4, 5)}
   found = 0
   for suite, shape in shapes.items():
     for line in suites.timed_lines(suite, [shape], [1.0]):
@@ -212,11 +233,13 @@ def test_every_contender_computes_what_the_oracle_does(peer):
       inputs = suites.arguments(line, float32, 0)
       if suite != "linear":  # Of scales at which every library has digits.
         inputs[0] = np.clip(inputs[0], -2, 2)
+      if line.function == DIVERGENCE:
+        inputs[1] = -inputs[0]
       program = programs.build(peer, line.function, line.mode, inputs)
       error = suites.worst_errors(line, inputs, {peer: program}, float32)[peer]
       assert error < 100, (peer, line)
       found += 1
-  assert found == {OURS: 15, "jax.nn": 9, "optax": 6, "torch": 15}[peer]
+  assert found == {OURS: 19, "jax.nn": 11, "optax": 8, "torch": 19}[peer]
 
 
 def test_lines_at_each_scale_and_rank():
@@ -293,19 +316,21 @@ def test_the_json_report(measured):
   assert result["cpus"] >= 1 and result["call_seconds"] > 0
   assert list(result["suites"]) == list(suites.NAMES)
   peers = {"softmax": {"jax.nn"}, "losses": {"optax"}, "linear": {"optax", "products"}}
-  counts = {"softmax": 2 * 9, "losses": 2 * 4, "linear": 2}
+  peers["divergences"] = {"jax.nn", "optax"}
+  counts = {"softmax": 2 * 9, "losses": 2 * 4, "divergences": 2 * 4, "linear": 2}
   assert result["scale"] == [1, 3]
   for suite, part in result["suites"].items():
     assert len(part["lines"]) == counts[suite]
     assert set(part["total"]) == peers[suite]
     for line in part["lines"]:
+      own = peers[suite] & {*programs.peers_of(line["function"])}
       assert line["suite"] == suite
       assert line["rounds"] == 2
-      assert set(line["seconds"]) == {OURS, *peers[suite]}
-      assert set(line["ratios"]) == peers[suite]
+      assert set(line["seconds"]) == {OURS, *own}
+      assert set(line["ratios"]) == own
       assert all(value > 0 for value in (*line["seconds"].values(), *line["ratios"].values()))
-      assert set(line["temp_bytes"]) == {OURS, *peers[suite]}
-      assert set(line["errors"]) == {OURS, *peers[suite]} - {"products"}
+      assert set(line["temp_bytes"]) == {OURS, *own}
+      assert set(line["errors"]) == {OURS, *own} - {"products"}
       assert line["error_unit"] == ("u" if "+" in line["mode"] or "vjp" in line["mode"] else "ulp")
       assert line["scale"] in ((1,) if suite == "linear" else (1, 3))
       assert line["unable"] == {}

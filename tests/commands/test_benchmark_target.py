@@ -18,7 +18,7 @@ from absent_devices import required
 from commands import strict_json
 
 from softmax_jax import benchmark
-from softmax_jax.benchmark import report, suites, targets, traffic, traffic_report
+from softmax_jax.benchmark import programs, report, suites, targets, traffic, traffic_report
 from softmax_jax.benchmark.programs import (
   FORWARD,
   GRADIENT,
@@ -88,7 +88,8 @@ def test_of_the_linear_loss_nothing_is_known():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_shapes_are_those_of_the_arguments(dtype):
-  for suite, shape in {"softmax": (8, 5), "losses": (8, 5), "linear": (8, 4, 5)}.items():
+  for suite in suites.NAMES:
+    shape = (8, 4, 5) if suite == "linear" else (8, 5)
     for each in suites.lines(suite, [shape]):
       arguments = suites.arguments(each, jnp.dtype(dtype), 0)
       shapes = suites.shapes_of_arguments(each, jnp.dtype(dtype))
@@ -115,8 +116,7 @@ def test_classes_are_spread_out_over_devices(suite, cpu_as_target):
       continue
     found = traffic.measure(each, "h100", ["jax.nn", "optax"], jnp.dtype("float32"), devices=8)
     assert found["unable"] == {}
-    peer = "jax.nn" if suite == "softmax" else "optax"
-    assert set(found["costs"]) == {OURS, PLAIN_JIT, peer}
+    assert set(found["costs"]) == {OURS, PLAIN_JIT, programs.peers_of(each.function)[0]}
     if suite != "linear":
       assert found["logits_bytes"] == 4 * 16 * 64 // 8
     collectives = found["costs"][OURS]["collectives"]
@@ -166,7 +166,7 @@ def test_the_report_in_every_form(devices, cpu_as_target, capsys, tmp_path, monk
   assert result["dtypes"] == ["float32", "bfloat16"]
   assert result["versions"]["compiler"] == "1.0"
   counts = {suite: len(part["lines"]) for suite, part in result["suites"].items()}
-  assert counts == {"softmax": 12, "losses": 8, "linear": 4}
+  assert counts == {"softmax": 12, "losses": 8, "divergences": 8, "linear": 4}
   for suite, part in result["suites"].items():
     for each in part["lines"]:
       assert each["dtype"] in result["dtypes"] and each["unable"] == {}

@@ -77,6 +77,27 @@ def _softmax_cross_entropy_with_integer_labels(z, is_label):
   return loss, np.where(is_label, -_others(a), a)
 
 
+def _softmax_entropy(z):
+  """-sum_k a_k log a_k; by z -a_j (log a_j + H), which is -sum_k a_j a_k (log a_j - log a_k)."""
+  log_a = _log_probabilities(z)
+  a = np.exp(log_a)
+  log_a = np.where(a == 0, 0, log_a)
+  return -np.sum(a * log_a), -a * ((log_a[:, None] - log_a) @ a)
+
+
+def _softmax_kl_divergence(z, w):
+  """sum_k p_k l_k with l = log p - log q; by z q - p, by w p_j (l_j - KL).
+
+  These are sum_k (q_k - p_k + p_k l_k), with no term below 0, and sum_k p_j p_k (l_j - l_k). Where
+  p is 0, so is l.
+  """
+  log_q, log_p = _log_probabilities(z), _log_probabilities(w)
+  q, p = np.exp(log_q), np.exp(log_p)
+  log_ratio = np.where(p == 0, 0, np.where(p == 0, 0, log_p) - np.where(p == 0, 0, log_q))
+  by_w = p * ((log_ratio[:, None] - log_ratio) @ p)
+  return np.sum(q - p + p * log_ratio), q - p, by_w
+
+
 _RULES = {
   f.__name__.removeprefix("_"): f
   for f in (
@@ -85,9 +106,16 @@ _RULES = {
     _logsumexp,
     _softmax_cross_entropy,
     _softmax_cross_entropy_with_integer_labels,
+    _softmax_entropy,
+    _softmax_kl_divergence,
   )
 }
 _FILL = {"softmax": 0, "log_softmax": -np.inf}  # the output at masked entries; the others reduce
+
+
+def _is_loss(name):
+  """Whether results are float32 numbers, and a mask may have one value per row."""
+  return "entropy" in name or "divergence" in name
 
 
 def _axes(axis, ndim):
@@ -132,7 +160,7 @@ def linearize(name, x, second=None, *, axis=-1, where=None, keepdims=False):
   z = of(x)
 
   mask = np.asarray(True if where is None else where)
-  if "cross_entropy" in name and mask.ndim not in (0, x.ndim):
+  if _is_loss(name) and mask.ndim not in (0, x.ndim):
     mask = np.expand_dims(mask, axes)  # one value per row
   mask = of(mask)
 
@@ -195,6 +223,10 @@ def hessian(name, z, second=None):
     )
   if name == "log_softmax":  # of delta_ij - a_j
     return np.broadcast_to(-j, (len(a), *j.shape))
+  if name == "softmax_entropy":  # of g_j = -a_j (log a_j + H)
+    entropy, g = _softmax_entropy(z)
+    log_a = np.log(np.where(a == 0, 1, a))
+    return -j * (log_a + entropy + 1)[:, None] - np.outer(a, g)
   return j * np.sum(wide(second)) if name == "softmax_cross_entropy" else j
 
 
@@ -268,8 +300,7 @@ def check(name, f, peer, x, second=None, *, loosen=1, **options):
   up = lambda v: v.astype(at_least_float32(v.dtype))  # peers do not do so themselves
 
   y, jvp, vjp = linearize(name, x, second, **options)
-  is_loss = "cross_entropy" in name
-  dtype = at_least_float32(args[0].dtype) if is_loss else jnp.result_type(*args)
+  dtype = at_least_float32(args[0].dtype) if _is_loss(name) else jnp.result_type(*args)
   args_dot = tuple(jnp.asarray(random(i, v.shape, v.dtype)) for i, v in enumerate(args, start=7))
   y_bar = jnp.asarray(random(9, y.shape, dtype))
 

@@ -16,6 +16,8 @@ from softmax_jax import (
   softmax,
   softmax_cross_entropy,
   softmax_cross_entropy_with_integer_labels,
+  softmax_entropy,
+  softmax_kl_divergence,
 )
 
 integer, soft, linear = (
@@ -44,6 +46,7 @@ def spread(f, in_specs, out_specs, over=None, check_vma=True):
 LOGITS = random(0, (T, V), scale=3)
 COEFFICIENTS = np.abs(random(1, (T, V)))
 PROBABILITIES = COEFFICIENTS / COEFFICIENTS.sum(1, keepdims=True)
+TARGETS = random(9, (T, V), scale=3)
 LABELS = np.random.default_rng(2).integers(0, V, T)
 LABELS[:4] = 3, V - 1, V // 8 - 1, V // 8  # and the last and first of neighbours
 MASK = np.random.default_rng(3).random((T, V)) < 0.7
@@ -147,6 +150,36 @@ CASES = {
     3,
     2,
     2,
+  ),
+  "entropy": (lambda n, z: softmax_entropy(z, axis_name=n), [LOGITS], [SPREAD], SAME, 1, 2, 2),
+  "masked entropy": (
+    lambda n, z, mask: softmax_entropy(z, where=mask, axis_name=n),
+    [LOGITS, MASK],
+    [SPREAD, SPREAD],
+    SAME,
+    1,
+    2,
+    2,
+  ),
+  "divergence": (
+    lambda n, z, w: softmax_kl_divergence(z, w, axis_name=n),
+    [LOGITS, TARGETS],
+    [SPREAD, SPREAD],
+    SAME,
+    2,
+    5,
+    7,
+  ),
+  "divergence, every option": (
+    lambda n, z, w, tau, mask: softmax_kl_divergence(
+      z, w, where=mask, temperature=tau, reduction="mean", axis_name=n
+    ),
+    [LOGITS, TARGETS, np.float32(1.5), MASK],
+    [SPREAD, SPREAD, SAME, SPREAD],
+    SAME,
+    3,
+    5,
+    8,
   ),
   "linear": (
     lambda n, x, weight, t: linear(x, weight, t, axis_name=n),

@@ -14,6 +14,8 @@ from softmax_jax import (
   softmax,
   softmax_cross_entropy,
   softmax_cross_entropy_with_integer_labels,
+  softmax_entropy,
+  softmax_kl_divergence,
 )
 
 T, H, V = 8, 12, 160  # on a 2 x 4 mesh 4 tokens and 40 classes on each device
@@ -22,6 +24,7 @@ VALUES = {
   "logits": random(0, (T, V)),
   "y_bar": random(1, (T, V)),
   "probabilities": np.abs(random(2, (T, V))),
+  "targets": random(9, (T, V)),
   "mask": np.random.default_rng(3).random((T, V)) < 0.9,
   "labels": np.random.default_rng(4).integers(0, V, T),
   "class_weights": np.abs(random(5, V)),
@@ -56,6 +59,10 @@ def soft_with_options(logits, probabilities, class_weights, mask):
   return softmax_cross_entropy(
     logits, probabilities, class_weights=class_weights, where=mask, reduction="mean", **OPTIONS
   )
+
+
+def divergence_with_options(logits, targets, mask):
+  return softmax_kl_divergence(logits, targets, where=mask, temperature=1.5, reduction="mean")
 
 
 def linear(x, weight, labels):
@@ -99,6 +106,10 @@ FUNCTIONS = {  # each with the arguments it is differentiated by, and the others
     ["logits", "probabilities", "class_weights"],
     ["mask"],
   ),
+  "entropy": (lambda z: softmax_entropy(z).sum(), ["logits"], []),
+  "masked entropy": (lambda z, m: softmax_entropy(z, where=m).sum(), ["logits"], ["mask"]),
+  "divergence": (lambda z, w: softmax_kl_divergence(z, w).sum(), ["logits", "targets"], []),
+  "divergence, options": (divergence_with_options, ["logits", "targets"], ["mask"]),
   "linear": (linear, ["x", "weight"], ["labels"]),
   "linear, options": (linear_with_options, ["x", "weight", "bias", "class_weights"], ["labels"]),
   "linear, one loss per token": (linear_losses, ["x", "weight"], ["labels"]),

@@ -14,10 +14,13 @@ from softmax_jax import (
   softmax,
   softmax_cross_entropy,
   softmax_cross_entropy_with_integer_labels,
+  softmax_entropy,
+  softmax_kl_divergence,
 )
 
 INF, NAN = np.inf, np.nan
 SOFT, INTEGER = "softmax_cross_entropy", "softmax_cross_entropy_with_integer_labels"
+ENTROPY, KL = "softmax_entropy", "softmax_kl_divergence"
 WEIGHTS = np.float32([0.25, 1.5, 0, 0])  # the soft labels; 1 is the integer label
 
 
@@ -25,6 +28,8 @@ def labels_for(name, shape):
   """The labels that the functions below use, or None."""
   if name == SOFT:
     return WEIGHTS[: shape[-1]]
+  if name == KL:
+    return np.where(np.arange(shape[-1]) == min(1, shape[-1] - 1), np.float32(1.5), -np.inf)
   return np.full(shape[:-1], min(1, shape[-1] - 1), np.int32) if name == INTEGER else None
 
 
@@ -36,9 +41,11 @@ FUNCTIONS = {  # of x and a mask, over the last axis
   INTEGER: lambda x, where=None: softmax_cross_entropy_with_integer_labels(
     x, labels_for(INTEGER, x.shape), -1, where
   ),
+  ENTROPY: lambda x, where=None: softmax_entropy(x, -1, where),
+  KL: lambda x, where=None: softmax_kl_divergence(x, labels_for(KL, x.shape), -1, where),
 }
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
-every_loss = pytest.mark.parametrize("name", [SOFT, INTEGER])
+every_loss = pytest.mark.parametrize("name", [SOFT, INTEGER, ENTROPY, KL])
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -48,6 +48,11 @@ CALLS = {
     },
   ),
 }
+CALLS["softmax_entropy"] = sj.softmax_entropy, {"logits": ROW}
+CALLS["softmax_kl_divergence"] = (
+  sj.softmax_kl_divergence,
+  {"logits": ROW, "target_logits": ROW, "temperature": ROW[0, 0]},
+)
 for name in derivatives.__all__:
   parameters = inspect.signature(getattr(derivatives, name)).parameters
   CALLS[name] = getattr(derivatives, name), dict.fromkeys(parameters, ROW)

@@ -13,9 +13,11 @@ import numpy as np
 import oracle
 import pytest
 from edge_functions import (
+  ENTROPY,
   FUNCTIONS,
   INF,
   INTEGER,
+  KL,
   NAN,
   SOFT,
   WEIGHTS,
@@ -303,7 +305,7 @@ def _derivatives(f, x, x_dot, y_bar):
 @every_function
 def test_no_classes(name):
   f, x = FUNCTIONS[name], jnp.zeros((2, 0))
-  value = {"logsumexp": np.full(2, -INF), SOFT: np.zeros(2), INTEGER: np.zeros(2)}
+  value = {"logsumexp": np.full(2, -INF)} | dict.fromkeys((SOFT, INTEGER, ENTROPY, KL), np.zeros(2))
   check(f, (x,), value.get(name, np.zeros((2, 0))), np.zeros((*f(x).shape, 2, 0)))
 
 

@@ -14,6 +14,8 @@ from softmax_jax import (
   softmax,
   softmax_cross_entropy,
   softmax_cross_entropy_with_integer_labels,
+  softmax_entropy,
+  softmax_kl_divergence,
 )
 
 VALUES = [0.0, 1.5, 40.0, 3e37, -3e37, np.inf, -np.inf, np.nan]
@@ -31,6 +33,9 @@ FUNCTIONS = {
     x, LABELS, **OPTIONS
   ),
   "soft labels": lambda x: softmax_cross_entropy(x, SOFT),
+  "entropy": softmax_entropy,
+  "divergence": lambda x: softmax_kl_divergence(x, np.float32([0, 1.5, 40, -np.inf])),
+  "divergence from": lambda x: softmax_kl_divergence(np.float32([0, 1, 40, 3]), x),
   "soft labels, options": lambda x: softmax_cross_entropy(x, SOFT, **OPTIONS),
 }
 

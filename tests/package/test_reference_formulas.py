@@ -58,6 +58,8 @@ def test_softmax_and_its_relatives(axis, where):
     check(name, axis=axis, where=where)
   check("logsumexp", SHARES, axis=axis, where=where, keepdims=True)
   check("softmax_cross_entropy", SHARES, axis=axis, where=where)
+  check("softmax_entropy", axis=axis, where=where)
+  check("softmax_kl_divergence", SHARES, axis=axis, where=where)
 
 
 @pytest.mark.parametrize("where", [None, MASK[:, 0]], ids=["all", "masked"])

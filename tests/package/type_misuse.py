@@ -5,6 +5,7 @@ MISUSE = """
 import jax.numpy as jnp, softmax_jax
 from softmax_jax import derivatives, enable_forward_mode, linear_softmax_cross_entropy
 from softmax_jax import log_softmax, logsumexp, softmax, softmax_cross_entropy
+from softmax_jax import softmax_kl_divergence
 from softmax_jax import softmax_cross_entropy_with_integer_labels
 from softmax_jax.verify import check_derivatives
 
@@ -18,6 +19,7 @@ log_softmax(x, -1, None, "vocab")  # reportCallIssue
 probability: float = softmax(x)  # reportAssignmentType
 log: jnp.ndarray = logsumexp(x, return_sign=True)  # reportAssignmentType
 softmax_cross_entropy(x)  # reportCallIssue
+softmax_kl_divergence(x)  # reportCallIssue
 linear_softmax_cross_entropy(x, weight, labels, reduction="average")  # reportArgumentType
 softmax_cross_entropy_with_integer_labels(x, labels, label_smooting=0.1)  # reportCallIssue
 softmax_cross_entropy_with_integer_labels(x, labels).nll  # reportAttributeAccessIssue

@@ -22,6 +22,8 @@ from softmax_jax import (
   softmax,
   softmax_cross_entropy,
   softmax_cross_entropy_with_integer_labels,
+  softmax_entropy,
+  softmax_kl_divergence,
 )
 from softmax_jax.verify import CHECKS, DerivativeError, Report, Row, check_derivatives
 
@@ -137,6 +139,12 @@ def losses_with_aux(logits: Array, labels: Array, flag: bool) -> Array:
 
 def linear(x: Array, weight: Array, labels: Array) -> Array:
   total = linear_softmax_cross_entropy(x, weight, labels, vocab_axis=0, softcap=30, chunk_size=2)
+  return assert_type(total, Array)
+
+
+def divergences(logits: Array, target: Array, reduction: Literal["none", "mean"]) -> Array:
+  assert_type(softmax_entropy(logits, (0, 1), where=True), Array)
+  total = softmax_kl_divergence(logits, target, temperature=2, reduction=reduction)
   return assert_type(total, Array)
 
 

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.long
 SHAPES = [(8192, 128), (2048, 1024), (2048, 32768), (4096, 131072)]
 DTYPES = ["float32", "bfloat16"]
 ON_CHIP = 16_384  # the most classes of which XLA:GPU makes one kernel
-LINES = [*suites.lines("softmax", SHAPES), *suites.lines("losses", SHAPES)]
+SUITES = ("softmax", "losses", "divergences")
+LINES = [line for suite in SUITES for line in suites.lines(suite, SHAPES)]
 
 
 @pytest.fixture(scope="module", params=["h100", "v6e"])
@@ -50,6 +51,8 @@ def most(function, mode, target, classes, dtype):
     return (5, 2) if dtype == "float32" else (6, 2)
   if function == suites.SOFT:
     return (2, 0) if plain else (4, 1)
+  if function == suites.DIVERGENCE:
+    return (4, 0) if plain else (6, 1)
   return (1, 0) if plain else (2, 1)
 
 
@@ -65,10 +68,12 @@ def test_no_more_is_moved_than_by_peers(line, dtype, target):
     [cost[name] / logits for name in ("reads", "writes", "temp_bytes")]
     for cost in found["costs"].values()
   )
-  more = slack(line.shape, dtype)
+  more = slack(line.shape, dtype) * (1 + (line.function == suites.DIVERGENCE))  # of two arrays
   # XLA:TPU copies arrays that fit on the chip there and may read them beside that, once more.
   once_more = target == "v6e" and line.function == suites.SOFT and logits <= 2**23
-  assert ours[0] + ours[1] <= peer[0] + peer[1] + once_more + more
+  # The normalizers of a divergence come before it, from a read of their own.
+  first = 2 if line.function == suites.DIVERGENCE else 0
+  assert ours[0] + ours[1] <= peer[0] + peer[1] + first + once_more + more
   assert ours[2] <= peer[2] + more
   reads, writes = most(line.function, line.mode, target, line.shape[1], dtype)
   assert ours[0] <= reads + more

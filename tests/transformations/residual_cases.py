@@ -11,6 +11,8 @@ from softmax_jax import (
   softmax,
   softmax_cross_entropy,
   softmax_cross_entropy_with_integer_labels,
+  softmax_entropy,
+  softmax_kl_divergence,
 )
 
 B, K = 16, 128
@@ -40,6 +42,10 @@ KEEPING_THE_INPUT = {  # likewise, with weights or soft labels that are differen
   "integer labels, masked": lambda x, where: softmax_cross_entropy_with_integer_labels(
     x, INTEGERS, where=where
   ),
+  "entropy": softmax_entropy,
+  "entropy, masked": lambda x, where: softmax_entropy(x, where=where),
+  "divergence": softmax_kl_divergence,
+  "divergence, masked": lambda x, w, where: softmax_kl_divergence(x, w, where=where),
 }
 either_way = pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 
@@ -47,7 +53,9 @@ either_way = pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager
 def arguments(name):
   """The arguments of the function called `name` that are differentiated, and its mask if any."""
   args = [jnp.asarray(LOGITS, "bfloat16")]
-  if name in ("logsumexp, weighted", "soft labels", "soft labels, masked"):
+  if name in ("logsumexp, weighted", "soft labels", "soft labels, masked") or (
+    "divergence" in name
+  ):
     args.append(jnp.asarray(np.abs(LOGITS), "bfloat16"))
   return args, [jnp.asarray(MASK)] if "masked" in name else []
 

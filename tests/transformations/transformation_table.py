@@ -14,13 +14,17 @@ from softmax_jax import (
   softmax,
   softmax_cross_entropy,
   softmax_cross_entropy_with_integer_labels,
+  softmax_entropy,
+  softmax_kl_divergence,
 )
 
+ENTROPY, KL = "softmax_entropy", "softmax_kl_divergence"
 SOFT, INTEGER = "softmax_cross_entropy", "softmax_cross_entropy_with_integer_labels"
 SECOND = {  # what the functions below take beside one row of four logits
   "weighted logsumexp": np.float32([1, 0.5, 2, 0.25]),
   SOFT: np.float32([0.5, -0.25, 1, 0.5]),
   INTEGER: np.int32(2),
+  KL: np.float32([0.5, -0.25, 1, 0.5]),
 }
 FUNCTIONS = {  # of one row
   "softmax": softmax,
@@ -29,6 +33,8 @@ FUNCTIONS = {  # of one row
   "weighted logsumexp": lambda x: logsumexp(x, b=SECOND["weighted logsumexp"]),
   SOFT: lambda x: softmax_cross_entropy(x, SECOND[SOFT]),
   INTEGER: lambda x: softmax_cross_entropy_with_integer_labels(x, SECOND[INTEGER]),
+  ENTROPY: softmax_entropy,
+  KL: lambda x: softmax_kl_divergence(x, SECOND[KL]),
 }
 PEERS = {
   "softmax": jax.nn.softmax,
@@ -37,6 +43,8 @@ PEERS = {
   "weighted logsumexp": lambda x: jax.nn.logsumexp(x, b=SECOND["weighted logsumexp"]),
   SOFT: lambda x: optax.softmax_cross_entropy(x, SECOND[SOFT]),
   INTEGER: lambda x: optax.softmax_cross_entropy_with_integer_labels(x, SECOND[INTEGER]),
+  ENTROPY: lambda x: -jnp.sum(jax.nn.softmax(x) * jax.nn.log_softmax(x)),
+  KL: lambda x: optax.kl_divergence(jax.nn.log_softmax(x), jax.nn.softmax(SECOND[KL])),
 }
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
 ROWS = random(0, (2, 4), scale=1.5)

@@ -28,7 +28,7 @@ def verify(function, fault, shape, axis=-1, dtype="float32", **options):
   args = arguments(function, shape, axis, dtype)
   f = planted(function, fault) if fault else right(function)
   if fault in EDGE:
-    options["edge_points"] = [with_infinity(args)]
+    options["edge_points"] = [with_infinity(function, args)]
   return check_derivatives(f, *args, kwargs={"axis": axis}, **options)
 
 
@@ -60,7 +60,11 @@ def test_right_rule_passes_all_of_these_checks(function):
   reports = [
     check_derivatives(right(function), *args, checks=checks - {"edge_points"}),
     check_derivatives(
-      right(function), *args, checks=["edge_points"], edge_points=[with_infinity(args)], skip=skip
+      right(function),
+      *args,
+      checks=["edge_points"],
+      edge_points=[with_infinity(function, args)],
+      skip=skip,
     ),
   ]
   for report in reports:

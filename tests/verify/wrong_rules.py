@@ -1,7 +1,8 @@
 """A family of wrong derivative rules for each function, such as libraries have shipped.
 
-`planted(function, fault)` is one of five functions with a textbook rule and one fault in it, and
-`right(function)` the same without. A function takes (x, axis=-1), the losses (x, labels, axis=-1).
+`planted(function, fault)` is one of seven functions with a textbook rule and one fault in it, and
+`right(function)` the same without. A function takes (x, axis=-1), the losses (x, labels, axis=-1);
+the labels of a divergence are the target's logits.
 """
 
 import math
@@ -12,8 +13,8 @@ import numpy as np
 
 from softmax_jax import enable_forward_mode
 
-ONE_ARGUMENT = ("softmax", "log_softmax", "logsumexp")
-LOSSES = ("soft labels", "integer labels")
+ONE_ARGUMENT = ("softmax", "log_softmax", "logsumexp", "entropy")
+LOSSES = ("soft labels", "integer labels", "divergence")
 FUNCTIONS = (*ONE_ARGUMENT, *LOSSES)
 
 
@@ -45,6 +46,11 @@ def _value(function, x, labels, axis):
     return log_a
   if function == "logsumexp":
     return _lse(x, axis)
+  if function == "entropy":
+    return -jnp.sum(_times(jnp.exp(log_a), log_a), axis=axis)
+  if function == "divergence":
+    log_p = labels - jnp.expand_dims(_lse(labels, axis), axis)
+    return jnp.sum(_times(jnp.exp(log_p), log_p - log_a), axis=axis)
   t = labels if function == "soft labels" else _is_label(x, labels, axis)
   return -jnp.sum(_times(t, log_a), axis=axis)
 
@@ -70,6 +76,22 @@ def _cotangents(function, x, labels, axis, u, fault=None):
     if fault == "wrong axis":
       a = _softmax(x, -1)
     x_bar = (jnp.ones_like(a) if no_factor else a) * jnp.expand_dims(u, axis)
+  elif function == "entropy":
+    if fault == "wrong axis":
+      a = _softmax(x, -1)
+    log_a = _times(a, x - jnp.expand_dims(_lse(x, axis), axis))  # a log a
+    mean = 0 if dropped else row_sum(log_a)
+    x_bar = -((log_a / a if no_factor else log_a) - a * mean) * jnp.expand_dims(u, axis)
+  elif function == "divergence":
+    u, p = jnp.expand_dims(u, axis), _softmax(labels, axis)
+    log_a, log_p = (y - jnp.expand_dims(_lse(y, axis), axis) for y in (x, labels))
+    ratio = jnp.where(p == 0, 0, log_p - jnp.where(p == 0, 0, log_a))
+    labels_bar = p * (ratio - jnp.sum(p * ratio, axis=axis, keepdims=True)) * u
+    if fault == "label off by one":
+      p = jnp.roll(p, 1, axis)
+    if fault == "wrong axis":
+      a = _softmax(x, -1)
+    x_bar = ((0 if dropped else a) - p) * u * (0.5 if no_factor else 1)
   else:
     u = jnp.expand_dims(u, axis)
     index = labels
@@ -138,7 +160,7 @@ FORMULA = {
   "wrong axis": FUNCTIONS,
 }
 OTHER = {
-  "labels without gradient": ("soft labels",),
+  "labels without gradient": ("soft labels", "divergence"),
   "second output ignored": FUNCTIONS,
   "mean for sum": FUNCTIONS[1:],  # the sum of a softmax is constant
   "stale residual": FUNCTIONS,
@@ -177,7 +199,7 @@ def weighted(function, fault=None):
       c = jnp.where(c == 0, 0, c)
     x_bar, labels_bar = _cotangents(function, x, labels, -1, c * u, fault)
     x_bar = jnp.where(_rows(counts, x), x_bar, 0)
-    if function == "soft labels":
+    if labels_bar is not None:
       labels_bar = jnp.where(_rows(counts, labels_bar), labels_bar, 0)
     return x_bar, labels_bar, c_bar, None
 
@@ -263,17 +285,21 @@ def arguments(function, shape, axis=-1, dtype="float32", seed=0, scale=1.0):
   x = jnp.asarray(scale * rng.standard_normal(shape), dtype)
   if function == "soft labels":
     return x, jnp.asarray(rng.uniform(0.1, 1, shape), dtype)
+  if function == "divergence":
+    return x, jnp.asarray(scale * rng.standard_normal(shape), dtype)
   if function == "integer labels":
     rows = np.delete(shape, axis)
     return x, jnp.asarray(rng.integers(0, shape[axis], rows), "int32")
   return (x,)
 
 
-def with_infinity(args):
+def with_infinity(function, args):
   """The same with a logit of -inf at the end (where no label is)."""
   x, *labels = args
   x = x.at[(-1,) * x.ndim].set(-jnp.inf)
-  if labels and jnp.issubdtype(labels[0].dtype, jnp.floating):
+  if function == "divergence":
+    labels = [labels[0].at[(-1,) * x.ndim].set(-jnp.inf)]
+  elif labels and jnp.issubdtype(labels[0].dtype, jnp.floating):
     labels = [labels[0].at[(-1,) * x.ndim].set(0)]
   elif labels:
     labels = [jnp.zeros_like(labels[0])]
