@@ -13,10 +13,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from softmax_jax.verify.checks import CHECKS
+from softmax_jax.verify.checks.confirmation import confirmed
 from softmax_jax.verify.options import Options, names, require
 from softmax_jax.verify.oracle import Oracle, compiled_with_all_digits
 from softmax_jax.verify.problem import Problem
-from softmax_jax.verify.report import DerivativeError, Report, Row
+from softmax_jax.verify.report import DerivativeError, Report, Row, tells
 from softmax_jax.verify.verifier import Verifier
 
 __all__ = ["CHECKS", "DerivativeError", "Report", "Row", "check_derivatives", "describe_checks"]
@@ -164,8 +165,15 @@ def verifier(f: Callable[..., Any], *args: Any, **options: Any) -> Verifier:
     return Verifier(problem, Oracle(problem, chosen.reference), chosen)
 
 
-def run_checks(v: Verifier, chosen: Sequence[str]) -> Report:
-  """The report of these checks."""
+def run_checks(
+  v: Verifier, chosen: Sequence[str], show: Callable[[int, str], None] = lambda done, name: None
+) -> Report:
+  """The report of these checks; ``show`` is told how many are done, and the name of the last."""
+  rows: list[Row] = []
   with compiled_with_all_digits():
-    rows = [row for name in chosen for row in v.run(name, CHECKS[name])]
+    for done, name in enumerate(chosen, 1):
+      rows += v.run(name, CHECKS[name])
+      show(done, name)
+    if any(map(tells, chosen)):
+      rows += confirmed(v)
   return Report(tuple(rows))

@@ -40,6 +40,8 @@ ROUNDING = 4.0
 # With a larger bound than this a comparison says nothing, and is reported as skipped.
 USELESS = 0.5
 
+EMPTY = "it is empty"
+
 _SAMPLES = 32
 _FLOOR = 0.1
 
@@ -58,6 +60,17 @@ class Verdict:
 def unit_roundoff(dtypes: Sequence[Any]) -> float:
   """The largest unit roundoff among floating dtypes."""
   return max(float(finfo(dtype).eps) / 2 for dtype in dtypes)
+
+
+def unit_of_constants(dtypes: Sequence[Any]) -> float:
+  """The unit for f and its rule in float64, whose constants may be rounded to other dtypes.
+
+  Each may round another constant to its own dtype, and no more than that can be asked of them. In
+  sixteen bits, where that is much, an eighth is allowed for: few constants are rounded there, and
+  each contributes to a part of the result.
+  """
+  unit = unit_roundoff(dtypes)
+  return unit if unit < 2.0**-12 else unit / 8
 
 
 def judge(
@@ -87,7 +100,7 @@ def judge(
   """
   error, near = errors[0], errors[1:]
   if not error.size:
-    return Verdict(math.nan, math.nan, (), True, "it is empty")
+    return Verdict(math.nan, math.nan, (), True, EMPTY)
   undefined = np.isnan(expected)
   if undefined.all():
     return Verdict(math.nan, math.nan, (), True, "the reference is not a number anywhere")

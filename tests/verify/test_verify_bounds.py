@@ -38,6 +38,14 @@ def test_condition_is_not_held_against_a_function():
   assert row.status == "skipped" or row.bound > 1e-4
 
 
+def differences(f, x, v=None):
+  """The derivatives of f at x along v, or along ones, and the errors that they may have."""
+  problem = Problem(f, (x,), {})
+  v = np.ones_like(x) if v is None else v
+  (dot,), (slack,) = Oracle(problem, None).differences(problem.point(), [v])
+  return dot, slack
+
+
 def judge(errors, expected, **options):
   settings = {"dtype": np.float32, "unit": 2.0**-24, "size": np.size(expected)} | options
   return bounds.judge(
@@ -77,7 +85,7 @@ def test_judge_says_when_noise_hides_everything():
 )
 def test_finite_differences_know_their_error(f, derivative, known):
   x = np.linspace(-2, 2, 40).astype(np.float32)
-  (dot,), (slack,) = Oracle(Problem(f, (x,), {}), None).differences([x], [np.ones_like(x)])
+  dot, slack = differences(f, x)
   error = np.abs(dot - derivative(np.float64(x)))
   judged = np.isfinite(dot)
   assert judged.mean() > 0.8
@@ -87,7 +95,7 @@ def test_finite_differences_know_their_error(f, derivative, known):
 
 def test_finite_differences_leave_kinks_out():
   x = np.float32([-1, -1e-5, 0, 1e-5, 1])
-  (dot,), _ = Oracle(Problem(jax.nn.relu, (x,), {}), None).differences([x], [np.ones_like(x)])
+  dot, _ = differences(jax.nn.relu, x)
   np.testing.assert_array_equal(np.isnan(dot), [False, False, True, False, False])
   np.testing.assert_allclose(dot[[0, 1, 3, 4]], [0, 0, 1, 1], atol=1e-10)
 
@@ -96,11 +104,11 @@ def test_finite_differences_leave_kinks_out_along_a_small_tangent():
   """Beside others that are large."""
   x, v = np.float32([0, 1, 2, 3]), np.float32([1e-4, 1, 1, 1])
   for f in (jax.nn.relu, lambda x: jax.nn.relu(x) + jnp.sin(x)):
-    (dot,), _ = Oracle(Problem(f, (x,), {}), None).differences([x], [v])
+    dot, _ = differences(f, x, v)
     np.testing.assert_array_equal(np.isnan(dot), [True, False, False, False])
 
 
 def test_finite_differences_of_huge_arguments_know_that_they_know_nothing():
   x = np.float32([1e17, 1e18])
-  (dot,), (slack,) = Oracle(Problem(jnp.square, (x,), {}), None).differences([x], [x * 0 + 1])
+  dot, slack = differences(jnp.square, x)
   assert np.all(np.abs(dot - 2 * np.float64(x)) <= slack)

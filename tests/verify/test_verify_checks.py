@@ -25,7 +25,7 @@ def test_every_check_passes_on_softmax_with_everything_given():
   )
   report.raise_if_failed()
   skipped = [row.check for row in report.rows if row.status == "skipped"]
-  assert skipped == ["each_output", "each_argument", "finite_differences"]
+  assert skipped == ["each_output", "each_argument"]
   assert {row.check.partition(":")[0] for row in report.rows} == set(CHECKS)
 
 
@@ -256,7 +256,7 @@ def test_second_derivatives_at_edge_points():
   [
     (jax.nn.relu, 0, "gradient unconfirmed by finite differences"),
     (jnp.exp, 100, "a value or a first derivative is infinite"),
-    (jnp.square, 1e17, "the result is smaller than its rounding errors"),
+    (jnp.sin, 1e17, "gradient unconfirmed by finite differences"),
   ],
   ids=["kink", "overflow", "huge"],
 )

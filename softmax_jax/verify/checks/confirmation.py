@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from softmax_jax.verify.checks.common import MAX_ARGUMENTS, directions, inner, one_by_one
+from softmax_jax.verify.bounds import EMPTY, unit_of_constants, unit_roundoff
+from softmax_jax.verify.checks.common import (
+  MAX_ARGUMENTS,
+  directions,
+  inner,
+  norm,
+  one_by_one,
+)
 from softmax_jax.verify.errors import first_line, not_offered
 from softmax_jax.verify.problem import Arrays
-from softmax_jax.verify.report import Skip
+from softmax_jax.verify.report import UNCONFIRMED, Row, Skip
 from softmax_jax.verify.verifier import Comparison, Judged, Verifier
 
 # A bound above this share of the derivative confirms nothing. A derivative below this share of the
@@ -22,8 +29,26 @@ _NEGLIGIBLE = 2e-5
 _RESOLVED = 1e-5
 
 
-def differences(v: Verifier) -> list[tuple[str, Judged]]:
-  """<J^T u, v> beside <u, Jv> by differences, judged, and which arguments v moves; done once."""
+class Difference(NamedTuple):
+  """<J^T u, v> beside <u, Jv> by differences, judged.
+
+  v moves the ``argument`` of this name, or all of them, and u is a cotangent of one ``output``, or
+  of all.
+  """
+
+  argument: str
+  output: str
+  judged: Judged
+
+  @property
+  def silent(self) -> str:
+    """Why nothing is known, or ""."""
+    verdict = self.judged[2]
+    return "" if verdict.useless == EMPTY else verdict.useless
+
+
+def differences(v: Verifier) -> list[Difference]:
+  """The comparisons of f's own rule with differences, made once."""
   if "differences" not in v.known:
     try:
       v.known["differences"] = _differences(v)
@@ -35,26 +60,26 @@ def differences(v: Verifier) -> list[tuple[str, Judged]]:
   return found
 
 
-def _differences(v: Verifier) -> list[tuple[str, Judged]]:
-  problem = v.problem
-  subjects: list[str] = []
+def _differences(v: Verifier) -> list[Difference]:
+  problem, own = v.problem, v.own
+  subjects: list[tuple[str, str]] = []
 
   def evaluate(probe: int, near: int, wide: bool = False) -> list[Comparison]:
     point = problem.point(probe, near, wide=wide)
-    ys, _ = v.oracle.value(point.xs)
+    ys, _ = own.value(point.xs)
     comparisons: list[Comparison] = []
     subjects.clear()
     for name, vs in directions(v, point):
-      dots, slack = v.oracle.differences(point.xs, vs)
+      dots, slack = own.differences(point, vs)
       kinks = [np.isnan(dot) & (u != 0) for u, dot in zip(point.us, dots, strict=True)]
       us = point.us
       if any(kink.any() for kink in kinks):
         us = [np.where(kink, 0, u).astype(u.dtype) for u, kink in zip(us, kinks, strict=True)]
       for _, out, chosen in [(-1, "", us), *one_by_one(v, us)]:
-        bars = v.oracle.vjp(point, None if chosen is point.us else chosen)
+        bars = own.vjp(point, None if chosen is point.us else chosen)
         sizes = [np.abs(u.astype(np.float64)) for u in chosen]
         some = any(u.any() for u in chosen)
-        subjects.append(name)
+        subjects.append((name, out.removeprefix(" by ")))
         comparisons.append(
           Comparison(
             f"<cotangent, tangent> of {name}{out}",
@@ -62,14 +87,17 @@ def _differences(v: Verifier) -> list[tuple[str, Judged]]:
             inner(bars, vs),
             inner(chosen, dots) if some else np.nan,
             sum(float(np.sum(u * s)) for u, s in zip(sizes, slack, strict=True)),
-            _NEGLIGIBLE
-            * sum(np.sum(u * np.abs(y), where=u > 0) for u, y in zip(sizes, ys, strict=True)),
+            max(
+              _NEGLIGIBLE
+              * sum(np.sum(u * np.abs(y), where=u > 0) for u, y in zip(sizes, ys, strict=True)),
+              norm(bars, vs),
+            ),
             "" if some else "f has no derivative here: a kink, or it is not finite",
           )
         )
     return comparisons
 
-  unit = 2.0**-53 if not v.oracle.narrow else None
+  unit = (unit_roundoff if own.narrow else unit_of_constants)(problem.unit_dtypes)
 
   def judge(wide: bool) -> list[Judged]:
     compare = functools.partial(evaluate, wide=wide)
@@ -77,12 +105,12 @@ def _differences(v: Verifier) -> list[tuple[str, Judged]]:
 
   # If f is in float64 so are both sides, and their noise is that of float64. Only where values vary
   # faster than the steps resolve, and so look like noise, may it be that of coarser arguments.
-  wide = v.oracle.inside == np.float64
+  wide = own.inside == np.float64
   judged = judge(wide)
   if wide and any(not verdict.passed and verdict.bound > _RESOLVED for _, _, verdict in judged):
     pairs = zip(judged, judge(False), strict=True)
     judged = [a if a[2].passed or a[2].bound <= _RESOLVED else b for a, b in pairs]
-  return list(zip(subjects, judged, strict=True))
+  return [Difference(*s, j) for s, j in zip(subjects, judged, strict=True)]
 
 
 def unconfirmed(v: Verifier) -> dict[str, str]:
@@ -100,15 +128,42 @@ def _unconfirmed(v: Verifier) -> dict[str, str]:
     why = str(error) if isinstance(error, Skip) else not_offered(error) or first_line(error)
     return dict.fromkeys(names, _reason(why))
   reasons: dict[str, str] = {}
-  for subject, (_, _, verdict) in found:
+  for difference in found:
+    subject = difference.argument
     together = subject not in names
-    if not verdict.passed:
+    if not difference.judged[2].passed:
       why = "gradient contradicted by finite_differences; pass reference="
       reasons |= dict.fromkeys(names if together else [subject], why)
-    elif verdict.useless and (not together or len(names) > MAX_ARGUMENTS):
+    elif difference.silent and (not together or len(names) > MAX_ARGUMENTS):
       for name in names if together else [subject]:
-        reasons.setdefault(name, _reason(verdict.useless))
+        reasons.setdefault(name, _reason(difference.silent))
   return reasons
+
+
+def confirmed(v: Verifier) -> list[Row]:
+  """A row for each argument and output that no derivative confirmed, with the reason."""
+  silent = v.known.get("silent", {}) if v.oracle.given else _silent(v)
+  return [Row(v.name, UNCONFIRMED, "skipped", of=n, reason=why) for n, why in silent.items()]
+
+
+def _silent(v: Verifier) -> dict[str, str]:
+  problem = v.problem
+  names = [n for n, x in zip(problem.names, problem.xs, strict=True) if x.size]
+  outs = [n for n, mask in zip(problem.out_names, problem.masks, strict=True) if mask.size]
+  try:
+    found = differences(v)
+  except (Exception, SystemExit):  # Rows of the checks say why, and forward mode may be confirmed.
+    return {}
+  silent: dict[str, str] = {}
+  for name in (*names, *outs):
+    about = [d for d in found if name in (d.argument, d.output)]
+    if not about:  # Of one output or many arguments: all together.
+      about = [d for d in found if not (d.output if name in outs else d.argument in names)]
+    if name in outs and len(outs) > 1 and not problem.masks[problem.out_names.index(name)].any():
+      silent[name] = "it is not finite anywhere"
+    elif about and all(d.silent for d in about):
+      silent[name] = about[0].silent
+  return silent
 
 
 def _reason(why: str) -> str:

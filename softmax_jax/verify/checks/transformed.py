@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -47,22 +47,25 @@ def jit(v: Verifier) -> list[Row]:
 
 
 def vmap_each_argument(v: Verifier) -> list[Row]:
-  """J^T u and Jv under vmap over one argument at a time; u and v are batched too."""
+  """J^T u and Jv under vmap over one argument at a time; u and v are batched too.
+
+  From one element to the next integers are moved around, so that labels differ.
+  """
   v.need_derivatives()
   problem = v.problem
   rows: list[Row] = []
   places = [("x", j, name) for j, name in enumerate(problem.names)]
   places += [("n", j, name) for j, name in enumerate(problem.other_names)]
-  for kind, place, name in places[:MAX_ARGUMENTS]:
-    axes_x = [0 if (kind, place) == ("x", j) else None for j in range(len(problem.xs))]
-    axes_n = [0 if (kind, place) == ("n", j) else None for j in range(len(problem.ns))]
+  groups = {name: [(kind, j)] for kind, j, name in places[:MAX_ARGUMENTS]}
+  if others := [(kind, j) for kind, j, _ in places[MAX_ARGUMENTS:]]:
+    groups["the others"] = others  # together
+  for name, group in groups.items():
+    axes_x = [0 if ("x", j) in group else None for j in range(len(problem.xs))]
+    axes_n = [0 if ("n", j) in group else None for j in range(len(problem.ns))]
     rows += v.run(
       f"vmap_each_argument: {name}",
       lambda v, x=axes_x, n=axes_n, name=name: _vmapped(v, "vmap_each_argument", name, x, n),
     )
-  if len(places) > MAX_ARGUMENTS:
-    reason = f"only {MAX_ARGUMENTS} of {len(places)} arguments are mapped one by one"
-    rows.append(Row(v.name, "vmap_each_argument: the others", "skipped", reason=reason))
   return rows
 
 
@@ -75,24 +78,31 @@ def vmap_batch(v: Verifier) -> list[Row]:
 
 def _vmapped(v: Verifier, check: str, name: str, axes_x: list[Any], axes_n: list[Any]) -> list[Row]:
   problem, forward = v.problem, not v.forward  # found out before anything is traced
-  name_key = (name,) if name else ()  # the points of a whole batch are those of scan
   both = functools.partial(_both, v, forward)
   program = v.program(
     f"{check} {name}",
     jax.vmap(both, in_axes=(axes_x, axes_n, 0, 0), axis_size=_BATCH),
   )
-  ns = [jnp.stack([n] * _BATCH) if a == 0 else n for n, a in zip(problem.ns, axes_n, strict=True)]
+  batches = [problem.others(row) for row in range(_BATCH)]
+  ns = [
+    jnp.stack(group) if a == 0 else group[0]
+    for group, a in zip(zip(*batches, strict=True), axes_n, strict=True)
+  ]
+
+  def mapped(axes: list[Any], own: Sequence[Any], shared: Sequence[Any]) -> list[Any]:
+    return [x if a == 0 else x0 for x, x0, a in zip(own, shared, axes, strict=True)]
 
   def evaluate(_: int, near: int) -> list[Comparison]:
     points = [problem.point(0, near, row) for row in range(_BATCH)]
     mixed = [
       Point(
-        (*p.key, *name_key),
-        [x if a == 0 else x0 for x, x0, a in zip(p.xs, points[0].xs, axes_x, strict=True)],
+        (*p.key, check, name),
+        mapped(axes_x, p.xs, points[0].xs),
         p.us,
         p.vs,
+        mapped(axes_n, others, problem.ns),
       )
-      for p in points
+      for p, others in zip(points, batches, strict=True)
     ]
     expected = [v.oracle.vjp(p) for p in mixed]
     xs = [
