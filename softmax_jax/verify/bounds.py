@@ -62,6 +62,11 @@ def unit_roundoff(dtypes: Sequence[Any]) -> float:
   return max(float(finfo(dtype).eps) / 2 for dtype in dtypes)
 
 
+def rounding(unit: float, size: int) -> float:
+  """What a result may be off by, relative to its size, without the errors that change at random."""
+  return ROUNDING * unit * math.sqrt(2 + math.log2(size))
+
+
 def unit_of_constants(dtypes: Sequence[Any]) -> float:
   """The unit for f and its rule in float64, whose constants may be rounded to other dtypes.
 
@@ -128,7 +133,7 @@ def judge(
       return _Groups(axis, found, bound * size_g, size_g, of_reference)
     limit = (
       NOISE * np.sqrt(total(squared_noise))
-      + ROUNDING * unit * math.sqrt(2 + math.log2(size)) * size_g
+      + rounding(unit, size) * size_g
       + of_reference
       + tiny * math.sqrt(count)
     )

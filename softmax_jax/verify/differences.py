@@ -33,6 +33,9 @@ _SCALE = 2.0**8  # between one set of steps and the next
 _SHORTER = 3  # sets of shorter steps; beyond them the rounding of float64 is all there is
 _LONGER = 10
 
+# A derivative along a tangent of 1 that is below this share of the value counts as 0: it is a sum of
+# terms that cancel.
+NEGLIGIBLE = 2e-5
 # Entries known less well than this, relative to the typical one, are left out if they are few.
 _KNOWN = 1e-3
 # Other steps are tried until all entries are known as well as this.
@@ -60,11 +63,11 @@ def derivatives(
   of_arguments = np.finfo(np.float64).eps * moved / size if size > 0 else 0.0
   for scale in _scales(size, eps):
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-      found = [
-        _of_output(np.asarray(y, np.float64), scale, eps, of_arguments) for y in values(scale)
-      ]
+      ys = values(scale)
+      found = [_of_output(np.asarray(y, np.float64), scale, eps, of_arguments) for y in ys]
       best = [_better(*pair) for pair in zip(best, found, strict=True)] if best else found
-    if all(_unknown(*pair) <= _WANTED for pair in best):
+      zeros = [NEGLIGIBLE * min(1.0, size) * _norm(np.asarray(y)[-1]) for y in ys]
+    if all(_unknown(*pair, zero) <= _WANTED for pair, zero in zip(best, zeros, strict=True)):
       break
   return [dot for dot, _ in best], [error for _, error in best]
 
@@ -90,18 +93,23 @@ def _largest(arrays: Sequence[np.ndarray]) -> float:
 def _better(
   one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Of each entry the derivative with the smaller error."""
-  take = np.isnan(one[0]) | (other[1] < one[1])
-  take &= ~np.isnan(other[0])
-  return np.where(take, other[0], one[0]), np.where(take, other[1], one[1])
+  """Of each entry the derivative with the smaller error, or their difference if that is larger."""
+  known, apart = ~np.isnan(other[0]), np.abs(one[0] - other[0])
+  take = known & (np.isnan(one[0]) | (other[1] < one[1]))
+  best, error = np.where(take, other[0], one[0]), np.where(take, other[1], one[1])
+  return best, np.where(apart > one[1] + other[1], apart, error)  # False where one is NaN
 
 
-def _unknown(best: np.ndarray, error: np.ndarray) -> float:
+def _unknown(best: np.ndarray, error: np.ndarray, zero: float) -> float:
   """How much of derivatives is not known: the share of the entries, or of the norm."""
-  nan = np.isnan(best)
-  norm = math.sqrt(np.sum(best[~nan] ** 2))
-  of_norm = math.sqrt(np.sum(error[~nan] ** 2)) / norm if norm > 0 else 0.0
+  nan, size = np.isnan(best), max(_norm(best), zero)
+  of_norm = _norm(np.where(nan, 0, error)) / size if size > 0 else 0.0
   return max(of_norm, float(nan.mean())) if best.size else 0.0
+
+
+def _norm(x: np.ndarray) -> float:
+  """The norm of the finite entries."""
+  return math.sqrt(np.sum(x**2, where=np.isfinite(x)))
 
 
 def _of_output(
@@ -114,6 +122,13 @@ def _of_output(
   slopes = (up - down) / (2 * column)
   rounding = (eps * np.abs(here) + of_arguments * np.abs(slopes)) / column
   best, error, step = _extrapolated(slopes, rounding, steps)
+  # Long steps may agree with each other where f varies on the scale of the shortest.
+  shortest = slopes[-1] + (slopes[-1] - slopes[-2]) / 15
+  error = np.fmax(error, np.abs(shortest - best) - 4 * rounding[-1])
+  # Slopes that only grow are those of a jump, or of a pole that all steps reach across.
+  growth = slopes[-3:] / slopes[-4:-1]
+  diverges = np.all((growth > 2) & (growth < 40), axis=0) & (np.abs(slopes[-1]) > 4 * rounding[-1])
+  error = np.where(diverges, np.inf, error)
   finite = np.isfinite(here) & np.isfinite(error)  # Where f is infinite it has no derivative.
   best, error = np.where(finite, best, np.nan), np.where(finite, error, 0)
   return _without_kinks(best, error, (up - 2 * here + down) / (2 * column), rounding, step, steps)
@@ -151,9 +166,14 @@ def _without_kinks(
     return best, error
   # What does not shrink to a quarter at the smallest step is noise of the values. Two
   # extrapolations may agree by chance: no entry counts as known better than is typical.
-  change: np.ndarray = np.nan_to_num(bends[-1] - bends[-2] / 4)
-  noise = math.sqrt(np.mean(change[known] ** 2)) * steps[-1]
-  return best, 3 * error + math.sqrt(np.mean(error[known] ** 2)) + 2 * noise / step
+  sizes = np.abs(best) + (_KNOWN * typical or 1.0)
+
+  def usual(x: np.ndarray) -> np.ndarray:
+    return math.sqrt(np.mean((x / sizes)[known] ** 2)) * sizes
+
+  change: np.ndarray = bends[-1] - bends[-2] / 4
+  noise = usual(np.where(np.isfinite(change), change, 0)) * steps[-1]
+  return best, np.where(known, 3 * error + usual(error) + 2 * noise / step, 0)
 
 
 def _extrapolated(

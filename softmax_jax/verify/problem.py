@@ -215,7 +215,8 @@ class Problem:
     within 10 % of those given, so that signs and infinities stay; zeros become positive. Cotangents
     are normal numbers around 1 or -1 (in one of four probes around 0), so that a term with the sum
     of the cotangents shows; they are 0 where the output is infinite or NaN. Tangents are normal
-    numbers of the size of the argument, in every other probe of that of its entries.
+    numbers of the size of the argument; in every other probe smaller for its small entries, which
+    may be near to the end of a domain.
     """
     rng = np.random.default_rng([self.seed, probe, row])
     offset = 0.0 if probe % 4 == 3 else rng.choice([-1.0, 1.0])
@@ -309,6 +310,6 @@ def size_of(x: np.ndarray) -> float:
 
 
 def _sizes(x: np.ndarray) -> np.ndarray:
-  """The size of each entry, and for those that are 0 or infinite that of the array."""
-  sizes = np.abs(np.asarray(x, np.float64))
-  return np.where(np.isfinite(sizes) & (sizes > 0), sizes, size_of(x))
+  """The geometric mean of the size of each entry that is not 0 or infinite and of the array."""
+  sizes, size = np.abs(np.asarray(x, np.float64)), size_of(x)
+  return np.where(np.isfinite(sizes) & (sizes > 0), np.sqrt(sizes) * math.sqrt(size), size)

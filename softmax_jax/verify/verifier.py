@@ -18,7 +18,7 @@ from softmax_jax.verify.problem import Arrays, Problem, compiled, finfo
 from softmax_jax.verify.report import Row, Skip
 
 # For arrays with more entries fewer probes suffice, and then fewer points near each.
-_MANY = 10_000
+MANY = 10_000
 _LARGE = 1_000_000
 
 
@@ -191,7 +191,7 @@ class Verifier:
     unit: float | None = None,
   ) -> list[Judged]:
     """The verdict on each array."""
-    if self.problem.size > _MANY:
+    if self.problem.size > MANY:
       probes = min(probes, 2)
     if self.problem.size > _LARGE:
       near = 1

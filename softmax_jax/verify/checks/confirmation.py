@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from softmax_jax.verify.bounds import EMPTY, unit_of_constants, unit_roundoff
+from softmax_jax.verify.bounds import EMPTY, rounding, unit_of_constants, unit_roundoff
 from softmax_jax.verify.checks.common import (
   MAX_ARGUMENTS,
   directions,
@@ -16,15 +16,14 @@ from softmax_jax.verify.checks.common import (
   norm,
   one_by_one,
 )
+from softmax_jax.verify.differences import NEGLIGIBLE
 from softmax_jax.verify.errors import first_line, not_offered
 from softmax_jax.verify.problem import Arrays
 from softmax_jax.verify.report import UNCONFIRMED, Row, Skip
-from softmax_jax.verify.verifier import Comparison, Judged, Verifier
+from softmax_jax.verify.verifier import MANY, Comparison, Judged, Verifier
 
-# A bound above this share of the derivative confirms nothing. A derivative below this share of the
-# value counts as 0: it is a sum of terms that cancel.
+# A bound above this share of the derivative confirms nothing.
 _CONFIRMS = 0.05
-_NEGLIGIBLE = 2e-5
 # Below this bound differences have converged.
 _RESOLVED = 1e-5
 
@@ -61,11 +60,17 @@ def differences(v: Verifier) -> list[Difference]:
 
 
 def _differences(v: Verifier) -> list[Difference]:
+  # Tangents of two kinds (`Problem.point`), each of which may know what the other does not.
+  return [d for kind in (0, 1) for d in _differences_along(v, kind)]
+
+
+def _differences_along(v: Verifier, kind: int) -> list[Difference]:
   problem, own = v.problem, v.own
+  of_constants = rounding(unit_of_constants(problem.unit_dtypes), problem.size)
   subjects: list[tuple[str, str]] = []
 
   def evaluate(probe: int, near: int, wide: bool = False) -> list[Comparison]:
-    point = problem.point(probe, near, wide=wide)
+    point = problem.point(2 * probe + kind, near, wide=wide)
     ys, _ = own.value(point.xs)
     comparisons: list[Comparison] = []
     subjects.clear()
@@ -86,22 +91,22 @@ def _differences(v: Verifier) -> list[Difference]:
             np.float64,
             inner(bars, vs),
             inner(chosen, dots) if some else np.nan,
-            sum(float(np.sum(u * s)) for u, s in zip(sizes, slack, strict=True)),
-            max(
-              _NEGLIGIBLE
-              * sum(np.sum(u * np.abs(y), where=u > 0) for u, y in zip(sizes, ys, strict=True)),
-              norm(bars, vs),
-            ),
+            sum(float(np.sum(u * s)) for u, s in zip(sizes, slack, strict=True))
+            + of_constants * norm(bars, vs),
+            NEGLIGIBLE
+            * min(1.0, max(float(np.max(np.abs(v), initial=0)) for v in vs))
+            * sum(np.sum(u * np.abs(y), where=u > 0) for u, y in zip(sizes, ys, strict=True)),
             "" if some else "f has no derivative here: a kink, or it is not finite",
           )
         )
     return comparisons
 
-  unit = (unit_roundoff if own.narrow else unit_of_constants)(problem.unit_dtypes)
+  unit = unit_roundoff(problem.unit_dtypes) if own.narrow else 2.0**-53
 
   def judge(wide: bool) -> list[Judged]:
     compare = functools.partial(evaluate, wide=wide)
-    return v.judge("finite_differences", compare, 4, 2, useless=_CONFIRMS, unit=unit)
+    probes = 1 if problem.size > MANY else 2
+    return v.judge("finite_differences", compare, probes, 2, useless=_CONFIRMS, unit=unit)
 
   # If f is in float64 so are both sides, and their noise is that of float64. Only where values vary
   # faster than the steps resolve, and so look like noise, may it be that of coarser arguments.
@@ -127,16 +132,16 @@ def _unconfirmed(v: Verifier) -> dict[str, str]:
   except (Exception, SystemExit) as error:
     why = str(error) if isinstance(error, Skip) else not_offered(error) or first_line(error)
     return dict.fromkeys(names, _reason(why))
+  together = [d for d in found if d.argument not in names]
   reasons: dict[str, str] = {}
-  for difference in found:
-    subject = difference.argument
-    together = subject not in names
-    if not difference.judged[2].passed:
-      why = "gradient contradicted by finite_differences; pass reference="
-      reasons |= dict.fromkeys(names if together else [subject], why)
-    elif difference.silent and (not together or len(names) > MAX_ARGUMENTS):
-      for name in names if together else [subject]:
-        reasons.setdefault(name, _reason(difference.silent))
+  for name in names:
+    about = [d for d in found if d.argument == name]
+    if not all(d.judged[2].passed for d in about + together):
+      reasons[name] = "gradient contradicted by finite_differences; pass reference="
+    elif (of_all := [d for d in about or together if not d.output]) and all(
+      d.silent for d in of_all
+    ):
+      reasons[name] = _reason(of_all[0].silent)
   return reasons
 
 
