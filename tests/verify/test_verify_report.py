@@ -48,6 +48,21 @@ def test_report_as_text_data_and_html(failing):
   assert html.escape("<cotangent, tangent> of args[0]") in table
 
 
+def test_what_no_derivative_confirmed_is_named():
+  """One argument or output that was confirmed does not speak for the others."""
+  f = lambda x, y: (jnp.sin(x), jnp.maximum(y, 0))
+  report = check_derivatives(f, X, 0 * X)
+  assert not report.failed
+  assert not report
+  assert str(report).endswith("not confirmed: args[1], out[1]")
+  with pytest.raises(DerivativeError, match="not every derivative was confirmed"):
+    report.raise_if_failed()
+  assert check_derivatives(f, X, X)
+  # The derivative at a tie is a choice, which a reference makes.
+  at_tie = check_derivatives(jnp.max, jnp.ones(3), reference=jnp.max).raise_if_failed()
+  assert "not confirmed" not in at_tie.summary()
+
+
 def test_nothing_but_skipped_is_not_passed():
   report = check_derivatives(lambda n: n + 1, jnp.arange(3), checks=["vjp", "jvp"])
   assert set(statuses(report).values()) == {"skipped"}

@@ -152,23 +152,29 @@ def confirmed(v: Verifier) -> list[Row]:
 
 
 def _silent(v: Verifier) -> dict[str, str]:
+  """The arguments and outputs with a derivative of one by the other that nothing confirmed."""
   problem = v.problem
-  names = [n for n, x in zip(problem.names, problem.xs, strict=True) if x.size]
-  outs = [n for n, mask in zip(problem.out_names, problem.masks, strict=True) if mask.size]
   try:
     found = differences(v)
   except (Exception, SystemExit):  # Rows of the checks say why, and forward mode may be confirmed.
     return {}
-  silent: dict[str, str] = {}
-  for name in (*names, *outs):
-    about = [d for d in found if name in (d.argument, d.output)]
-    if not about:  # Of one output or many arguments: all together.
-      about = [d for d in found if not (d.output if name in outs else d.argument in names)]
-    if name in outs and len(outs) > 1 and not problem.masks[problem.out_names.index(name)].any():
-      silent[name] = "it is not finite anywhere"
-    elif about and all(d.silent for d in about):
-      silent[name] = about[0].silent
-  return silent
+  pairs: dict[tuple[str, str], list[str]] = {}
+  for d in found:
+    pairs.setdefault((d.argument, d.output), []).append(d.silent)
+  # One argument and one output, where there were not too many to take them one by one.
+  by_argument = any(argument in problem.names for argument, _ in pairs)
+  by_output = any(output for _, output in pairs)
+  reasons: dict[str, str] = {}
+  for (argument, output), silent in pairs.items():
+    one = (argument in problem.names, bool(output)) == (by_argument, by_output)
+    if one and all(silent):
+      arguments = [argument] if by_argument else problem.names
+      for name in (*arguments, *([output] if by_output else problem.out_names)):
+        reasons.setdefault(name, silent[0])
+  for name, mask in zip(problem.out_names, problem.masks, strict=True):
+    if mask.size and not mask.any():
+      reasons[name] = "it is not finite anywhere"
+  return {n: reasons[n] for n in (*problem.names, *problem.out_names) if n in reasons}
 
 
 def _reason(why: str) -> str:
