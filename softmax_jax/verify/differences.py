@@ -33,8 +33,8 @@ _SCALE = 2.0**8  # between one set of steps and the next
 _SHORTER = 3  # sets of shorter steps; beyond them the rounding of float64 is all there is
 _LONGER = 10
 
-# A derivative along a tangent of 1 that is below this share of the value counts as 0: it is a sum of
-# terms that cancel.
+# A derivative along a tangent of 1 that is below this share of the value counts as 0: it is a sum
+# of terms that cancel.
 NEGLIGIBLE = 2e-5
 # Entries known less well than this, relative to the typical one, are left out if they are few.
 _KNOWN = 1e-3

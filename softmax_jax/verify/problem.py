@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from softmax_jax._arguments import Arguments
+from softmax_jax.verify.widening import operations
 
 Arrays = list[np.ndarray]
 # Arrays, tracers or types of arrays: whatever JAX traces a function with.
@@ -134,6 +135,7 @@ class Problem:
     self.float_dtypes = [*self.dtypes, *(y.dtype for y in self.out_types)]
     self.unit_dtypes = [*self.float_dtypes, *rounded_to(jaxpr.jaxpr)]
     self._coarsest = coarsest(self.unit_dtypes)
+    self.operations = operations(jaxpr.jaxpr)
 
     # Programs, compiled once for all points.
     if like is not None and (self.tree, self._types()) == (like.tree, like._types()):

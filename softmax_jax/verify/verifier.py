@@ -218,7 +218,7 @@ class Verifier:
         expected,
         slack,
         dtype=first.dtype,
-        unit=bounds.unit_roundoff(self.problem.unit_dtypes) if unit is None else unit,
+        unit=self._unit() if unit is None else unit,
         size=self.problem.size,
         bound=(self.options.bounds or {}).get(check),
         useless=useless,
@@ -228,6 +228,10 @@ class Verifier:
         verdict = dataclasses.replace(verdict, useless=first.unknown)
       judged.append((first, expected.shape[1:], verdict))
     return judged
+
+  def _unit(self) -> float:
+    unit = bounds.unit_roundoff(self.problem.unit_dtypes)
+    return unit * bounds.inexactness(self.problem.operations)
 
   def rows(self, label: str, judged: Sequence[Judged]) -> list[Row]:
     """A row for the worst array, and one for each that cannot be judged."""
@@ -247,7 +251,7 @@ class Verifier:
         0,
         Row(
           self.name, label, "passed" if worst.passed else "failed", of.of, str(np.dtype(of.dtype)),
-          shape, worst.error, worst.bound, worst.index,
+          shape, worst.error, worst.bound, worst.index, "", worst.got, worst.expected,
         ),
       )  # fmt: skip
     return rows

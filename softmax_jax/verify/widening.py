@@ -48,6 +48,12 @@ def coarse_calls(jaxpr: Any) -> set[Any]:
   return found
 
 
+def operations(jaxpr: Any) -> set[str]:
+  """The names of the operations of a program, also of those inside."""
+  names = {eqn.primitive.name for eqn in jaxpr.eqns}
+  return names.union(*(operations(p) for eqn in jaxpr.eqns for p in _programs(eqn.params)))
+
+
 def _programs(params: Any) -> list[Any]:
   leaves = jax.tree.leaves(list(params.values()), is_leaf=_is_program)
   return [getattr(leaf, "jaxpr", leaf) for leaf in leaves if _is_program(leaf)]

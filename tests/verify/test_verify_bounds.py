@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from verified import X
+from verified import X, with_rule
 
 from softmax_jax import softmax
 from softmax_jax.verify import bounds, check_derivatives
@@ -21,6 +21,21 @@ def test_bounds_do_not_grow_with_the_array():
     for n in (1, 4096)
   ]
   assert rows[1].bound < 2 * rows[0].bound < 1e-5
+
+
+@pytest.mark.parametrize(
+  "f",
+  [jax.scipy.special.digamma, jax.scipy.special.gammaln, jax.scipy.special.erfinv],
+  ids=["digamma", "gammaln", "erfinv"],
+)
+def test_a_series_is_right_to_some_ten_units(f):
+  x = np.random.default_rng(3).uniform(0.2, 0.9, (4, 6)).astype(np.float32)
+  checks = ["vjp", "finite_differences", "jvp", "jacobian"]
+  check_derivatives(f, x, checks=checks).raise_if_failed()
+  wrong = with_rule(f, lambda x, u: (1 + 1e-5) * jax.vjp(f, x)[1](u)[0])
+  assert check_derivatives(wrong, x, checks=["finite_differences"]).failed
+  (row,) = check_derivatives(wrong, x, reference=f, checks=["vjp"]).failed
+  assert row.error == pytest.approx(1e-5, rel=0.2)
 
 
 def test_bounds_can_be_overridden():

@@ -5,6 +5,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from verified import BESIDE_NUMBERS, X, oscillating, statuses, with_rule
 
@@ -46,6 +47,30 @@ def test_report_as_text_data_and_html(failing):
   table = failing._repr_html_()
   assert table.count("<tr") == 5
   assert html.escape("<cotangent, tangent> of args[0]") in table
+
+
+def test_what_is_wrong_is_said_in_a_line():
+  twice = with_rule(jnp.sin, lambda x, u: (jnp.cos(x) * u).at[1, 2].multiply(2))
+  report = check_derivatives(twice, X, name="sine", checks=["value", "jacobian"])
+  lines = repr(report).splitlines()
+  assert lines[:2] == ["<Report: 1 passed, 2 failed, 1 skipped", "sine:"]
+  right = np.cos(np.float64(X[1, 2]))
+  said = f"d out / d args[0] at [1, 2, 1, 2]: got {2 * right:.6g}, expected {right:.6g} (jacobian: "
+  assert lines[2].startswith(f"  {said}")
+  assert [row.status for row in report.rows].index("failed") > 0
+  assert "failed" in str(report).splitlines()[2]  # first in the table
+  with pytest.raises(DerivativeError) as error:
+    report.raise_if_failed()
+  assert str(error.value).startswith(f"sine:\n  {said}")
+  assert (
+    repr(check_derivatives(jnp.sin, X, checks=["vjp"])) == "<Report: 1 passed, 0 failed, 0 skipped>"
+  )
+
+
+def test_an_infinity_is_said_too():
+  f = with_rule(jnp.sin, lambda x, u: (jnp.cos(x) * u).at[0, 1].set(jnp.nan))
+  row = check_derivatives(f, X, reference=jnp.sin, checks=["vjp"]).failed[0]
+  assert str(row).startswith("cotangent of args[0] at [0, 1]: got nan, expected ")
 
 
 def test_what_no_derivative_confirmed_is_named():

@@ -1,4 +1,4 @@
-"""Right functions of every scale, near the end of their domain and at kinks pass; wrong ones fail."""
+"""Right functions of every scale, at the end of their domain and at kinks pass; wrong ones fail."""
 
 import jax
 import jax.numpy as jnp

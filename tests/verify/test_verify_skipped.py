@@ -61,6 +61,14 @@ def test_function_that_refuses_float64():
   assert "finite_differences" in {row.check for row in check_derivatives(wrong, X).failed}
 
 
+def test_implicit_derivatives_of_random_numbers_are_not_those_of_differences():
+  draw = lambda key, a: jax.random.gamma(key, a)
+  report = check_derivatives(draw, jax.random.key(0), X**2 + 1, checks=["vjp", "jvp"])
+  assert not report.failed
+  assert not report
+  assert all("jax.random.gamma" in row.reason for row in report.rows if row.status == "skipped")
+
+
 def test_float64_needs_no_reference():
   with jax.enable_x64(True):
     x = X.astype(np.float64)

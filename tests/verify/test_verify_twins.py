@@ -169,7 +169,9 @@ def test_a_function_that_casts_to_sixteen_bits_inside_is_confirmed():
   wrong = jax.custom_vjp(f)
   wrong.defvjp(
     lambda x, w: (f(x, w), (x, w)),
-    lambda args, u: tuple(c * bar for c, bar in zip((1, 1.05), jax.vjp(f, *args)[1](u), strict=True)),
+    lambda args, u: tuple(
+      c * bar for c, bar in zip((1, 1.05), jax.vjp(f, *args)[1](u), strict=True)
+    ),
   )
   rows = check_derivatives(wrong, x, w, checks=["finite_differences"]).failed
   assert [row.of for row in rows] == ["<cotangent, tangent> of args[1]"]

@@ -10,7 +10,6 @@ import numpy as np
 
 from softmax_jax.verify.bounds import EMPTY, rounding, unit_of_constants, unit_roundoff
 from softmax_jax.verify.checks.common import (
-  MAX_ARGUMENTS,
   directions,
   inner,
   norm,
