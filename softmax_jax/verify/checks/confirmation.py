@@ -137,10 +137,10 @@ def _unconfirmed(v: Verifier) -> dict[str, str]:
     about = [d for d in found if d.argument == name]
     if not all(d.judged[2].passed for d in about + together):
       reasons[name] = "gradient contradicted by finite_differences; pass reference="
-    elif (of_all := [d for d in about or together if not d.output]) and all(
-      d.silent for d in of_all
-    ):
-      reasons[name] = _reason(of_all[0].silent)
+    else:
+      silent = [d.silent for d in about or together if not d.output]
+      if silent and all(silent):
+        reasons[name] = _reason(silent[0])
   return reasons
 
 
