@@ -23,6 +23,7 @@ _INLINED = {
   "remat2": "jaxpr",
   "custom_jvp_call": "call_jaxpr",
   "custom_vjp_call": "call_jaxpr",
+  "by_platform": "program",  # of this library: what it computes on other platforms is the same
 }
 # What works on bits, or is compiled by others, runs in its own dtypes.
 _BITS = ("bitcast_convert_type", "nextafter", "random_", "threefry", "rng_")
@@ -41,11 +42,17 @@ def coarse_calls(jaxpr: Any) -> set[Any]:
   """The floating dtypes of what keeps its own dtypes and takes floating numbers."""
   found: set[Any] = set()
   for eqn in jaxpr.eqns:
-    if eqn.primitive.name.startswith((*_CALLS, "random_")):
+    if _is_call(eqn) or eqn.primitive.name.startswith("random_"):
       found |= {v.aval.dtype for v in eqn.invars if _wide_dtype(v.aval.dtype) == np.float64}
     for inner in _programs(eqn.params):
       found |= coarse_calls(inner)
   return found
+
+
+def _is_call(eqn: Any) -> bool:
+  """Whether an operation calls a function that is no program of JAX."""
+  functions = [f for f in eqn.params.values() if callable(f) and not isinstance(f, type)]
+  return eqn.primitive.name.startswith(_CALLS) or bool(functions and not _programs(eqn.params))
 
 
 def operations(jaxpr: Any) -> set[str]:
@@ -105,7 +112,7 @@ def _applied(eqn: Any, args: list[Any]) -> list[Any]:
     return _evaluated(getattr(program, "jaxpr", program), getattr(program, "consts", ()), args)
   if name == "reduce_precision":
     return args
-  if name.startswith((*_BITS, *_CALLS)):
+  if _is_call(eqn) or name.startswith(_BITS):
     args = [_narrow(x, v.aval.dtype) for x, v in zip(args, eqn.invars, strict=True)]
   else:
     params = {key: _widened_parameter(value) for key, value in params.items()}

@@ -228,6 +228,17 @@ def test_jit_finds_a_rule_that_is_wrong_without_it():
   assert [row.check for row in report.failed] == ["jit"]
 
 
+def test_jit_finds_a_rule_that_is_wrong_where_two_arguments_are_one_array():
+  f = jax.custom_vjp(lambda x, y: x * y)
+  f.defvjp(
+    lambda x, y: (x * y, (x, y)),
+    lambda r, u: (r[1] * u, 0 * u if r[0] is r[1] else r[0] * u),
+  )
+  for options in ({}, {"reference": lambda x, y: x * y}):
+    report = check_derivatives(f, X, X[::-1], checks=["vjp", "jit"], **options)
+    assert {row.check for row in report.failed} == {"jit"}
+
+
 @pytest.mark.parametrize("order", ["forward over reverse", "reverse over reverse"])
 def test_second_order_finds_a_rule_that_is_constant_in_its_cotangent(order):
   """It is right in the first order, and in the second as long as the cotangent is held fixed."""

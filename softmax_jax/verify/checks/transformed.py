@@ -21,20 +21,24 @@ _BATCH = 3
 
 
 def jit(v: Verifier) -> list[Row]:
-  """Without jit (every other check compiles f), at two different arguments one after the other."""
+  """Without jit (every other check compiles f), at two different arguments one after the other.
+
+  Then once more with one array in place of two, where f takes two of one kind.
+  """
   v.need_derivatives()
   problem = v.problem
 
-  first: dict[int, tuple[Arrays, Arrays]] = {}
+  first: dict[Any, tuple[Arrays, Arrays]] = {}
 
   def without_jit(point: Point) -> Arrays:
-    xs, us = ([jnp.asarray(a) for a in group] for group in (point.xs, point.us))
+    arrays = {id(a): jnp.asarray(a) for a in point.xs}  # one array stays one
+    xs, us = [arrays[id(a)] for a in point.xs], [jnp.asarray(u) for u in point.us]
     return [np.asarray(bar, np.float64) for bar in problem.vjp_of(xs, problem.ns, us)[2]]
 
   def evaluate(_: int, near: int) -> list[Comparison]:
     comparisons: list[Comparison] = []
-    for row in (0, 1):
-      point = problem.point(0, near, row)
+    points = [problem.point(0, near, row) for row in (0, 1)]
+    for row, point in enumerate([*points, *_with_one_array_twice(points[0])]):
       bars = [np.asarray(bar, np.float64) for bar in pulled(v, point)]
       if near == 0:
         first[row] = bars, without_jit(point)
@@ -44,6 +48,16 @@ def jit(v: Verifier) -> list[Row]:
     return comparisons
 
   return v.measure("jit", evaluate, probes=1, near=6)
+
+
+def _with_one_array_twice(point: Point) -> list[Point]:
+  """The point with one array for the first two arguments of the same type, if there are two."""
+  kinds = [(x.shape, x.dtype) for x in point.xs]
+  for j, kind in enumerate(kinds):
+    if (i := kinds.index(kind)) < j:
+      xs = [*point.xs[:j], point.xs[i], *point.xs[j + 1 :]]
+      return [Point((*point.key, "twice"), xs, point.us, point.vs, point.ns)]
+  return []
 
 
 def vmap_each_argument(v: Verifier) -> list[Row]:
