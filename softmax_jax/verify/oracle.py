@@ -124,9 +124,12 @@ class Oracle:
         self.__dict__ = called.__dict__
 
   def _evaluates(self) -> bool:
+    before = dict(self.__dict__)
     try:
       self._use(self._evaluated(), evaluated=True)
-    except Exception:  # JAX may have no such operation in float64.
+      self.value(self.problem.xs)
+    except Exception:  # JAX may have no such operation in float64, or only find out as it compiles.
+      self.__dict__ = before
       return False
     return True
 

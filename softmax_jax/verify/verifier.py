@@ -78,8 +78,18 @@ class Verifier:
     if not self.oracle.given and (self.oracle.evaluated or not coarse):
       return self.oracle
     if self._compiled.own is None:
-      self._compiled.own = Oracle(self.problem, None, evaluated=coarse)
+      self._compiled.own = self._oracle_of_f(coarse)
     return self._compiled.own.at(self.problem)
+
+  def _oracle_of_f(self, evaluated: bool) -> Oracle:
+    if evaluated:
+      found = Oracle(self.problem, None, evaluated=True)
+      try:
+        found.vjp(self.problem.point())
+        return found
+      except Exception:  # An operation that only the derivative has may not be in float64.
+        pass
+    return Oracle(self.problem, None)
 
   @property
   def forward(self) -> str:
