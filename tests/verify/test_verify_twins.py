@@ -7,6 +7,7 @@ import optax
 import pytest
 from verified import X, with_rule
 
+from softmax_jax import softmax_cross_entropy
 from softmax_jax.verify import check_derivatives
 from softmax_jax.verify.oracle import Oracle, exact
 from softmax_jax.verify.problem import Problem
@@ -45,6 +46,15 @@ def test_an_evaluated_program_is_that_of_float64(name):
   for a, b in zip(found, expected, strict=True):
     assert a.dtype == np.float64
     np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-14)
+
+
+def test_an_operation_that_calls_a_function_keeps_its_own_dtypes():
+  """As the rules of this library, and callbacks, do."""
+  f = jax.grad(lambda x: jnp.sum(softmax_cross_entropy(x, jnp.abs(x[::-1])) ** 2))
+  with exact():
+    (found,) = widened_program(jax.make_jaxpr(f)(X))(X)
+    expected = f(jnp.asarray(X, np.float64))
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_rounding_inside_is_left_out():
