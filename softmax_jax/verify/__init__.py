@@ -3,7 +3,8 @@
 `check_derivatives` compares a function and its derivatives with float64, in every mode and under
 every transformation that applies, and returns a `Report`. Nothing in it knows of softmax. The
 checks are in `CHECKS`, by name. ``softmax_jax/verify/bounds.py`` says what an error is and where
-the bounds come from, ``softmax_jax/verify/oracle.py`` what results are compared with.
+the bounds come from, ``softmax_jax/verify/oracle.py`` what results are compared with, and
+``softmax_jax/verify/differences.py`` how finite differences are taken.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from softmax_jax.verify.checks import CHECKS
+from softmax_jax.verify.checks.confirmation import confirmed
 from softmax_jax.verify.options import Options, names, require
 from softmax_jax.verify.oracle import Oracle, compiled_with_all_digits
 from softmax_jax.verify.problem import Problem
-from softmax_jax.verify.report import DerivativeError, Report, Row
+from softmax_jax.verify.report import DerivativeError, Report, Row, tells
 from softmax_jax.verify.verifier import Verifier
 
 __all__ = ["CHECKS", "DerivativeError", "Report", "Row", "check_derivatives", "describe_checks"]
@@ -47,16 +49,21 @@ def check_derivatives(
 
   where the right side comes from values of ``f`` alone. Errors are relative and in norm, over the
   whole array and over every slice of it; bounds come from the dtype, the size of the problem and
-  the rounding noise that ``f`` shows, and do not grow with the array. Where the Jacobian has more
-  than 4096 entries, products with random vectors stand for it.
+  the rounding noise that ``f`` shows, and do not grow with the array. Steps follow the size of the
+  arguments and end before the domain of ``f`` does. Where the Jacobian has more than 4096 entries,
+  products with random vectors stand for it.
+
+  A function that draws random numbers, casts to sixteen bits inside or does not run in float64 is
+  traced in its own dtypes and evaluated in float64, with the same random numbers. So is one in
+  sixteen bits, beside f called with float64.
 
   A derivative dominated by rounding error fails: that of `jax.nn.softmax` where one probability
   rounds to 1, for instance. So does one that is right only to the tolerance of a solver, such as a
   gradient through an ODE by its adjoint: pass ``bounds``.
 
   Args:
-    f: any function of arrays that JAX can differentiate, in whatever way it is differentiated.
-      Random numbers must be arguments: those that JAX draws differ between dtypes.
+    f: any function of arrays that JAX can differentiate, in whatever way it is differentiated. Keys
+      of random numbers are arguments like others.
     *args: its arguments: arrays, Python numbers and pytrees of them, all of which are traced.
       ``f`` is differentiated by those of a floating dtype; integers and booleans are passed on, and
       anything else is left as it is.
@@ -79,12 +86,13 @@ def check_derivatives(
 
   Returns:
     A `Report` with a row per check, or several where a check has parts, each passed, failed or
-    skipped with its reason. It is true if none failed and a derivative agreed with something other
-    than the rules of ``f`` itself (or any check passed, if ``checks`` asks for none of these).
+    skipped with its reason. It is true if none failed and the derivatives of every floating output
+    by every floating argument agreed with something other than the rules of ``f`` itself (or any
+    check passed, if ``checks`` asks for none of these). The last line names what did not.
 
   Raises:
     TypeError: if ``f`` is not callable, an argument or a result is complex, ``f`` needs the value
-      of an argument, or an option is of another type.
+      of an argument (which it names), or an option is of another type.
     ValueError: if a check has no such name, ``reference`` returns other shapes than ``f``, or a
       bound or ``seed`` is negative.
     Exception: whatever ``f`` raises at its arguments, or ``reference`` in float64. What they raise
@@ -164,8 +172,15 @@ def verifier(f: Callable[..., Any], *args: Any, **options: Any) -> Verifier:
     return Verifier(problem, Oracle(problem, chosen.reference), chosen)
 
 
-def run_checks(v: Verifier, chosen: Sequence[str]) -> Report:
-  """The report of these checks."""
+def run_checks(
+  v: Verifier, chosen: Sequence[str], show: Callable[[int, str], None] = lambda done, name: None
+) -> Report:
+  """The report of these checks; ``show`` is told how many are done, and the name of the last."""
+  rows: list[Row] = []
   with compiled_with_all_digits():
-    rows = [row for name in chosen for row in v.run(name, CHECKS[name])]
+    for done, name in enumerate(chosen, 1):
+      rows += v.run(name, CHECKS[name])
+      show(done, name)
+    if any(map(tells, chosen)):
+      rows += confirmed(v)
   return Report(tuple(rows))

@@ -17,7 +17,8 @@ second grows like the root of its logarithm):
   probes x entries) go into each estimate, or g is not judged on its own; the estimate is then
   below half of the truth with a probability under 1e-6, which 6 standard deviations outweigh.
 * ROUNDING * u * sqrt(2 + log2 n) * s_g. Errors that do not change at random: the last rounding (u),
-  the exponential and its like (some ulps, 2u each), and sums. XLA sums n terms in a tree or in
+  the exponential and its like (some ulps, 2u each; four times as many in a series, as of the gamma
+  function), and sums. XLA sums n terms in a tree or in
   lanes, so that each term passes about log2 n roundings, which add like a random walk.
 * The error of the reference, where that was found by finite differences.
 * The smallest normal number per entry (float16: four times the smallest number), for underflow.
@@ -40,24 +41,59 @@ ROUNDING = 4.0
 # With a larger bound than this a comparison says nothing, and is reported as skipped.
 USELESS = 0.5
 
+EMPTY = "it is empty"
+
 _SAMPLES = 32
 _FLOOR = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """The worst group of a comparison: its error and bound, and the worst entry in it."""
+  """The worst group of a comparison: its error and bound, and the worst entry in it.
+
+  ``got`` and ``expected`` are that entry, of the probe in which it is worst.
+  """
 
   error: float
   bound: float
   index: tuple[int, ...]
   passed: bool
   useless: str = ""
+  got: float = math.nan
+  expected: float = math.nan
 
 
 def unit_roundoff(dtypes: Sequence[Any]) -> float:
   """The largest unit roundoff among floating dtypes."""
   return max(float(finfo(dtype).eps) / 2 for dtype in dtypes)
+
+
+# What XLA sums up as a series, or a recurrence, is right to some ten units only.
+_SERIES = {
+  *("lgamma", "digamma", "polygamma", "zeta", "igamma", "igammac", "igamma_grad_a"),
+  *("random_gamma_grad", "regularized_incomplete_beta", "bessel_i0e", "bessel_i1e", "erf_inv"),
+}
+
+
+def inexactness(operations: set[str]) -> float:
+  """How many times the usual rounding the errors may be that do not change at random."""
+  return 4.0 if operations & _SERIES else 1.0
+
+
+def rounding(unit: float, size: int) -> float:
+  """What a result may be off by, relative to its size, without the errors that change at random."""
+  return ROUNDING * unit * math.sqrt(2 + math.log2(size))
+
+
+def unit_of_constants(dtypes: Sequence[Any]) -> float:
+  """The unit for f and its rule in float64, whose constants may be rounded to other dtypes.
+
+  Each may round another constant to its own dtype, and no more than that can be asked of them. In
+  sixteen bits, where that is much, an eighth is allowed for: few constants are rounded there, and
+  each contributes to a part of the result.
+  """
+  unit = unit_roundoff(dtypes)
+  return unit if unit < 2.0**-12 else unit / 8
 
 
 def judge(
@@ -87,15 +123,22 @@ def judge(
   """
   error, near = errors[0], errors[1:]
   if not error.size:
-    return Verdict(math.nan, math.nan, (), True, "it is empty")
+    return Verdict(math.nan, math.nan, (), True, EMPTY)
   undefined = np.isnan(expected)
   if undefined.all():
     return Verdict(math.nan, math.nan, (), True, "the reference is not a number anywhere")
   error = np.where(undefined, 0, error)
+
+  def entry(index: tuple[int, ...]) -> tuple[float, float]:
+    errors, right = error[(slice(None), *index)], expected[(slice(None), *index)]
+    probe = int(np.argmax(np.nan_to_num(np.abs(errors), nan=np.inf)))
+    with np.errstate(invalid="ignore"):
+      return float(right[probe] + errors[probe]), float(right[probe])
+
   wrong = ~np.isfinite(error)
   if wrong.any():
     index = tuple(int(i) for i in np.argwhere(wrong)[0][1:])
-    return Verdict(math.inf, bound or unit, index, False)
+    return Verdict(math.inf, bound or unit, index, False, "", *entry(index))
   scale = np.where(np.isfinite(expected), expected, 0)
   typical = math.sqrt(np.mean(scale**2))
   squared_noise = np.zeros_like(error)
@@ -115,7 +158,7 @@ def judge(
       return _Groups(axis, found, bound * size_g, size_g, of_reference)
     limit = (
       NOISE * np.sqrt(total(squared_noise))
-      + ROUNDING * unit * math.sqrt(2 + math.log2(size)) * size_g
+      + rounding(unit, size) * size_g
       + of_reference
       + tiny * math.sqrt(count)
     )
@@ -132,7 +175,8 @@ def judge(
   reason = everything.why_useless(useless, tiny) if bound is None else ""
   if undefined.any() and not np.any(np.nan_to_num(expected)):
     reason = "the reference is not a number anywhere but where it is 0"
-  return Verdict(*worst.relative, worst.entry(error), passed, reason if passed else "")
+  index = worst.entry(error)
+  return Verdict(*worst.relative, index, passed, reason if passed else "", *entry(index))
 
 
 class _Groups:

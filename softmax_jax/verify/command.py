@@ -252,11 +252,8 @@ def _function(args: SimpleNamespace) -> Report:
         f"cannot verify {args.function} on ({shapes}): {_said(error)}"
       ) from error
     pair = _pair_to_draw(v) if args.plot else None
-    report = Report(())
     with command_line.progress_bar(len(chosen)) as show:
-      for done, check in enumerate(chosen, 1):
-        report += run_checks(v, [check])
-        show(done, check)
+      report = run_checks(v, chosen, show)
     if pair is not None:
       _draw(args.plot, args, v, *pair)
   if not args.json:

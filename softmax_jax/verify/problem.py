@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from softmax_jax._arguments import Arguments
+from softmax_jax.verify.widening import operations
 
 Arrays = list[np.ndarray]
 # Arrays, tracers or types of arrays: whatever JAX traces a function with.
@@ -47,11 +48,13 @@ def widened(tree: Any) -> Any:
 
 
 class Point:
-  """Arguments ``xs``, cotangents ``us`` of the outputs and tangents ``vs`` of the arguments."""
+  """Arguments ``xs`` and ``ns``, cotangents ``us`` of the outputs, tangents ``vs`` of ``xs``."""
 
-  def __init__(self, key: tuple[Hashable, ...], xs: Arrays, us: Arrays, vs: Arrays):
+  def __init__(
+    self, key: tuple[Hashable, ...], xs: Arrays, us: Arrays, vs: Arrays, ns: Sequence[Any]
+  ):
     """Under a key that tells it from other points."""
-    self.key, self.xs, self.us, self.vs = key, xs, us, vs
+    self.key, self.xs, self.us, self.vs, self.ns = key, xs, us, vs, ns
 
   def only_argument(self, index: int) -> Arrays:
     """The tangents with all but one of them 0."""
@@ -65,6 +68,7 @@ _NEEDS_VALUES = (
   jax.errors.TracerArrayConversionError,
   jax.errors.TracerBoolConversionError,
   jax.errors.TracerIntegerConversionError,
+  jax.errors.UnexpectedTracerError,
 )
 
 
@@ -110,9 +114,13 @@ class Problem:
       jaxpr, out = jax.make_jaxpr(functools.partial(self.call, f, self.kwargs), return_shape=True)(
         self.xs, self.ns
       )
-    except _NEEDS_VALUES as error:
+    except Exception as error:
+      needed = self._needed([leaf for _, leaf in paths], names)
+      if not needed and not isinstance(error, _NEEDS_VALUES):
+        raise
       raise TypeError(
-        "f needs the value of an argument, which check_derivatives traces; pass it in kwargs=."
+        f"f needs the value of {needed or 'an argument'}, which check_derivatives traces; pass it "
+        "in kwargs=. Where it is inside of another argument, let f close over that."
       ) from error
     outs, _ = _flattened(out)  # with types in place of arrays
     if any(jnp.issubdtype(y.dtype, jnp.complexfloating) for _, y in outs):
@@ -127,6 +135,7 @@ class Problem:
     self.float_dtypes = [*self.dtypes, *(y.dtype for y in self.out_types)]
     self.unit_dtypes = [*self.float_dtypes, *rounded_to(jaxpr.jaxpr)]
     self._coarsest = coarsest(self.unit_dtypes)
+    self.operations = operations(jaxpr.jaxpr)
 
     # Programs, compiled once for all points.
     if like is not None and (self.tree, self._types()) == (like.tree, like._types()):
@@ -134,6 +143,24 @@ class Problem:
     else:
       self.vjp, self.jvp = compiled(self.vjp_of), compiled(self.jvp_of)
       self.value = compiled(self.outputs)
+
+  def _needed(self, given: list[Any], names: list[str]) -> str:
+    """The arguments that f runs with if they are not traced: one, or all that are no arrays."""
+    python = [i for i, leaf in enumerate(given) if isinstance(leaf, (bool, int, float))]
+    alone = dict.fromkeys((*python, *self.other_places))
+    for fixed in (*([place] for place in alone), python):
+      traced = {i: x for i, x in enumerate(self.leaves) if _is_array(x) and i not in fixed}
+
+      def call(traced: dict[int, Any]) -> Any:
+        leaves = [traced.get(i, leaf) for i, leaf in enumerate(given)]
+        return self.f(*jax.tree.unflatten(self.tree, leaves), **self.kwargs)
+
+      try:
+        jax.eval_shape(call, traced)
+      except Exception:
+        continue
+      return ", ".join(names[i] for i in fixed)
+    return ""
 
   def at(self, args: Sequence[Any], seed: int) -> tuple[Problem, bool]:
     """The same function at other arguments, and whether its compiled programs are the same."""
@@ -187,10 +214,11 @@ class Problem:
 
     With ``near`` > 0 everything is moved at random by a few ulps: by ulps of float64 if ``wide``,
     in which case all arrays are of that dtype. With ``row`` > 0 the arguments are other ones,
-    within 10 % of those given, so that signs and infinities stay. Cotangents are normal numbers
-    around 1 or -1 (in one of four probes around 0), so that a term with the sum of the cotangents
-    shows; they are 0 where the output is infinite or NaN. Tangents are normal numbers of the size
-    of the argument, or 1 if that is smaller.
+    within 10 % of those given, so that signs and infinities stay; zeros become positive. Cotangents
+    are normal numbers around 1 or -1 (in one of four probes around 0), so that a term with the sum
+    of the cotangents shows; they are 0 where the output is infinite or NaN. Tangents are normal
+    numbers of the size of the argument; in every other probe smaller for its small entries, which
+    may be near to the end of a domain.
     """
     rng = np.random.default_rng([self.seed, probe, row])
     offset = 0.0 if probe % 4 == 3 else rng.choice([-1.0, 1.0])
@@ -198,10 +226,11 @@ class Problem:
       np.asarray(rng.standard_normal(tuple(y.shape)) + offset).astype(y.dtype)
       for y in self.out_types
     ]
-    vs = [np.asarray(_scale(x) * rng.standard_normal(x.shape)).astype(x.dtype) for x in self.xs]
+    size = _sizes if probe % 2 else size_of
+    vs = [np.asarray(size(x) * rng.standard_normal(x.shape)).astype(x.dtype) for x in self.xs]
     xs = self.xs
     if row:
-      xs = [_moved(x, 0.1, rng) for x in xs]
+      xs = [_moved(_without_zeros(x, 0.1, rng), 0.1, rng) for x in xs]
     if near:
       rng = np.random.default_rng([self.seed, probe, row, near])
       ulps = _few_ulps(np.float64 if wide else self._coarsest)
@@ -209,7 +238,14 @@ class Problem:
         xs, us, vs = ([a.astype(np.float64) for a in group] for group in (xs, us, vs))
       xs, us, vs = ([_moved(a, ulps, rng) for a in group] for group in (xs, us, vs))
     us = [np.where(mask, u, np.zeros_like(u)) for u, mask in zip(us, self.masks, strict=True)]
-    return Point((probe, near, row, wide), xs, us, vs)
+    return Point((probe, near, row, wide), xs, us, vs, self.ns)
+
+  def others(self, row: int) -> list[Any]:
+    """The arrays without derivatives in a row of a batch: in row 0 as given, then moved around.
+
+    Labels and the like are then others, and yet such as f takes.
+    """
+    return [n if n.size < 2 or not row else jnp.roll(n, row) for n in self.ns]
 
 
 def split(outs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -263,8 +299,19 @@ def _moved(x: np.ndarray, by: float, rng: np.random.Generator) -> np.ndarray:
   return np.asarray(x.astype(np.float64) * factor).astype(x.dtype)
 
 
-def _scale(x: np.ndarray) -> float:
+def _without_zeros(x: np.ndarray, by: float, rng: np.random.Generator) -> np.ndarray:
+  size = by * size_of(x) * rng.uniform(0, 1, x.shape)
+  return np.where(x == 0, size, x).astype(x.dtype)
+
+
+def size_of(x: np.ndarray) -> float:
+  """The root mean square of the finite entries, or 1 if that is 0."""
   finite = np.asarray(x, np.float64)
   finite = finite[np.isfinite(finite)]
-  size = math.sqrt(np.mean(finite**2)) if finite.size else 0.0
-  return min(1.0, size) or 1.0
+  return (math.sqrt(np.mean(finite**2)) if finite.size else 0.0) or 1.0
+
+
+def _sizes(x: np.ndarray) -> np.ndarray:
+  """The geometric mean of the size of each entry that is not 0 or infinite and of the array."""
+  sizes, size = np.abs(np.asarray(x, np.float64)), size_of(x)
+  return np.where(np.isfinite(sizes) & (sizes > 0), np.sqrt(sizes) * math.sqrt(size), size)

@@ -21,9 +21,16 @@ class Skip(Exception):
   """A check does not apply; its text is the reason."""
 
 
+# The check of rows about an argument or output that no derivative confirmed.
+UNCONFIRMED = "confirmed"
 # Checks that say nothing about derivatives, and those that compare f's own with each other.
 _NO_DERIVATIVES = ("value", "structure", "residuals", "traces")
-_OWN_DERIVATIVES = ("dot_product", "linearity")
+_OWN_DERIVATIVES = ("dot_product", "linearity", "repeated")
+
+
+def tells(check: str) -> bool:
+  """Whether a check compares a derivative with something other than f's own rules."""
+  return check not in (*_NO_DERIVATIVES, *_OWN_DERIVATIVES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +48,8 @@ class Row:
     bound: what the error may be.
     index: the entry with the largest error in that group, or None where there is none.
     reason: why a check was skipped, or what went wrong beyond numbers.
+    got: that entry.
+    expected: what it should be.
   """
 
   function: str
@@ -53,14 +62,27 @@ class Row:
   bound: float = math.nan
   index: tuple[int, ...] | None = None
   reason: str = ""
+  got: float = math.nan
+  expected: float = math.nan
+
+  def __str__(self) -> str:
+    """What is wrong where, in one line; for a row that did not fail, its status."""
+    place = f"{self.of} at {list(self.index)}" if self.index else self.of
+    numbers = ""
+    if self.status == "failed" and not math.isnan(self.error) and self.index is not None:
+      numbers = f"got {self.got:.6g}, expected {self.expected:.6g}"
+    said = ", ".join(text for text in (numbers, self.reason) if text) or self.status
+    return f"{place}: {said} ({self.check})" if place else f"{said} ({self.check})"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Report:
   """The rows of a verification. It is true if none failed and enough passed.
 
-  Enough means, for each function, one row in which a derivative agreed with something other than
-  the function's own rules; or any row, where no such check was asked for.
+  Enough means, for each function, that every floating argument and output took part in a
+  derivative that agreed with something other than the function's own rules; what did not is a row
+  of the check "confirmed", and in the last line. Where no such check was asked for, any row that
+  passed is enough.
 
   `str` gives it as a table, `to_dict` as plain data; in a notebook it renders as a table.
 
@@ -91,9 +113,10 @@ class Report:
 
   def _enough(self, function: str) -> bool:
     rows = [row for row in self.rows if row.function == function]
-    others = (*_NO_DERIVATIVES, *_OWN_DERIVATIVES)
+    if any(row.check == UNCONFIRMED for row in rows):
+      return False
     # At an edge point the name of the check comes last: "edge_points: 0: value".
-    telling = [row for row in rows if row.check.split(": ")[-1] not in others]
+    telling = [row for row in rows if tells(row.check.split(": ")[-1])]
     return any(row.status == "passed" for row in telling or rows)
 
   def __add__(self, other: object) -> Report:
@@ -104,26 +127,42 @@ class Report:
     """Returns the report itself if it is true.
 
     Raises:
-      DerivativeError: an `AssertionError` with the rows that failed, or with all of them if none
-        failed but no derivative was confirmed.
+      DerivativeError: an `AssertionError` that says what is wrong where, a line for each row that
+        failed, and then gives them as a table; or all rows, if none failed but not every derivative
+        was confirmed.
     """
     if self:
       return self
     if self.failed:
-      raise DerivativeError("\n" + self._text(self.failed))
-    raise DerivativeError(f"no derivative was confirmed\n{self._text(self.rows)}")
+      raise DerivativeError(f"{self.failures()}\n\n{self._text(self.failed)}")
+    raise DerivativeError(f"not every derivative was confirmed\n{self._text(self.rows)}")
+
+  def failures(self) -> str:
+    """A line for each row that failed: what is wrong where."""
+    lines: list[str] = []
+    for function in dict.fromkeys(row.function for row in self.failed):
+      lines.append(f"{function}:")
+      lines += [f"  {row}" for row in self.failed if row.function == function]
+    return "\n".join(lines)
+
+  def __repr__(self) -> str:
+    """The number of rows by status, and what is wrong where."""
+    failures = f"\n{self.failures()}" if self.failed else ""
+    return f"<Report: {self.summary()}{failures}>"
 
   def summary(self) -> str:
-    """How many checks passed, failed and were skipped, in one line."""
+    """How many checks passed, failed and were skipped, and what was not confirmed, in one line."""
     count = {
-      status: sum(row.status == status for row in self.rows)
+      status: sum(row.status == status for row in self.rows if row.check != UNCONFIRMED)
       for status in ("passed", "failed", "skipped")
     }
-    return ", ".join(f"{number} {status}" for status, number in count.items())
+    text = ", ".join(f"{number} {status}" for status, number in count.items())
+    names = dict.fromkeys(row.of for row in self.rows if row.check == UNCONFIRMED)
+    return f"{text}; not confirmed: {', '.join(names)}" if names else text
 
   def __str__(self) -> str:
-    """The table."""
-    return self._text(self.rows)
+    """The table, failures first."""
+    return self._text(sorted(self.rows, key=lambda row: row.status != "failed"))
 
   def _text(self, rows: Iterable[Row]) -> str:
     return "\n".join([*aligned(rows), self.summary()])
@@ -135,7 +174,7 @@ class Report:
       plain = dataclasses.asdict(row)
       for name in ("shape", "index"):
         plain[name] = None if plain[name] is None else list(plain[name])
-      for name in ("error", "bound"):
+      for name in ("error", "bound", "got", "expected"):
         plain[name] = None if math.isnan(plain[name]) else plain[name]
       rows.append(plain)
     return {"passed": bool(self), "rows": rows}

@@ -90,5 +90,5 @@ def test_bounds_and_reports():
     with pytest.raises(TypeError, match="unsupported operand"):
       Report((row,)) + other
   assert Report((row,)) and not Report(())
-  with pytest.raises(DerivativeError, match="no derivative was confirmed"):
+  with pytest.raises(DerivativeError, match="not every derivative was confirmed"):
     Report(()).raise_if_failed()

@@ -119,18 +119,34 @@ def test_one_argument_alone_in_forward_mode():
   assert "each_argument" in {row.check.partition(":")[0] for row in rows}
 
 
+def with_nondiff_argnums():
+  f = jax.custom_vjp(lambda x, axis: jnp.sum(x, axis), nondiff_argnums=(1,))
+  f.defvjp(lambda x, axis: (jnp.sum(x, axis), x), lambda axis, x, u: (jnp.ones_like(x),))
+  return f
+
+
 @pytest.mark.parametrize(
-  "f, args",
+  "f, args, needed",
   [
-    (lambda x, flag: x if flag else -x, (X, True)),
-    (lambda x, axis: jnp.sum(x, axis), (X, 1)),
-    (lambda x, n: x * range(n)[-1], (X, 3)),
+    (lambda x, flag: x if flag else -x, (X, True), "args[1]"),
+    (lambda x, n, axis: jnp.sum(x, axis), (X, 2, 1), "args[2]"),
+    (lambda x, n: x * range(n)[-1], (X, 3), "args[1]"),
+    (lambda p: p["x"] if p["on"] else -p["x"], ({"x": X, "on": True},), "args[0]['on']"),
+    (jax.jit(jnp.sum, static_argnums=1), (X, 1), "args[1]"),
+    (with_nondiff_argnums(), (X, 1), "args[1]"),
+    (lambda x, a, b: x if a and b else -x, (X, True, 2), "args[1], args[2]"),
   ],
-  ids=["flag", "axis", "size"],
+  ids=["flag", "axis", "size", "leaf", "static_argnums", "nondiff_argnums", "two"],
 )
-def test_an_argument_that_must_not_be_traced_is_to_be_passed_by_name(f, args):
-  with pytest.raises(TypeError, match="pass it in kwargs="):
+def test_an_argument_that_must_not_be_traced_is_to_be_passed_by_name(f, args, needed):
+  with pytest.raises(TypeError, match="pass it in kwargs=") as error:
     check_derivatives(f, *args)
+  assert f"needs the value of {needed}, " in str(error.value)
+
+
+def test_an_error_of_f_itself_stays_what_it_is():
+  with pytest.raises(ValueError, match="of its own"):
+    check_derivatives(lambda x, n: (_ for _ in ()).throw(ValueError("of its own")), X, 3)
 
 
 @pytest.mark.without("enable_x64")  # which has integers of 64 bits

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from verified import X
+from verified import X, with_rule
 
 from softmax_jax import softmax
 from softmax_jax.verify import bounds, check_derivatives
@@ -23,6 +23,21 @@ def test_bounds_do_not_grow_with_the_array():
   assert rows[1].bound < 2 * rows[0].bound < 1e-5
 
 
+@pytest.mark.parametrize(
+  "f",
+  [jax.scipy.special.digamma, jax.scipy.special.gammaln, jax.scipy.special.erfinv],
+  ids=["digamma", "gammaln", "erfinv"],
+)
+def test_a_series_is_right_to_some_ten_units(f):
+  x = np.random.default_rng(3).uniform(0.2, 0.9, (4, 6)).astype(np.float32)
+  checks = ["vjp", "finite_differences", "jvp", "jacobian"]
+  check_derivatives(f, x, checks=checks).raise_if_failed()
+  wrong = with_rule(f, lambda x, u: (1 + 1e-5) * jax.vjp(f, x)[1](u)[0])
+  assert check_derivatives(wrong, x, checks=["finite_differences"]).failed
+  (row,) = check_derivatives(wrong, x, reference=f, checks=["vjp"]).failed
+  assert row.error == pytest.approx(1e-5, rel=0.2)
+
+
 def test_bounds_can_be_overridden():
   check = functools.partial(check_derivatives, softmax, X, checks=["vjp"])
   (row,) = check(bounds={"vjp": 1e-12}).failed
@@ -36,6 +51,14 @@ def test_condition_is_not_held_against_a_function():
   check_derivatives(f, jnp.array([1.0, 1.0, 1e-3])).raise_if_failed()
   (row,) = check_derivatives(f, jnp.array([1.0, 1.0, 1e-3]), checks=["value"]).rows
   assert row.status == "skipped" or row.bound > 1e-4
+
+
+def differences(f, x, v=None):
+  """The derivatives of f at x along v, or along ones, and the errors that they may have."""
+  problem = Problem(f, (x,), {})
+  v = np.ones_like(x) if v is None else v
+  (dot,), (slack,) = Oracle(problem, None).differences(problem.point(), [v])
+  return dot, slack
 
 
 def judge(errors, expected, **options):
@@ -77,7 +100,7 @@ def test_judge_says_when_noise_hides_everything():
 )
 def test_finite_differences_know_their_error(f, derivative, known):
   x = np.linspace(-2, 2, 40).astype(np.float32)
-  (dot,), (slack,) = Oracle(Problem(f, (x,), {}), None).differences([x], [np.ones_like(x)])
+  dot, slack = differences(f, x)
   error = np.abs(dot - derivative(np.float64(x)))
   judged = np.isfinite(dot)
   assert judged.mean() > 0.8
@@ -87,7 +110,7 @@ def test_finite_differences_know_their_error(f, derivative, known):
 
 def test_finite_differences_leave_kinks_out():
   x = np.float32([-1, -1e-5, 0, 1e-5, 1])
-  (dot,), _ = Oracle(Problem(jax.nn.relu, (x,), {}), None).differences([x], [np.ones_like(x)])
+  dot, _ = differences(jax.nn.relu, x)
   np.testing.assert_array_equal(np.isnan(dot), [False, False, True, False, False])
   np.testing.assert_allclose(dot[[0, 1, 3, 4]], [0, 0, 1, 1], atol=1e-10)
 
@@ -96,11 +119,11 @@ def test_finite_differences_leave_kinks_out_along_a_small_tangent():
   """Beside others that are large."""
   x, v = np.float32([0, 1, 2, 3]), np.float32([1e-4, 1, 1, 1])
   for f in (jax.nn.relu, lambda x: jax.nn.relu(x) + jnp.sin(x)):
-    (dot,), _ = Oracle(Problem(f, (x,), {}), None).differences([x], [v])
+    dot, _ = differences(f, x, v)
     np.testing.assert_array_equal(np.isnan(dot), [True, False, False, False])
 
 
 def test_finite_differences_of_huge_arguments_know_that_they_know_nothing():
   x = np.float32([1e17, 1e18])
-  (dot,), (slack,) = Oracle(Problem(jnp.square, (x,), {}), None).differences([x], [x * 0 + 1])
+  dot, slack = differences(jnp.square, x)
   assert np.all(np.abs(dot - 2 * np.float64(x)) <= slack)

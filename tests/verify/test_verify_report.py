@@ -5,6 +5,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from verified import BESIDE_NUMBERS, X, oscillating, statuses, with_rule
 
@@ -48,6 +49,45 @@ def test_report_as_text_data_and_html(failing):
   assert html.escape("<cotangent, tangent> of args[0]") in table
 
 
+def test_what_is_wrong_is_said_in_a_line():
+  twice = with_rule(jnp.sin, lambda x, u: (jnp.cos(x) * u).at[1, 2].multiply(2))
+  report = check_derivatives(twice, X, name="sine", checks=["value", "jacobian"])
+  lines = repr(report).splitlines()
+  assert lines[:2] == ["<Report: 1 passed, 2 failed, 1 skipped", "sine:"]
+  right = np.cos(np.float64(X[1, 2]))
+  said = f"d out / d args[0] at [1, 2, 1, 2]: got {2 * right:.6g}, expected {right:.6g} (jacobian: "
+  assert lines[2].startswith(f"  {said}")
+  assert [row.status for row in report.rows].index("failed") > 0
+  assert "failed" in str(report).splitlines()[2]  # first in the table
+  with pytest.raises(DerivativeError) as error:
+    report.raise_if_failed()
+  assert str(error.value).startswith(f"sine:\n  {said}")
+  assert (
+    repr(check_derivatives(jnp.sin, X, checks=["vjp"])) == "<Report: 1 passed, 0 failed, 0 skipped>"
+  )
+
+
+def test_an_infinity_is_said_too():
+  f = with_rule(jnp.sin, lambda x, u: (jnp.cos(x) * u).at[0, 1].set(jnp.nan))
+  row = check_derivatives(f, X, reference=jnp.sin, checks=["vjp"]).failed[0]
+  assert str(row).startswith("cotangent of args[0] at [0, 1]: got nan, expected ")
+
+
+def test_what_no_derivative_confirmed_is_named():
+  """One argument or output that was confirmed does not speak for the others."""
+  f = lambda x, y: (jnp.sin(x), jnp.maximum(y, 0))
+  report = check_derivatives(f, X, 0 * X)
+  assert not report.failed
+  assert not report
+  assert str(report).endswith("not confirmed: args[1], out[1]")
+  with pytest.raises(DerivativeError, match="not every derivative was confirmed"):
+    report.raise_if_failed()
+  assert check_derivatives(f, X, X)
+  # The derivative at a tie is a choice, which a reference makes.
+  at_tie = check_derivatives(jnp.max, jnp.ones(3), reference=jnp.max).raise_if_failed()
+  assert "not confirmed" not in at_tie.summary()
+
+
 def test_nothing_but_skipped_is_not_passed():
   report = check_derivatives(lambda n: n + 1, jnp.arange(3), checks=["vjp", "jvp"])
   assert set(statuses(report).values()) == {"skipped"}
@@ -67,14 +107,14 @@ def test_finite_differences_take_smaller_steps_where_those_tell_more():
 
 def test_gradient_that_differences_cannot_confirm_is_not_passed():
   """Its own rule is then all there is to compare the gradient with."""
-  f = oscillating(1e9)
+  f = oscillating(1e14)
   for options in ({}, {"checks": ["vjp"]}, {"skip": ["finite_differences"]}):
     report = check_derivatives(f, X, **options)
     assert not report
     reasons = [row.reason for row in report.rows if row.check == "vjp"]
     assert "gradient unconfirmed by finite differences" in reasons[0]
     assert "pass reference=" in reasons[0]
-  with pytest.raises(DerivativeError, match="no derivative was confirmed"):
+  with pytest.raises(DerivativeError, match="not every derivative was confirmed"):
     check_derivatives(f, X, checks=["vjp", "jit", "structure"]).raise_if_failed()
 
 
@@ -90,7 +130,7 @@ def test_gradient_is_confirmed_also_where_finite_differences_are_not_asked_for(c
 
 
 def test_one_argument_without_confirmation_is_not_hidden_by_another():
-  f = lambda x, y: x + y + 1e-3 * jnp.sin(1e9 * y)
+  f = lambda x, y: x + y + 1e-3 * jnp.sin(1e14 * y)
   rows = check_derivatives(f, X, X[::-1], checks=["vjp"]).rows
   found = {row.of: row.status for row in rows if row.of.startswith("cotangent")}
   assert found["cotangent of args[1]"] == "skipped"
@@ -124,14 +164,18 @@ def test_points_without_a_derivative_prove_nothing(f):
     report = check_derivatives(g, x)
     assert not report
     passed = {row.check for row in report.rows if row.status == "passed"}
-    assert passed <= {"value", "vjp: value", "dot_product", "linearity", *BESIDE_NUMBERS}
+    own = {"vjp: value", "dot_product", "linearity", "repeated"}
+    # Elsewhere in a batch there is a derivative, which the right rule gives.
+    assert g is f or passed <= {"value", *own, *BESIDE_NUMBERS}
 
 
 @pytest.mark.without("debug_nans")
 def test_output_that_is_nowhere_finite_does_not_pass_beside_another():
   f = lambda x: (jnp.sin(x), jnp.log(-1 - x**2))
   report = check_derivatives(f, X, checks=["value", "vjp", "each_output", "finite_differences"])
-  report.raise_if_failed()
+  assert not report.failed
+  assert not report
+  assert report.summary().endswith("not confirmed: out[1]")
   assert not any("out[1]" in row.of for row in report.rows if row.status == "passed")
 
 
@@ -143,6 +187,6 @@ def test_value_alone_can_be_asked_for():
 
 def test_every_function_of_a_sum_needs_a_derivative_that_passed():
   right = check_derivatives(jnp.sin, X, checks=["vjp"], name="right")
-  unknown = check_derivatives(oscillating(1e9), X, checks=["vjp"], name="unknown")
+  unknown = check_derivatives(oscillating(1e14), X, checks=["vjp"], name="unknown")
   assert right + right
   assert not right + unknown

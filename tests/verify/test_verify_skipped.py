@@ -53,11 +53,20 @@ def test_function_that_refuses_float64():
     assert x.dtype == jnp.float32
     return jnp.sin(x)
 
-  report = check_derivatives(f, X).raise_if_failed()
-  (row,) = (row for row in report.rows if row.check == "vjp")
-  assert "does not run in float64" in row.reason
-  wrong = with_rule(f, lambda x, u: jnp.cos(x) * u * 1.5)
+  checks = ["value", "vjp", "finite_differences"]
+  report = check_derivatives(f, X, checks=checks).raise_if_failed()
+  assert statuses(report) == dict.fromkeys(checks, "passed")
+  assert report.rows[-1].bound < 1e-5  # It is traced in float32 and evaluated in float64.
+  wrong = with_rule(f, lambda x, u: jnp.cos(x) * u * (1 + 1e-5))
   assert "finite_differences" in {row.check for row in check_derivatives(wrong, X).failed}
+
+
+def test_implicit_derivatives_of_random_numbers_are_not_those_of_differences():
+  draw = lambda key, a: jax.random.gamma(key, a)
+  report = check_derivatives(draw, jax.random.key(0), X**2 + 1, checks=["vjp", "jvp"])
+  assert not report.failed
+  assert not report
+  assert all("jax.random.gamma" in row.reason for row in report.rows if row.status == "skipped")
 
 
 def test_float64_needs_no_reference():
@@ -66,6 +75,7 @@ def test_float64_needs_no_reference():
     report = check_derivatives(softmax, x, checks=["vjp", "finite_differences", "scan"])
     assert statuses(report) == {
       "vjp": "skipped",
+      "vjp: value": "passed",
       "finite_differences": "passed",
       "scan": "passed",
     }

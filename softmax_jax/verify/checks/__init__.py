@@ -12,6 +12,7 @@ from softmax_jax.verify.checks.first_order import (
   finite_differences,
   jvp,
   linearity,
+  repeated,
   value,
   vjp,
 )
@@ -30,6 +31,7 @@ _ORDER = (
   *(
     value,
     vjp,
+    repeated,
     each_output,
     each_argument,
     finite_differences,

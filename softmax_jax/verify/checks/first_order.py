@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from softmax_jax.verify import bounds
 from softmax_jax.verify.checks.common import (
   MAX_ARGUMENTS,
   directions,
@@ -48,7 +49,7 @@ def value(v: Verifier) -> list[Row]:
 
 def vjp(v: Verifier) -> list[Row]:
   """Reverse mode: J^T u, with cotangents of all outputs together, and the outputs it computes."""
-  v.need_oracle()
+  v.need_float64()
 
   def evaluate(probe: int, near: int) -> list[Comparison]:
     point = v.problem.point(probe, near)
@@ -58,10 +59,45 @@ def vjp(v: Verifier) -> list[Row]:
 
   judged = v.judge("vjp", evaluate, 4, 4)
   number = len(v.problem.names)
+  v.known["silent"] = {
+    name: verdict.useless
+    for name, (_, _, verdict) in zip(v.problem.names, judged, strict=False)
+    if verdict.useless and verdict.useless != bounds.EMPTY
+  }
+  if v.oracle.own_dtype:  # These cotangents would be compared with themselves.
+    reason = "f is in float64 already; see finite_differences, or pass reference="
+    return [Row(v.name, "vjp", "skipped", reason=reason), *v.rows("vjp: value", judged[number:])]
   rows = v.rows("vjp", judged[:number])
   if all(row.status == "skipped" for row in rows):  # Values alone do not make this check pass.
     return rows + v.rows("vjp: value", judged[number:])
   return v.rows("vjp", judged)
+
+
+def repeated(v: Verifier) -> list[Row]:
+  """Values and J^T u, computed twice from the same arrays, are the same numbers.
+
+  To all digits on a CPU; accelerators may add in another order, and so may round differently.
+  """
+  v.need_derivatives()
+  problem, point = v.problem, v.problem.point()
+
+  def arrays() -> list[np.ndarray]:
+    ys, _, bars = problem.vjp(point.xs, problem.ns, point.us)
+    return [np.asarray(a, np.float64) for a in (*ys, *bars)]
+
+  names = [f"value of {name}" for name in problem.out_names]
+  names += [f"cotangent of {name}" for name in problem.names]
+  unit = bounds.unit_roundoff(problem.unit_dtypes)
+  allowed = 0.0 if jax.default_backend() == "cpu" else bounds.rounding(unit, problem.size)
+  differ = [
+    int(
+      np.sum(~np.isclose(a, b, rtol=0, atol=allowed * np.max(np.abs(a), initial=0), equal_nan=True))
+    )
+    for a, b in zip(arrays(), arrays(), strict=True)
+  ]
+  worst = int(np.argmax(differ))
+  of = f"entries of the {names[worst]} that differ between two calls"
+  return v.count("repeated", differ[worst], 0, of=of)
 
 
 def each_output(v: Verifier) -> list[Row]:
@@ -69,7 +105,7 @@ def each_output(v: Verifier) -> list[Row]:
 
   The others have cotangents of zeros, and none at all (`jax.custom_vjp` may tell these apart).
   """
-  v.need_oracle()
+  v.need_float64()
   problem = v.problem
   if len(problem.out_types) < 2:
     raise Skip("f has one output, to which vjp applies")
@@ -102,7 +138,7 @@ def each_argument(v: Verifier) -> list[Row]:
 
   `jax.custom_vjp` and `jax.custom_jvp` may tell that (symbolic_zeros) from tangents of zeros.
   """
-  v.need_oracle()
+  v.need_float64()
   problem, forward = v.problem, not v.forward
   names = problem.names
   if len(names) == 1:
@@ -125,7 +161,7 @@ def each_argument(v: Verifier) -> list[Row]:
       bars = [bar if i == j else None for i in range(len(names))]
       comparisons = [cotangents(v, bars, v.oracle.vjp(point))[j]]
       if dots is not None:
-        expected, slack = v.oracle.jvp(point.xs, point.only_argument(j))
+        expected, slack = v.oracle.jvp(point, point.only_argument(j))
         comparisons += v.of_outputs("tangent of ", dots, expected, slack)
       return comparisons
 
@@ -145,12 +181,29 @@ def finite_differences(v: Verifier) -> list[Row]:
 
   v moves one argument at a time, and all together; so does u among several outputs. Where this
   passes, f in float64 is a reference for its own derivatives in other checks. They run it for
-  themselves where it was not asked for, and are skipped where it fails or cannot tell.
+  themselves where it was not asked for, and are skipped where it fails or cannot tell. A reference
+  that was given takes the place of the differences.
   """
   v.need_derivatives()
-  if v.oracle.given:
-    raise Skip("the reference that was given takes their place")
-  return v.rows("finite_differences", [judged for _, judged in differences(v)])
+  rows: list[Row] = []
+  if not v.oracle.given:
+    found = differences(v)
+    # Where one argument or output fails alone, the sum of all would not say which.
+    failed = [d for d in found if not d.judged[2].passed]
+    one = [d for d in failed if d.argument in v.problem.names and d.output]
+    one = one or [d for d in failed if d.argument in v.problem.names or d.output]
+    rows = v.rows("finite_differences", [d.judged for d in one or found])
+  if v.own is v.oracle or v.own.narrow:
+    return rows
+
+  def evaluate(probe: int, near: int) -> list[Comparison]:
+    point = v.problem.point(probe, near)
+    note = " in float64, without rounding"
+    return v.of_arguments(v.own.vjp(point), v.oracle.vjp(point), note)
+
+  unit = bounds.unit_of_constants(v.problem.unit_dtypes)
+  judged = v.judge("finite_differences", evaluate, 4, 2, unit=unit)
+  return rows + v.rows("finite_differences: float64", judged)
 
 
 def jvp(v: Verifier) -> list[Row]:
@@ -162,7 +215,7 @@ def jvp(v: Verifier) -> list[Row]:
     point = problem.point(probe, near)
     comparisons: list[Comparison] = []
     for name, vs in directions(v, point):
-      expected, slack = v.oracle.jvp(point.xs, vs)
+      expected, slack = v.oracle.jvp(point, vs)
       dots = problem.jvp(point.xs, problem.ns, vs)
       comparisons += v.of_outputs(f"tangent by {name} of ", dots, expected, slack)
     return comparisons

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from softmax_jax.verify.problem import Arrays, Leaves, Point, compiled
+from softmax_jax.verify.problem import Arrays, Leaves, Point, compiled, size_of
 from softmax_jax.verify.report import Row, Skip
 from softmax_jax.verify.verifier import Comparison, Verifier
 
@@ -129,8 +129,9 @@ def reference_jacobian(v: Verifier, point: Point) -> list[list[_Pair]]:
     found: list[tuple[Arrays, Arrays]] = []
     for place in range(x.size):
       vs = [np.zeros(x.shape) for x in point.xs]
-      vs[j].flat[place] = 1
-      found.append(v.oracle.jvp(point.xs, vs))
+      vs[j].flat[place] = size = size_of(x)
+      dots, slack = v.oracle.jvp(point, vs)
+      found.append(([dot / size for dot in dots], [s / size for s in slack]))
     columns.append(found)
 
   def block(part: int, i: int, j: int) -> np.ndarray:

@@ -48,7 +48,7 @@ def second_order(v: Verifier) -> list[Row]:
 
   def hessian_product(point: Point) -> tuple[Arrays, Arrays]:
     if point.key not in known:
-      known[point.key] = v.oracle.hvp(point.xs, point.us, point.vs)
+      known[point.key] = v.oracle.hvp(point)
     return known[point.key]
 
   def products(point: Point, bars: Leaves) -> list[Comparison]:
@@ -102,7 +102,7 @@ def second_order(v: Verifier) -> list[Row]:
       return program(p.xs, problem.ns, p.vs, ws, zeros(p.vs))
 
     by_v = program(p.xs, problem.ns, p.vs, zeros(p.vs), q.vs)
-    expected = v.oracle.jvp(p.xs, q.vs)
+    expected = v.oracle.jvp(p, q.vs)
     return [product(p, by_x, q.vs), *of_tangents("derivative by v, ", by_v, expected)]
 
   rows: list[Row] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -21,20 +21,24 @@ _BATCH = 3
 
 
 def jit(v: Verifier) -> list[Row]:
-  """Without jit (every other check compiles f), at two different arguments one after the other."""
+  """Without jit (every other check compiles f), at two different arguments one after the other.
+
+  Then once more with one array in place of two, where f takes two of one kind.
+  """
   v.need_derivatives()
   problem = v.problem
 
-  first: dict[int, tuple[Arrays, Arrays]] = {}
+  first: dict[Any, tuple[Arrays, Arrays]] = {}
 
   def without_jit(point: Point) -> Arrays:
-    xs, us = ([jnp.asarray(a) for a in group] for group in (point.xs, point.us))
+    arrays = {id(a): jnp.asarray(a) for a in point.xs}  # one array stays one
+    xs, us = [arrays[id(a)] for a in point.xs], [jnp.asarray(u) for u in point.us]
     return [np.asarray(bar, np.float64) for bar in problem.vjp_of(xs, problem.ns, us)[2]]
 
   def evaluate(_: int, near: int) -> list[Comparison]:
     comparisons: list[Comparison] = []
-    for row in (0, 1):
-      point = problem.point(0, near, row)
+    points = [problem.point(0, near, row) for row in (0, 1)]
+    for row, point in enumerate([*points, *_with_one_array_twice(points[0])]):
       bars = [np.asarray(bar, np.float64) for bar in pulled(v, point)]
       if near == 0:
         first[row] = bars, without_jit(point)
@@ -46,23 +50,36 @@ def jit(v: Verifier) -> list[Row]:
   return v.measure("jit", evaluate, probes=1, near=6)
 
 
+def _with_one_array_twice(point: Point) -> list[Point]:
+  """The point with one array for the first two arguments of the same type, if there are two."""
+  kinds = [(x.shape, x.dtype) for x in point.xs]
+  for j, kind in enumerate(kinds):
+    if (i := kinds.index(kind)) < j:
+      xs = [*point.xs[:j], point.xs[i], *point.xs[j + 1 :]]
+      return [Point((*point.key, "twice"), xs, point.us, point.vs, point.ns)]
+  return []
+
+
 def vmap_each_argument(v: Verifier) -> list[Row]:
-  """J^T u and Jv under vmap over one argument at a time; u and v are batched too."""
+  """J^T u and Jv under vmap over one argument at a time; u and v are batched too.
+
+  From one element to the next integers are moved around, so that labels differ.
+  """
   v.need_derivatives()
   problem = v.problem
   rows: list[Row] = []
   places = [("x", j, name) for j, name in enumerate(problem.names)]
   places += [("n", j, name) for j, name in enumerate(problem.other_names)]
-  for kind, place, name in places[:MAX_ARGUMENTS]:
-    axes_x = [0 if (kind, place) == ("x", j) else None for j in range(len(problem.xs))]
-    axes_n = [0 if (kind, place) == ("n", j) else None for j in range(len(problem.ns))]
+  groups = {name: [(kind, j)] for kind, j, name in places[:MAX_ARGUMENTS]}
+  if others := [(kind, j) for kind, j, _ in places[MAX_ARGUMENTS:]]:
+    groups["the others"] = others  # together
+  for name, group in groups.items():
+    axes_x = [0 if ("x", j) in group else None for j in range(len(problem.xs))]
+    axes_n = [0 if ("n", j) in group else None for j in range(len(problem.ns))]
     rows += v.run(
       f"vmap_each_argument: {name}",
       lambda v, x=axes_x, n=axes_n, name=name: _vmapped(v, "vmap_each_argument", name, x, n),
     )
-  if len(places) > MAX_ARGUMENTS:
-    reason = f"only {MAX_ARGUMENTS} of {len(places)} arguments are mapped one by one"
-    rows.append(Row(v.name, "vmap_each_argument: the others", "skipped", reason=reason))
   return rows
 
 
@@ -75,24 +92,31 @@ def vmap_batch(v: Verifier) -> list[Row]:
 
 def _vmapped(v: Verifier, check: str, name: str, axes_x: list[Any], axes_n: list[Any]) -> list[Row]:
   problem, forward = v.problem, not v.forward  # found out before anything is traced
-  name_key = (name,) if name else ()  # the points of a whole batch are those of scan
   both = functools.partial(_both, v, forward)
   program = v.program(
     f"{check} {name}",
     jax.vmap(both, in_axes=(axes_x, axes_n, 0, 0), axis_size=_BATCH),
   )
-  ns = [jnp.stack([n] * _BATCH) if a == 0 else n for n, a in zip(problem.ns, axes_n, strict=True)]
+  batches = [problem.others(row) for row in range(_BATCH)]
+  ns = [
+    jnp.stack(group) if a == 0 else group[0]
+    for group, a in zip(zip(*batches, strict=True), axes_n, strict=True)
+  ]
+
+  def mapped(axes: list[Any], own: Sequence[Any], shared: Sequence[Any]) -> list[Any]:
+    return [x if a == 0 else x0 for x, x0, a in zip(own, shared, axes, strict=True)]
 
   def evaluate(_: int, near: int) -> list[Comparison]:
     points = [problem.point(0, near, row) for row in range(_BATCH)]
     mixed = [
       Point(
-        (*p.key, *name_key),
-        [x if a == 0 else x0 for x, x0, a in zip(p.xs, points[0].xs, axes_x, strict=True)],
+        (*p.key, check, name),
+        mapped(axes_x, p.xs, points[0].xs),
         p.us,
         p.vs,
+        mapped(axes_n, others, problem.ns),
       )
-      for p in points
+      for p, others in zip(points, batches, strict=True)
     ]
     expected = [v.oracle.vjp(p) for p in mixed]
     xs = [
