@@ -184,6 +184,15 @@ class Arguments:
       )
     return x
 
+  def as_sample_weights(self, value: Any, shape: tuple[int, ...]) -> jax.Array:
+    """``value`` as an array with one number per row of the losses, which have this shape."""
+    x = self.as_real("sample_weights", value)
+    if x.shape != shape:
+      raise ValueError(
+        f"{self} expected one sample weight per row, of shape {shape}, got shape {x.shape}."
+      )
+    return x
+
   def as_probabilities(self, labels: Any) -> jax.Array:
     """``labels`` as an array of a real dtype."""
     x = self.as_array("labels", labels)

@@ -56,6 +56,10 @@ class Normalizer(NamedTuple):
     empty = self.rest == -1
     return jnp.where(empty, -jnp.inf, jnp.log1p(jnp.where(empty, 0, self.rest)))
 
+  def is_finite(self) -> jax.Array:
+    """Whether the logsumexp is a finite number."""
+    return (self.rest < jnp.inf) & (self.rest != -1)
+
   def exp(self, z: jax.Array) -> jax.Array:
     """``exp(z - shift)``, free of the rounding error of the difference."""
     return _exp(z, self.shift, self.rest)

@@ -20,7 +20,7 @@ def scale_or_zero(
 ) -> jax.Array:
   """``coefficient * x`` with 0 * inf = 0.
 
-  Derivatives are 0 in rows outside of ``counts``, where x may be NaN.
+  In rows outside of ``counts`` derivatives are 0 where one of them is not finite, NaN say.
   """
   nothing = (coefficient == 0) & jnp.isinf(x)
   return coefficient * jnp.where(nothing, jnp.zeros_like(x), x)
@@ -42,8 +42,9 @@ def _product_jvp(
   (coefficient, x, *optional), (coefficient_dot, x_dot, *_) = primals, tangents
   nothing = (coefficient == 0) & jnp.isinf(x)
   if optional and optional[0] is not None:  # rows that count
-    nothing |= ~optional[0]
-    x_dot = jnp.where(optional[0], x_dot, jnp.zeros_like(x_dot))
+    gone = ~optional[0] & ~(jnp.isfinite(coefficient) & jnp.isfinite(x))
+    nothing |= gone
+    x_dot, coefficient = (jnp.where(gone, jnp.zeros_like(v), v) for v in (x_dot, coefficient))
   finite_x = jnp.where(nothing, jnp.zeros_like(x), x)
   by_x = _linear_product(x_dot, coefficient, like=x)  # coefficient x_dot
   by_coefficient = _linear_product(coefficient_dot, finite_x, like=x)  # coefficient_dot x

@@ -44,7 +44,8 @@ class Weights(NamedTuple):
   Attributes:
     labels: one for each entry, or fewer that broadcast; None where all are 1.
     classes: the weights of the classes; None where all are 1.
-    counts: which rows count, for derivatives by the weights; None where all do.
+    counts: the rows outside of which a derivative by the weights is 0 where it would not be finite;
+      None where all count.
   """
 
   labels: jax.Array | None
@@ -55,7 +56,12 @@ class Weights(NamedTuple):
     """The weights, 0 where masked, with as few entries as broadcast to all."""
     label = jnp.ones((), dtype) if self.labels is None else self.labels.astype(dtype)
     label = masked(label, mask, 0)
-    return label if self.classes is None else label * self.classes
+    if self.classes is None:
+      return label
+    if self.labels is None or self.counts is None:
+      return label * self.classes
+    shape = jnp.broadcast_shapes(label.shape, self.classes.shape, self.counts.shape)
+    return scale_or_zero(self.classes, jnp.broadcast_to(label, shape), self.counts)
 
 
 class Cost(NamedTuple):

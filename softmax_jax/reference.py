@@ -140,8 +140,8 @@ def softmax_cross_entropy(
 ) -> Any:
   r"""Cross-entropy between the softmax of logits and a distribution over the classes.
 
-  .. math:: L = -\sum_k w_k \Bigl((1 - \alpha)\, t_k + \frac{\alpha}{K}\Bigr) \log a_k
-    + \lambda \Bigl(\log \sum_k e^{z_k}\Bigr)^2
+  .. math:: L = s \, \Bigl( -\sum_k w_k \bigl((1 - \alpha)\, t_k + \frac{\alpha}{K}\bigr) \log a_k
+    + \lambda \bigl(\log \sum_k e^{z_k}\bigr)^2 \Bigr)
 
   where all three sums, and the number K of classes, leave out masked ones.
 
@@ -150,13 +150,15 @@ def softmax_cross_entropy(
     labels: array ``[*B, V]`` of that dtype, differentiable; it broadcasts against the logits.
     axis: the axis or axes of the classes; None stands for all.
     where: optional booleans of the rank of the logits, or one per row, False where masked.
-    **options: ``label_smoothing`` (alpha), ``z_loss`` (lambda) and ``class_weights`` (w, in the
-      shape of the class axes), all differentiable; ``reduction``: "none", "sum" or "mean", over
-      the rows with an unmasked class; and ``return_aux``, for a `softmax_jax.CrossEntropyAux` too.
+    **options: ``label_smoothing`` (alpha), ``z_loss`` (lambda), ``class_weights`` (w, in the
+      shape of the class axes) and ``sample_weights`` (s, ``[*B]``), all differentiable;
+      ``reduction``: "none", "sum" or "mean", over the rows with an unmasked class by their s; and
+      ``return_aux``, for a `softmax_jax.CrossEntropyAux` too.
 
   Returns:
     The losses ``[*B]``, or one number if reduced, in the dtype of the logits. A row without an
-    unmasked class has loss 0. What has weight 0 adds nothing, even where it is infinite.
+    unmasked class has loss 0, and so has one of sample weight 0, whatever it holds. What has weight
+    0 adds nothing, even where it is infinite.
 
   Example:
     >>> import jax.numpy as jnp
@@ -180,12 +182,14 @@ def softmax_cross_entropy_with_integer_labels(
   where: jax.Array | None = None,
   *,
   ignore_index: int | None = None,
+  ignore_invalid: bool = False,
   **options: Any,
 ) -> Any:
   r"""Cross-entropy between the softmax of logits and one correct class per row.
 
-  .. math:: L = (1 - \alpha)\, w_t\, (-\log a_t) + \frac{\alpha}{K} \sum_k w_k\, (-\log a_k)
-    + \lambda \Bigl(\log \sum_k e^{z_k}\Bigr)^2
+  .. math:: L = s \, \Bigl( (1 - \alpha)\, w_t\, (-\log a_t)
+    + \frac{\alpha}{K} \sum_k w_k\, (-\log a_k)
+    + \lambda \bigl(\log \sum_k e^{z_k}\bigr)^2 \Bigr)
 
   Args:
     logits: array ``[*B, V]`` of a floating dtype, differentiable.
@@ -194,7 +198,8 @@ def softmax_cross_entropy_with_integer_labels(
     axis: the axis or axes of the classes; None stands for all.
     where: optional booleans of the rank of the logits, or one per row, False where masked.
     ignore_index: optional integer; rows with this label do not count.
-    **options: those of `softmax_cross_entropy`; a mean divides by the sum of the weights ``w_t``.
+    ignore_invalid: whether rows whose label is out of range do not count either.
+    **options: those of `softmax_cross_entropy`; a mean divides by the sum of the weights ``s w_t``.
 
   Returns:
     The losses ``[*B]``, or one number if reduced, in the dtype of the logits. A row that does not
@@ -215,6 +220,8 @@ def softmax_cross_entropy_with_integer_labels(
   m = jnp.broadcast_to(_mask(where, logits, axis), z.shape)
   if ignore_index is not None:
     m &= jnp.broadcast_to(labels[..., None] != ignore_index, m.shape)
+  if ignore_invalid:
+    m &= jnp.sum(t, axis=-1, keepdims=True) == 1
   return _cross_entropy(z, t, m, by_label=True, **options)
 
 
@@ -225,16 +232,18 @@ def linear_softmax_cross_entropy(
   *,
   bias: jax.Array | None = None,
   vocab_axis: int = -1,
+  logit_scale: Scalar | None = None,
   softcap: Scalar | None = None,
   ignore_index: int | None = None,
   num_classes: int | None = None,
   class_weights: jax.Array | None = None,
+  sample_weights: jax.Array | None = None,
   reduction: str = "mean",
   **options: Any,
 ) -> Any:
   r"""Cross-entropy of a linear layer with one correct class per token, from all of its logits.
 
-  .. math:: y = x W + b, \qquad z = c \tanh(y / c)
+  .. math:: y = k \, (x W + b), \qquad z = c \tanh(y / c)
 
   Args:
     x: features ``[*B, H]`` of a floating dtype, differentiable.
@@ -242,12 +251,14 @@ def linear_softmax_cross_entropy(
     labels: integers ``[*B]`` in ``[0, V)``.
     bias: optional, ``[V]``, differentiable.
     vocab_axis: the axis of the classes in ``weight``.
+    logit_scale: optional factor k of the logits, differentiable.
     softcap: optional bound c of the logits, differentiable.
     ignore_index: optional integer; tokens with this label do not count.
     num_classes: how many columns of the weight are classes; None stands for all.
     class_weights: optional weights ``[V]``, differentiable.
+    sample_weights: optional weights ``[*B]``, differentiable.
     reduction: "mean", "sum" or "none".
-    **options: ``label_smoothing`` and ``z_loss``.
+    **options: ``label_smoothing``, ``z_loss``, ``ignore_invalid`` and ``return_aux``.
 
   Returns:
     The loss of the logits z, that of `softmax_cross_entropy_with_integer_labels`.
@@ -261,11 +272,18 @@ def linear_softmax_cross_entropy(
 
   Source: seed step 6; the softcap is that of Gemma 2 (Gemma Team, 2024).
   """
-  if ignore_index is not None:  # Such a token may hold NaN, which the weight must not see.
+  # A token that does not count may hold NaN, which the weight must not see.
+  if ignore_index is not None:
     x = jnp.where(labels[..., None] != ignore_index, x, 0)
+  counts = jnp.ones(labels.shape, bool)
+  if sample_weights is not None:
+    counts = (sample_weights != 0) | jnp.all(jnp.isfinite(x), axis=-1)
+    x = jnp.where(counts[..., None], x, 0)
   z = x @ jnp.moveaxis(weight, vocab_axis, -1)
   if bias is not None:
     z += jnp.broadcast_to(bias, z.shape)
+  if logit_scale is not None:
+    z = logit_scale * z
   if softcap is not None:
     z = softcap * jnp.tanh(z / softcap)
   if class_weights is not None:
@@ -273,8 +291,10 @@ def linear_softmax_cross_entropy(
   return softmax_cross_entropy_with_integer_labels(
     z[..., :num_classes],
     labels,
+    where=counts,
     ignore_index=ignore_index,
     class_weights=class_weights,
+    sample_weights=sample_weights,
     reduction=reduction,
     **options,
   )
@@ -371,6 +391,7 @@ def _cross_entropy(
   label_smoothing: Scalar = 0.0,
   z_loss: Scalar = 0.0,
   class_weights: jax.Array | None = None,
+  sample_weights: jax.Array | None = None,
   reduction: str = "none",
   return_aux: bool = False,
 ) -> Any:
@@ -378,6 +399,11 @@ def _cross_entropy(
 
   ``by_label`` says whether a mean divides by the weights of the labels, or by the number of rows.
   """
+  if sample_weights is None:
+    sample_weights = jnp.ones(z.shape[:-1], z.dtype)
+  # A row of weight 0 without a finite loss does not count.
+  finite = jnp.isfinite(logsumexp(z, axis=-1, where=m)) & jnp.all(jnp.isfinite(t), axis=-1)
+  m &= ((sample_weights != 0) | finite)[..., None]
   counts = jnp.any(m, axis=-1)
   t = jnp.where(counts[..., None], t, 0)
   num_classes = jnp.sum(m, axis=-1, keepdims=True, dtype=z.dtype)
@@ -392,17 +418,24 @@ def _cross_entropy(
     nothing = (p == 0) & (log_a == -jnp.inf)  # 0 log 0 = 0
     return -jnp.sum(p * jnp.where(nothing, 0, log_a), axis=-1)
 
-  weight = jnp.sum(w * t, axis=-1) if by_label else counts.astype(z.dtype)
+  weight = sample_weights * (jnp.sum(w * t, axis=-1) if by_label else counts.astype(z.dtype))
   total = jnp.sum(weight)
   reduce: dict[str, Callable[[jax.Array], jax.Array]] = {
     "none": lambda x: x,
     "sum": jnp.sum,
     "mean": lambda x: jnp.where(total == 0, 0, jnp.sum(x) / jnp.where(total == 0, 1, total)),
   }
-  penalty = z_loss * lse**2
-  loss = cross_entropy(w * ((1 - label_smoothing) * t + label_smoothing * u)) + penalty
+  penalty = sample_weights * z_loss * lse**2
+  loss = cross_entropy(w * ((1 - label_smoothing) * t + label_smoothing * u))
+  loss = sample_weights * loss + penalty
   loss, penalty = reduce[reduction](loss), reduce[reduction](penalty)
-  aux = CrossEntropyAux(nll=cross_entropy(w * t), lse=lse, z_loss=penalty, weight=total)
+  nll = sample_weights * cross_entropy(w * t)
+  correct = None
+  if by_label:
+    largest = jnp.max(jnp.where(m, z, -jnp.inf), axis=-1, keepdims=True)
+    right = jnp.any((t == 1) & m & (z == largest), axis=-1) & (sample_weights != 0)
+    correct = jnp.sum(right, dtype=jnp.int32)
+  aux = CrossEntropyAux(nll, lse, penalty, total, correct)
   return (loss, aux) if return_aux else loss
 
 

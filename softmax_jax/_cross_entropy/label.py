@@ -19,9 +19,12 @@ from softmax_jax._rows import Rows
 INVALID, IGNORED = -1, -2
 
 
-def class_index(labels: jax.Array, ignore_index: jax.Array | None, num_classes: int) -> jax.Array:
+def class_index(
+  labels: jax.Array, ignore_index: jax.Array | None, ignore_invalid: bool, num_classes: int
+) -> jax.Array:
   """The labels as int32, with `INVALID` and `IGNORED` in place of those that are no class."""
-  index = jnp.where((labels >= 0) & (labels < num_classes), labels, INVALID)
+  valid = (labels >= 0) & (labels < num_classes)
+  index = jnp.where(valid, labels, IGNORED if ignore_invalid else INVALID)
   if ignore_index is not None:
     index = jnp.where(labels == ignore_index, IGNORED, index)
   return index.astype(jnp.int32)

@@ -18,21 +18,26 @@ Reduction = Literal["none", "sum", "mean"]
 class CrossEntropyAux(NamedTuple):
   r"""What a loss returns beside its value with ``return_aux=True``; as differentiable as the value.
 
-  For one row with an integer label t of class weight w_t, and the coefficient c of the z-loss:
+  For one row of sample weight s with an integer label t of class weight w_t, and the coefficient c
+  of the z-loss:
 
-  .. math:: \mathrm{nll} = w_t \, (\mathrm{lse} - z_t), \qquad
+  .. math:: \mathrm{nll} = s \, w_t \, (\mathrm{lse} - z_t), \qquad
     \mathrm{lse} = \log \sum_k e^{z_k}, \qquad
-    \mathrm{z\_loss} = c \, \mathrm{lse}^2
+    \mathrm{z\_loss} = s \, c \, \mathrm{lse}^2
 
-  A row that does not count (ignored, or masked altogether) has 0 in every entry.
+  A row that does not count (ignored, or masked altogether) has 0 in every entry. One of sample
+  weight 0 keeps its lse, if that is finite, for it is the derivative by the weight.
 
   Attributes:
     nll: the loss of each row before smoothing and z-loss, ``[*B]`` also where the loss is reduced.
     lse: the log-normalizer of each row, ``[*B]``.
     z_loss: the part of the loss that the z-loss adds, reduced like the loss.
     weight: what the mean divides by, the sum of the weights of the rows that count; a scalar.
+    correct: with integer labels, the number of rows in which no logit is larger than that of the
+      label, among those that count and are not of sample weight 0; an int32 scalar without
+      derivative. None with soft labels.
 
-  All are of the dtype of the loss: float32, or float64 where an argument has it.
+  The others are of the dtype of the loss: float32, or float64 where an argument has it.
 
   Example:
     >>> import jax.numpy as jnp
@@ -40,8 +45,8 @@ class CrossEntropyAux(NamedTuple):
     >>> logits, labels = jnp.array([[0.0, 0.0]]), jnp.array([0])
     >>> loss, aux = cross_entropy(logits, labels, z_loss=0.5, return_aux=True)
     >>> with jnp.printoptions(precision=4):
-    ...   print(loss, aux.nll, aux.lse, aux.z_loss, aux.weight)
-    [0.9334] [0.6931] [0.6931] [0.2402] 1.0
+    ...   print(loss, aux.nll, aux.lse, aux.z_loss, aux.weight, aux.correct)
+    [0.9334] [0.6931] [0.6931] [0.2402] 1.0 1
 
   Source: the z-loss is that of t5x and of A. Chowdhery et al., "PaLM: Scaling language modeling
   with Pathways" (2022).
@@ -51,6 +56,7 @@ class CrossEntropyAux(NamedTuple):
   lse: jax.Array
   z_loss: jax.Array
   weight: jax.Array
+  correct: jax.Array | None = None
 
 
 class Options(NamedTuple):
@@ -76,9 +82,11 @@ def _unless_zero(given: Any, coefficient: jax.Array) -> jax.Array | None:
   return None if not isinstance(given, jax.Array) and given == 0 else coefficient
 
 
-def combine(options: Options, per_row: PerRow) -> tuple[jax.Array, CrossEntropyAux]:
+def combine(
+  options: Options, per_row: PerRow, sample_weights: jax.Array | None
+) -> tuple[jax.Array, CrossEntropyAux]:
   """The loss and its aux, from the per-row scalars."""
-  loss = per_row.nll
+  loss = nll = per_row.nll
   if options.label_smoothing is not None:
     alpha = options.label_smoothing
     loss = scale_or_zero(1 - alpha, loss) + scale_or_zero(alpha, per_row.uniform)
@@ -86,9 +94,24 @@ def combine(options: Options, per_row: PerRow) -> tuple[jax.Array, CrossEntropyA
   if options.z_loss is not None:
     z_loss = scale_or_zero(options.z_loss, per_row.lse**2)
     loss = loss + z_loss
-  total_weight = jnp.sum(per_row.weight)
+  weight = per_row.weight
+  if sample_weights is not None:
+    parts = loss, nll, z_loss, weight
+    loss, nll, z_loss, weight = (scale_or_zero(sample_weights, part) for part in parts)
+  total_weight = jnp.sum(weight)
   loss, z_loss = (reduced(x, total_weight, options.reduction) for x in (loss, z_loss))
-  return loss, CrossEntropyAux(per_row.nll, per_row.lse, z_loss, total_weight)
+  correct = number_of_right(per_row.right, sample_weights)
+  return loss, CrossEntropyAux(nll, per_row.lse, z_loss, total_weight, correct)
+
+
+def number_of_right(right: jax.Array | None, sample_weights: jax.Array | None) -> jax.Array | None:
+  """The number of right predictions, but in rows of sample weight 0; None where that is unknown."""
+  if right is None:
+    return None
+  counted = right > 0
+  if sample_weights is not None:
+    counted &= sample_weights != 0
+  return jnp.sum(counted, dtype=jnp.int32)
 
 
 def reduced(x: jax.Array, weight: jax.Array, reduction: Reduction) -> jax.Array:

@@ -22,12 +22,15 @@ class PerRow(NamedTuple):
     lse: the log-normalizer.
     uniform: the loss against the (weighted) uniform label, or None where labels are not smoothed.
     weight: the weight of the row, 0 if it does not count.
+    right: 1 if no class is more likely than the label, 0 if one is or the row does not count; it
+      has no derivative. None where the label is no class.
   """
 
   nll: Any
   lse: Any
   uniform: Any
   weight: Any
+  right: Any = None
 
 
 def inverse_sum(s: Normalizer) -> jax.Array:

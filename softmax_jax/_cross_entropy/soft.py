@@ -21,6 +21,7 @@ from softmax_jax._arrays import (
   with_rank,
 )
 from softmax_jax._cross_entropy import options
+from softmax_jax._cross_entropy.label import stop_gradient_unless
 from softmax_jax._cross_entropy.options import CrossEntropyAux, Reduction
 from softmax_jax._cross_entropy.per_row import (
   PerRow,
@@ -29,12 +30,12 @@ from softmax_jax._cross_entropy.per_row import (
   minus_log_softmax,
 )
 from softmax_jax._cross_entropy.uniform import UniformSums, uniform_label
-from softmax_jax._devices import align
+from softmax_jax._devices import align, varying_alike
 from softmax_jax._exponentials import entries
 from softmax_jax._forward_mode import enable_forward_mode
 from softmax_jax._normalizer import Normalizer, differentiable, local_normalizer
 from softmax_jax._products import cost_of, linear_scale_or_zero
-from softmax_jax._row_sums import Weights
+from softmax_jax._row_sums import Cost, Weights
 from softmax_jax._rows import AxisName, Rows, known_sum
 
 
@@ -52,17 +53,25 @@ class _Residuals(NamedTuple):
   normalizer: Normalizer
   total: jax.Array  # the sum of the weighted label
   uniform: UniformSums | None
+  counts: jax.Array | None  # the rows that count; None where all with a class do
+
+  def kept(self) -> jax.Array | None:
+    """The entries that have derivatives, None where all have."""
+    if self.mask is None or self.counts is None:
+      return self.mask if self.counts is None else self.counts
+    return self.mask & self.counts
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _rule(
   logits: jax.Array,
   labels: jax.Array,
   mask: jax.Array | None,
   weights: jax.Array | None,
+  weightless: jax.Array | None,
   static: _Static,
 ) -> PerRow:
-  return _fwd(logits, labels, mask, weights, static)[0]
+  return _fwd(logits, labels, mask, weights, weightless, static)[0]
 
 
 def _fwd(
@@ -70,17 +79,29 @@ def _fwd(
   labels: jax.Array,
   mask: jax.Array | None,
   weights: jax.Array | None,
+  weightless: jax.Array | None,
   static: _Static,
 ) -> tuple[PerRow, _Residuals]:
   rows = static.rows
   dtype = compute_dtype(logits.dtype, labels.dtype)
-  of_costs = (Weights(labels, weights), Weights(None, weights))[: 1 + static.smoothed]
+  finite_rows = None if weightless is None else ~weightless
+  of_costs = Weights(labels, weights, finite_rows), Weights(None, weights, finite_rows)
+  of_costs = of_costs[: 1 + static.smoothed]
   local, costs = local_normalizer(logits, mask, of_costs, rows, dtype)
   uniform = uniform_loss = None
   if static.smoothed:
     uniform = UniformSums.of(costs[1].total, weights, mask, logits.shape, dtype, rows)
   s, (cost, uniform) = local.over_devices((costs[0], uniform), rows)
-  s = differentiable(s, entries(logits, mask, s.any, dtype), rows)
+  z, counts = entries(logits, mask, s.any, dtype), None
+  if weightless is not None:  # a row of sample weight 0 whose loss is no number does not count
+    is_number = s.is_finite() & jnp.isfinite(cost.weight) & ~jnp.isnan(cost.total)
+    counts = ~weightless | is_number
+    z = stop_gradient_unless(counts, z)
+    s = s._replace(shift=masked(s.shift, counts, 0), rest=masked(s.rest, counts, 0))
+    cost = Cost(masked(cost.total, counts, 0), masked(cost.weight, counts, 0))
+    if uniform is not None:
+      uniform = uniform._replace(cost=masked(uniform.cost, counts, 0))
+  s = differentiable(s, z, rows)
 
   nll = cost.total + cost.weight * log_sum_from_constant(s)  # -sum_k p_k log a_k
   nll = jnp.where(s.rest == jnp.inf, jnp.nan, nll)  # a row with +inf
@@ -89,9 +110,11 @@ def _fwd(
     uniform = uniform._replace(cost=None)
   # A row without any class does not count; its labels are all 0.
   lse = masked(s.shift + s.log_sum(), s.any, 0)
-  weight = batched_like(masked(jnp.ones_like(nll), s.any, 0), lse)
+  weight = masked(masked(jnp.ones_like(nll), s.any, 0), counts, 0)
+  weight = batched_like(weight, lse)
   per_row = PerRow(nll, lse, uniform_loss, weight)
-  return per_row, _Residuals(logits, labels, mask, weights, s, cost.weight, uniform)
+  residuals = _Residuals(logits, labels, mask, weights, s, cost.weight, uniform, counts)
+  return per_row, residuals
 
 
 # With p = w t the weighted label and u the weighted uniform one, nll = -sum_k p_k log a_k for any
@@ -103,11 +126,13 @@ def _fwd(
 # And d nll/dp_j = -log a_j = d uniform/du_j.
 def _bwd(
   static: _Static, residuals: _Residuals, bars: PerRow
-) -> tuple[jax.Array, jax.Array, None, jax.Array | None]:
+) -> tuple[jax.Array, jax.Array, None, jax.Array | None, None]:
   rows, num_classes, _ = static
-  logits, labels, mask, weights, s, total, uniform = residuals
-  dtype = s.shift.dtype
+  logits, labels, mask, weights, s, total, uniform, counts = residuals
+  dtype, kept = s.shift.dtype, residuals.kept()
   z = entries(logits, mask, s.any, dtype)
+  if counts is not None:
+    z, labels = stop_gradient_unless(counts, z), stop_gradient_unless(counts, labels)
   s = differentiable(s, z, rows)
   p = jnp.broadcast_to(Weights(labels, weights).p(mask, dtype), z.shape)  # [*B, V]
   # sum_k p_k. In the loss the derivative by a weight of 0 of an infinite cost is 0, also that of
@@ -131,20 +156,21 @@ def _bwd(
   if u is not None:
     z_bar = z_bar - u * bars.uniform  # - u_j uniform_bar
 
-  p_bar = masked(linear_scale_or_zero(bars.nll, cost_of(p, cost)), mask, 0)  # -log a_j nll_bar
+  p_bar = masked(linear_scale_or_zero(bars.nll, cost_of(p, cost)), kept, 0)  # -log a_j nll_bar
   labels_bar = p_bar if weights is None else p_bar * weights
   weights_bar = None
   if weights is not None:
-    weights_bar = p_bar * masked(labels.astype(dtype), mask, 0)
+    weights_bar = p_bar * masked(labels.astype(dtype), kept, 0)
     if u is not None:
       u_bar = linear_scale_or_zero(bars.uniform, cost_of(u, cost))  # -log a_j uniform_bar
-      weights_bar = weights_bar + masked(u_bar, mask, 0) / divisor
+      weights_bar = weights_bar + masked(u_bar, kept, 0) / divisor
     weights_bar = unbroadcast(weights_bar, weights.shape)
   return (
-    masked(z_bar, mask, 0).astype(logits.dtype),
+    masked(z_bar, kept, 0).astype(logits.dtype),
     unbroadcast(labels_bar, labels.shape).astype(labels.dtype),
     None,
     weights_bar,
+    None,
   )
 
 
@@ -158,10 +184,11 @@ def _tangent(
   static: _Static, residuals: _Residuals, args_dot: tuple[jax.Array | None, ...]
 ) -> PerRow:
   rows, num_classes, _ = static
-  logits, labels, mask, weights, s, _, uniform = residuals
-  logits_dot, labels_dot, _, weights_dot = args_dot
-  dtype = s.shift.dtype
-  z = entries(logits, mask, s.any, dtype)
+  logits, labels, mask, weights, s, _, uniform, counts = residuals
+  logits_dot, labels_dot, _, weights_dot, _ = args_dot
+  dtype, kept = s.shift.dtype, residuals.kept()
+  z = masked(entries(logits, mask, s.any, dtype), counts, 0)
+  labels = masked(labels, counts, 0)
   s = differentiable(s, z, rows)
 
   def sums(*xs: jax.Array) -> list[jax.Array]:
@@ -176,7 +203,7 @@ def _tangent(
     u = uniform_label(weights, mask, divisor, z)
 
   if logits_dot is not None:
-    z_dot = masked(logits_dot.astype(dtype), mask, 0)
+    z_dot = masked(logits_dot.astype(dtype), kept, 0)
     a = s.exp(z) * inverse_sum(s)
     (lse_dot,) = sums(a * z_dot)
     v = z_dot - lse_dot
@@ -192,16 +219,16 @@ def _tangent(
       p_dot += Weights(labels_dot, weights).p(mask, dtype)
     if weights_dot is not None:
       p_dot += Weights(labels, weights_dot).p(mask, dtype)
-    nll_dot += linear_scale_or_zero(masked(p_dot, mask, 0), cost_of(p, cost))  # - p_dot_j log a_j
+    nll_dot += linear_scale_or_zero(masked(p_dot, kept, 0), cost_of(p, cost))  # - p_dot_j log a_j
     if u is not None and weights_dot is not None:
-      u_dot = uniform_label(weights_dot, mask, divisor, z)
+      u_dot = uniform_label(weights_dot, kept, divisor, z)
       uniform_dot += linear_scale_or_zero(u_dot, cost_of(u, cost))  # - u_dot_j log a_j
   nll_dot, uniform_dot = sums(nll_dot, uniform_dot)
   return PerRow(nll_dot, lse_dot, None if u is None else uniform_dot, None)
 
 
 _rule.defvjp(_fwd, _bwd)
-_soft_cross_entropy = compiled(enable_forward_mode(_rule, tangent=_tangent), static_argnums=4)
+_soft_cross_entropy = compiled(enable_forward_mode(_rule, tangent=_tangent), static_argnums=5)
 
 
 @overload
@@ -214,6 +241,7 @@ def softmax_cross_entropy(
   label_smoothing: ArrayLike = 0.0,
   z_loss: ArrayLike = 0.0,
   class_weights: ArrayLike | None = None,
+  sample_weights: ArrayLike | None = None,
   reduction: Reduction = "none",
   axis_name: AxisName | None = None,
   return_aux: Literal[False] = False,
@@ -230,6 +258,7 @@ def softmax_cross_entropy(
   label_smoothing: ArrayLike = 0.0,
   z_loss: ArrayLike = 0.0,
   class_weights: ArrayLike | None = None,
+  sample_weights: ArrayLike | None = None,
   reduction: Reduction = "none",
   axis_name: AxisName | None = None,
   return_aux: Literal[True],
@@ -246,6 +275,7 @@ def softmax_cross_entropy(
   label_smoothing: ArrayLike = 0.0,
   z_loss: ArrayLike = 0.0,
   class_weights: ArrayLike | None = None,
+  sample_weights: ArrayLike | None = None,
   reduction: Reduction = "none",
   axis_name: AxisName | None = None,
   return_aux: bool = False,
@@ -261,6 +291,7 @@ def softmax_cross_entropy(
   label_smoothing: ArrayLike = 0.0,
   z_loss: ArrayLike = 0.0,
   class_weights: ArrayLike | None = None,
+  sample_weights: ArrayLike | None = None,
   reduction: Reduction = "none",
   axis_name: AxisName | None = None,
   return_aux: bool = False,
@@ -276,8 +307,8 @@ def softmax_cross_entropy(
   close to a one-hot label. Only the inputs and a few scalars per row are saved for the backward
   pass, whatever the options. With all options, the loss of a row is
 
-  .. math:: L = -\sum_k w_k \Bigl((1 - \alpha)\, t_k + \frac{\alpha}{K}\Bigr) \log a_k
-    + \lambda \Bigl(\log \sum_k e^{z_k}\Bigr)^2
+  .. math:: L = s \, \Bigl( -\sum_k w_k \bigl((1 - \alpha)\, t_k + \frac{\alpha}{K}\bigr) \log a_k
+    + \lambda \bigl(\log \sum_k e^{z_k}\bigr)^2 \Bigr)
 
   Args:
     logits: array ``[*B, V]`` of a floating dtype, differentiable. Sixteen-bit logits are computed
@@ -295,15 +326,19 @@ def softmax_cross_entropy(
       differentiable.
     class_weights: optional weights w ``[V]`` of the classes (of the shape of the class axes, where
       ``axis`` is a tuple), differentiable.
-    reduction: "none" for one loss per row, "sum", or "mean": the sum divided by the number of rows
-      that count (whatever their labels sum to, and also with class weights), or 0 without any.
+    sample_weights: optional weights s ``[*B]`` of the rows, of any sign, differentiable. A row of
+      weight 0 does not count, whatever its label and its logits (loss and gradient are 0); the
+      derivative by that weight is the loss without it, or 0 if that is not finite.
+    reduction: "none" for one loss per row, "sum", or "mean": the sum divided by the sum of the
+      sample weights of the rows that count (by their number without these; whatever their labels
+      sum to, and also with class weights), or 0 where that is 0.
     axis_name: inside `jax.shard_map`, the name (or names) of the mesh axis over whose devices the
       classes are spread: each device holds a slice of the logits, of the labels, of ``where`` and
       of ``class_weights``. The loss is the same on all of these devices. The order of several
       names does not matter. One reduction of one or two scalars per row and one of four to seven
       make it, and none its gradient.
     return_aux: whether to return a `CrossEntropyAux` with the log-normalizer, the part that the
-      z-loss adds and the number of rows that count too. They are differentiable like the loss.
+      z-loss adds and what the mean divides by too. They are differentiable like the loss.
 
   Returns:
     Losses ``[*B]``, or one number if reduced, in float32 (float64 where an argument has it). A
@@ -351,13 +386,18 @@ def softmax_cross_entropy(
     weights = arguments.as_class_weights(class_weights, class_shape).astype(dtype)
     weights = jnp.transpose(weights, tuple(np.argsort(axes)))
     weights = jnp.expand_dims(weights, [a for a in range(len(shape)) if a not in axes])
+  if sample_weights is not None:
+    rows = tuple(size for a, size in enumerate(shape) if a not in axes)
+    sample_weights = arguments.as_sample_weights(sample_weights, rows).astype(dtype)
+    sample_weights = jnp.expand_dims(sample_weights, axes)
   mask = None
   if where is not None:
     mask = arguments.as_class_mask(where, logits.shape, labels.shape, shape, axes)
   logits = broadcast(logits, shape)
   labels = with_rank(labels, len(shape))
   if axis_name is not None:
-    arguments.check_axis_name(axis_name, "logits", logits)
+    same = {} if sample_weights is None else {"sample_weights": sample_weights}
+    arguments.check_axis_name(axis_name, "logits", logits, **same)
 
   classes = Rows(axes, axis_name)
   num_classes = math.prod(shape[a] for a in axes) * classes.num_devices()
@@ -366,6 +406,12 @@ def softmax_cross_entropy(
     per_row = PerRow(*[jnp.zeros(rows, dtype)] * 4)
   else:
     static = _Static(classes, num_classes, chosen.label_smoothing is not None)
-    per_row = _soft_cross_entropy(*align(logits, labels, mask, weights), static)
-  loss, aux = options.combine(chosen, jax.tree.map(lambda x: jnp.squeeze(x, axes), per_row))
+    arrays = logits, labels, mask, weights, sample_weights
+    *arrays, sample_weights = align(*arrays, without=axis_name)
+    # Over the devices that classes are spread over, sample weights stay the same.
+    arrays = varying_alike(*arrays)
+    weightless = None if sample_weights is None else sample_weights == 0
+    per_row = _soft_cross_entropy(*arrays, weightless, static)
+  squeezed = jax.tree.map(lambda x: jnp.squeeze(x, axes), (per_row, sample_weights))
+  loss, aux = options.combine(chosen, *squeezed)
   return (loss, aux) if return_aux else loss

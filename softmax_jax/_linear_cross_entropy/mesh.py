@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from softmax_jax import _devices as devices
-from softmax_jax._linear_cross_entropy.rules import Static
+from softmax_jax._linear_cross_entropy.gradients import Static
 
 
 class Arrays(NamedTuple):
@@ -25,17 +25,20 @@ class Arrays(NamedTuple):
   Attributes:
     x: ``[*B, H]``.
     index: the labels, ``[*B]``.
+    sample_weights: ``[*B]``.
     weight: ``[H, V]`` or ``[V, H]``.
     bias: ``[V]``.
     class_weights: ``[V]``.
-    softcap, label_smoothing, z_loss: scalars.
+    logit_scale, softcap, label_smoothing, z_loss: scalars.
   """
 
   x: Any
   index: Any
+  sample_weights: Any
   weight: Any
   bias: Any
   class_weights: Any
+  logit_scale: Any
   softcap: Any
   label_smoothing: Any
   z_loss: Any
@@ -45,13 +48,12 @@ def on_mesh(
   f: Callable[..., Any],
   arrays: Arrays,
   static: Static,
-  summed: bool,
   logits_sharding: NamedSharding | None,
 ) -> Any:
   """``f(arrays, static)``, on each device for its tokens and classes where these are spread.
 
-  ``f`` returns one number per token or, if ``summed``, a pair of sums over the tokens. Each device
-  gets all features of its tokens and classes.
+  ``f`` returns arrays with one number per token, and sums over the tokens. Each device gets all
+  features of its tokens and classes.
   """
   names, vocab_axis, spec = devices.mesh_axes, static.projection.vocab_axis, PartitionSpec
   mesh = None
@@ -70,9 +72,11 @@ def on_mesh(
   specs = Arrays(
     x=spec(*rows, None),
     index=spec(*rows),
+    sample_weights=spec(*rows),
     weight=spec(None, vocab) if vocab_axis == 1 else spec(vocab, None),
     bias=spec(vocab),
     class_weights=spec(vocab),
+    logit_scale=spec(),
     softcap=spec(),
     label_smoothing=spec(),
     z_loss=spec(),
@@ -82,9 +86,8 @@ def on_mesh(
   if explicit:
     arrays = jax.tree.map(jax.sharding.reshard, arrays, specs)
   static = static._replace(axis_name=over_classes or None)
-  added_over = over_rows if summed else ()
-  out_specs = (spec(), spec()) if summed else spec(*rows)
-  return _on_devices(arrays, f, static, added_over, mesh, specs, out_specs)  # pyright: ignore[reportUnknownVariableType]
+  out_specs = spec(*rows), spec()
+  return _on_devices(arrays, f, static, over_rows, mesh, specs, out_specs)  # pyright: ignore[reportUnknownVariableType]
 
 
 def _spread_by_types(arrays: Arrays, vocab_axis: int) -> tuple[Any, ...] | None:
@@ -100,7 +103,8 @@ def _spread_by_types(arrays: Arrays, vocab_axis: int) -> tuple[Any, ...] | None:
   vocab = tuple(name for name in names(specs.weight[vocab_axis]) if name not in names(*rows))
   # x and the weight say how tokens and classes are spread; where they do not, the others.
   of_classes = [(*rows, *s) for s in (specs.bias, specs.class_weights) if s is not None]
-  return devices.filled((*rows, vocab or None), (*specs.index, None), *of_classes)
+  of_tokens = [(*s, None) for s in (specs.index, specs.sample_weights) if s is not None]
+  return devices.filled((*rows, vocab or None), *of_tokens, *of_classes)
 
 
 def _padded(arrays: Arrays, static: Static, count: int) -> tuple[Arrays, Static]:
@@ -133,8 +137,8 @@ def _on_devices(
   out_specs: Any,
 ) -> Any:
   def on_device(arrays: Arrays) -> Any:
-    out = f(arrays, static)
-    return jax.lax.psum(out, added_over) if added_over else out
+    of_tokens, sums = f(arrays, static)
+    return of_tokens, jax.lax.psum(sums, added_over) if added_over and sums else sums
 
   return jax.shard_map(on_device, mesh=mesh, in_specs=(specs,), out_specs=out_specs)(arrays)
 

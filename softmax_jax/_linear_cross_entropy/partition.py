@@ -130,7 +130,7 @@ class Partitioned:
     for node in _nodes(tree):
       if _is_inputs(node):
         x = () if node.x is None else (*tokens(node.x), FEATURES)
-        of_inputs = Inputs(x, weight, (CLASSES,), (), (ONE, CLASSES))
+        of_inputs = Inputs(x, weight, (CLASSES,), (), (), (ONE, CLASSES))
         found += [axes for axes, x in zip(of_inputs, node, strict=True) if x is not None]
       else:
         found.append((*tokens(node), ONE))

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from softmax_jax._products import linear_scale_or_zero
+
 
 class Inputs(NamedTuple):
   """The differentiable inputs of the loss; also their tangents, or their gradients.
@@ -23,6 +25,7 @@ class Inputs(NamedTuple):
     x: the features, ``[T, H]`` or ``[C, H]`` for a chunk.
     weight: ``[H, V]`` or ``[V, H]``.
     bias: ``[V]``.
+    logit_scale: the factor k of the logits, a scalar.
     softcap: the bound c of the logits, a scalar.
     class_weights: the weights of the classes in the uniform label, ``[1, V]``.
   """
@@ -30,6 +33,7 @@ class Inputs(NamedTuple):
   x: Any
   weight: Any
   bias: Any
+  logit_scale: Any
   softcap: Any
   class_weights: Any
 
@@ -63,7 +67,7 @@ class Projection(NamedTuple):
     return lax.dot_general(a, b, dimensions, preferred_element_type=self.dtype)
 
   def linear_tangent(self, inputs: Inputs, dots: Inputs) -> jax.Array | None:
-    """``y_dot = x_dot W + x W_dot + b_dot``, or None where none of them moves."""
+    """``x_dot W + x W_dot + b_dot``, or None where none of them moves."""
     terms: list[jax.Array] = []
     if dots.x is not None:
       terms.append(self.product(dots.x, inputs.weight))
@@ -73,6 +77,15 @@ class Projection(NamedTuple):
       shape = (inputs.x.shape[0], dots.bias.shape[0])
       terms.append(jnp.broadcast_to(dots.bias, shape))
     return sum(terms[1:], terms[0]) if terms else None
+
+
+def scaled_tangent(y: jax.Array, h_dot: jax.Array | None, inputs: Inputs, dots: Inputs) -> Any:
+  """``y_dot`` of y = k h, ``k h_dot + k_dot y / k``, or None where nothing moves."""
+  k, k_dot = inputs.logit_scale, dots.logit_scale
+  if k is None or (h_dot is None and k_dot is None):
+    return h_dot
+  y_dot = jnp.zeros_like(y) if h_dot is None else k * h_dot
+  return y_dot if k_dot is None else y_dot + linear_scale_or_zero(k_dot, y / k)
 
 
 # The softcap z = c tanh v of y, with v = y / c. Its derivatives keep their digits both where it

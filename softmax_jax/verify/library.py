@@ -125,6 +125,7 @@ def _with_coefficients(checks: tuple[str, ...]) -> Iterator[Case]:
   """
   rows, smoothing, z_loss, zero = 4, np.float32(0.1), np.float32(1e-2), np.float32(0)
   all_rows, last_row = jnp.ones(rows, bool), jnp.arange(rows) == rows - 1
+  samples = jnp.asarray([1.5, 0.75, -0.5, 2], "float32")
 
   def arrays(num_classes: int) -> tuple[Any, ...]:
     z, y = _logits((num_classes, rows), "float32"), _labels(rows, num_classes)
@@ -134,12 +135,15 @@ def _with_coefficients(checks: tuple[str, ...]) -> Iterator[Case]:
     return z, y, weights, weights.at[y[0]].set(0).at[-1].set(0), anything, impossible
 
   # `start`, the smoothing at an edge point, is 0 or 1. It is an integer, so that points nearby have
-  # the same. A logit of -inf makes any smoothed loss infinite, and so does a label there: a factor
-  # of 0 takes both out.
-  def coefficients(z: Any, counts: Any, start: Any, alpha: Any, penalty: Any, w: Any) -> Any:
-    possible = (z != -jnp.inf) | ~counts
-    options = {"z_loss": penalty, "class_weights": w, "reduction": "mean"}
-    return possible, options | {"label_smoothing": start + alpha * jnp.all(possible)}
+  # the same; likewise rows that are not `weighty` keep a sample weight of 0. A logit of -inf makes
+  # any smoothed loss infinite, and so does a label there: a factor of 0 takes both out.
+  def coefficients(
+    z: Any, counts: Any, start: Any, alpha: Any, penalty: Any, w: Any, s: Any, weighty: Any
+  ) -> Any:
+    possible = (z != -jnp.inf) | ~(counts & weighty)
+    options = {"z_loss": penalty, "class_weights": w, "sample_weights": jnp.where(weighty, s, 0)}
+    options |= {"reduction": "mean", "label_smoothing": start + alpha * jnp.all(possible)}
+    return possible, options
 
   def by_both(f: Callable[..., Any], a: Any, b: Any) -> Any:
     return f(a, axis=0, b=b)
@@ -152,9 +156,9 @@ def _with_coefficients(checks: tuple[str, ...]) -> Iterator[Case]:
     _, options = coefficients(z, counts, *given)
     return f(z, y, 0, counts, ignore_index=-1, **options)
 
-  def linear(f: Any, x: Any, w: Any, y: Any, bias: Any, cap: Any, *given: Any) -> Any:
+  def linear(f: Any, x: Any, w: Any, y: Any, bias: Any, k: Any, cap: Any, *given: Any) -> Any:
     _, options = coefficients(zero, np.True_, *given)
-    return f(x, w, y, bias=bias, softcap=cap, ignore_index=-1, **options)
+    return f(x, w, y, bias=bias, logit_scale=k, softcap=cap, ignore_index=-1, **options)
 
   def divergence(f: Callable[..., Any], z: Any, w: Any, counts: Any, temperature: Any) -> Any:
     return f(z, w, 0, counts, temperature=temperature, reduction="mean")
@@ -170,8 +174,9 @@ def _with_coefficients(checks: tuple[str, ...]) -> Iterator[Case]:
 
   z, y, weights, weightless, anything, impossible = arrays(20)
   t = _shares(z.shape, "float32")
-  inside = (0, smoothing, z_loss, weights)
-  at_0, at_1 = (0, zero, zero, weightless), (1, zero, zero, weightless)
+  inside = (0, smoothing, z_loss, weights, samples, all_rows)
+  at_0 = (0, zero, zero, weightless, samples.at[1].set(0), all_rows)
+  at_1 = (1, zero, zero, weightless, samples, all_rows)
   yield case(
     "logsumexp(axis=0, b)",
     by_both,
@@ -185,8 +190,9 @@ def _with_coefficients(checks: tuple[str, ...]) -> Iterator[Case]:
     (z, t, all_rows, *inside),
     (z, t.at[:3].set(0), all_rows, *at_0),
     (z, t, all_rows, *at_1),
-    (impossible, t, all_rows, 0, zero, z_loss, weights),
+    (impossible, t, all_rows, 0, zero, z_loss, weights, samples, all_rows),
     (anything, t.at[0, 0].set(jnp.nan), last_row, *inside),
+    (anything, t.at[0, 0].set(jnp.nan), all_rows, *inside[:-1], last_row),
   )
   w = _logits(z.shape, "float32", 7)
   yield case(
@@ -200,26 +206,29 @@ def _with_coefficients(checks: tuple[str, ...]) -> Iterator[Case]:
   )
   x, weight = _logits((rows, 3), "float32", 4), _logits((3, 20), "float32", 3)
   nothing = x.at[0, 0].set(jnp.nan).at[1, 1].set(jnp.inf).at[2].set(-jnp.inf)
-  bias, cap, unlabeled = 0.1 * weights, np.float32(5), jnp.where(last_row, y, -1)
+  bias, scales = 0.1 * weights, (np.float32(1.5), np.float32(5))
+  unlabeled = jnp.where(last_row, y, -1)
   yield case(
     "linear_softmax_cross_entropy(all coefficients, reduction=mean)",
     linear,
-    (x, weight, y, bias, cap, *inside),
-    (x.at[1].set(0), weight, y, 0 * bias, cap, *at_0),
-    (x, weight, y, bias, cap, *at_1),
-    (nothing, weight, unlabeled, bias, cap, *inside),
+    (x, weight, y, bias, *scales, *inside),
+    (x.at[1].set(0), weight, y, 0 * bias, *scales, *at_0),
+    (x, weight, y, bias, *scales, *at_1),
+    (nothing, weight, unlabeled, bias, *scales, *inside),
+    (nothing, weight, y, bias, *scales, *inside[:-1], last_row),
   )
 
   z, y, weights, weightless, anything, impossible = arrays(8)
   yield case(
     "softmax_cross_entropy_with_integer_labels(axis=0, all coefficients, reduction=mean)",
     integer,
-    (z, y, all_rows, 0, smoothing, z_loss, weights),
-    (z, y, all_rows, 0, zero, zero, weightless),
-    (z, y, all_rows, 1, zero, zero, weightless),
-    (impossible, y, all_rows, 0, zero, z_loss, weights),
-    (anything, y, last_row, 0, smoothing, z_loss, weights),
-    (anything, jnp.where(last_row, y, -1), all_rows, 0, smoothing, z_loss, weights),
+    (z, y, all_rows, *inside[:3], weights, samples, all_rows),
+    (z, y, all_rows, 0, zero, zero, weightless, samples.at[1].set(0), all_rows),
+    (z, y, all_rows, 1, zero, zero, weightless, samples, all_rows),
+    (impossible, y, all_rows, 0, zero, z_loss, weights, samples, all_rows),
+    (anything, y, last_row, *inside[:3], weights, samples, all_rows),
+    (anything, jnp.where(last_row, y, -1), all_rows, *inside[:3], weights, samples, all_rows),
+    (anything, jnp.where(last_row, y, -7), all_rows, *inside[:3], weights, samples, last_row),
   )
 
 

@@ -105,6 +105,7 @@ def one_per_class(size, dtypes=REAL):
   return Kind(np.linspace(0.5, 2, size, dtype=np.float32), dtypes, OPTIONAL)
 
 
+one_per_row = one_per_class(len(LABELS))
 options = {
   "label_smoothing": Kind(np.array(0.5, np.float32), REAL, SHARES),
   "z_loss": scalar,
@@ -156,6 +157,7 @@ FUNCTIONS = {
       "axis": axis,
       "where": where,
       "class_weights": one_per_class(4),
+      "sample_weights": one_per_row,
       "return_aux": flag,
       **options,
     },
@@ -169,7 +171,9 @@ FUNCTIONS = {
       "axis": Kind(None, fixed=LAST),  # the labels do not fit the others
       "where": where,
       "class_weights": one_per_class(4),
+      "sample_weights": one_per_row,
       "ignore_index": ignored,
+      "ignore_invalid": flag,
       "return_aux": flag,
       **options,
     },
@@ -184,13 +188,17 @@ FUNCTIONS = {
       "bias": one_per_class(5, FLOATS),
       "vocab_axis": Kind(None, fixed=LAST),
       "class_weights": one_per_class(5),
+      "sample_weights": one_per_row,
+      "logit_scale": Kind(np.array(0.5, np.float32), FLOATS, CAPS | OPTIONAL),
       "softcap": Kind(np.array(0.5, np.float32), FLOATS, CAPS | OPTIONAL),
       "ignore_index": ignored,
+      "ignore_invalid": flag,
       "chunk_size": Kind(None, fixed=SIZES | LARGE | OPTIONAL),
       "num_classes": Kind(
         None, fixed={k: n for k, n in SIZES.items() if n < 3} | {"0": 0, "Index": 0} | OPTIONAL
       ),
       "logits_sharding": none,
+      "return_aux": flag,
       **options,
     },
   ),
@@ -229,6 +237,6 @@ FUNCTIONS = {
 }
 ARGUMENTS = [(function, name) for function, (_, _, kinds) in FUNCTIONS.items() for name in kinds]
 STATIC = (
-  *("axis", "axis_name", "reduction", "keepdims", "return_sign", "return_aux"),
+  *("axis", "axis_name", "reduction", "keepdims", "return_sign", "return_aux", "ignore_invalid"),
   *("vocab_axis", "chunk_size", "num_classes", "logits_sharding"),
 )

@@ -19,7 +19,8 @@ def wrong_numbers(actual, expected):
   for mine, theirs in zip(actual, expected, strict=True):
     if mine.shape != np.shape(theirs):
       return f"shape {mine.shape} for {np.shape(theirs)}"
-    bound = max(1e-6, float(jnp.finfo(mine.dtype).eps))
+    floating = jnp.issubdtype(mine.dtype, jnp.floating)
+    bound = max(1e-6, float(jnp.finfo(mine.dtype).eps)) if floating else 0
     mine, theirs = np.asarray(mine, np.float64), np.asarray(theirs, np.float64)
     finite = np.isfinite(theirs)
     size = max(1, np.max(np.abs(theirs[finite]), initial=0))  # whose square may be infinite

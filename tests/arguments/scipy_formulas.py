@@ -49,6 +49,7 @@ def softmax_cross_entropy(
   axis=-1,
   where=None,
   class_weights=None,
+  sample_weights=None,
   label_smoothing=0.0,
   z_loss=0.0,
   reduction="none",
@@ -57,8 +58,10 @@ def softmax_cross_entropy(
 ):
   where = True if where is None else where
   losses, lse = _soft_loss(logits, labels, axis, where, class_weights, label_smoothing, z_loss)
-  loss = _reduced(losses, reduction, losses.size)
-  return (loss, (losses, lse, 0 * losses, losses.size)) if return_aux else loss
+  s = np.ones(losses.shape) if sample_weights is None else sample_weights
+  losses = s * losses
+  loss = _reduced(losses, reduction, np.sum(s))
+  return (loss, (losses, lse, 0 * losses, np.sum(s))) if return_aux else loss
 
 
 def _one_hot(labels, classes):
@@ -73,9 +76,11 @@ def integer_cross_entropy(
   axis=-1,
   where=None,
   class_weights=None,
+  sample_weights=None,
   label_smoothing=0.0,
   z_loss=0.0,
   ignore_index=None,
+  ignore_invalid=False,
   reduction="none",
   return_aux=False,
   axis_name=None,
@@ -88,14 +93,24 @@ def integer_cross_entropy(
     counts = counts & (labels != ignore_index)
   labels = labels % len(w)  # those that are no class have a loss of NaN already
   at_label = where[np.arange(len(labels)), labels]
-  losses = np.where(counts, np.where(at_label, losses, np.inf), 0)
-  weight = np.sum(np.where(counts, w[labels], 0))
+  s = np.ones(len(labels)) if sample_weights is None else sample_weights
+  losses = s * np.where(counts, np.where(at_label, losses, np.inf), 0)
+  weight = np.sum(np.where(counts, s * w[labels], 0))
   loss = _reduced(losses, reduction, weight)
-  return (loss, (losses, lse, 0 * losses, weight)) if return_aux else loss
+  correct = np.sum(np.argmax(np.where(where, logits, -np.inf), -1) == labels)
+  return (loss, (losses, lse, 0 * losses, weight, correct)) if return_aux else loss
 
 
 def linear_cross_entropy(
-  x, weight, labels, bias=None, softcap=None, reduction="mean", vocab_axis=-1, **options
+  x,
+  weight,
+  labels,
+  bias=None,
+  logit_scale=None,
+  softcap=None,
+  reduction="mean",
+  vocab_axis=-1,
+  **options,
 ):
   for name in ("chunk_size", "axis_name", "logits_sharding"):
     options.pop(name, None)
@@ -103,6 +118,7 @@ def linear_cross_entropy(
   if num_classes is not None:  # without classes the loss is 0; class 3 is not the only one
     return np.nan if num_classes else 0.0
   z = x @ weight + (0 if bias is None else bias)
+  z = z if logit_scale is None else logit_scale * z
   z = z if softcap is None else softcap * np.tanh(z / softcap)
   return integer_cross_entropy(z, labels, reduction=reduction, **options)
 

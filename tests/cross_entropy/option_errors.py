@@ -75,6 +75,26 @@ ERRORS = {
     TypeError,
     f"{INTEGER} expected class_weights to be an array, got list. Pass jnp.asarray(class_weights).",
   ),
+  "sample weights too few": (
+    lambda: integer_loss(X, Y, sample_weights=jnp.ones(2)),
+    ValueError,
+    f"{INTEGER} expected one sample weight per row, of shape (3,), got shape (2,).",
+  ),
+  "sample weights of the logits' shape": (
+    lambda: softmax_cross_entropy(X, T, sample_weights=T),
+    ValueError,
+    f"{SOFT} expected one sample weight per row, of shape (3,), got shape (3, 4).",
+  ),
+  "sample weights that are booleans": (
+    lambda: integer_loss(X, Y, sample_weights=Y == 0),
+    TypeError,
+    f"{INTEGER} expected sample_weights of a real dtype, got dtype bool.",
+  ),
+  "ignore_invalid None": (
+    lambda: integer_loss(X, Y, ignore_invalid=None),
+    TypeError,
+    f"{INTEGER} expected ignore_invalid to be True or False, static, got NoneType.",
+  ),
   "unknown reduction": (
     lambda: integer_loss(X, Y, reduction="average"),
     ValueError,

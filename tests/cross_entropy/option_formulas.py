@@ -29,6 +29,7 @@ def formulas(
   label_smoothing=0.0,
   z_loss=0.0,
   class_weights=None,
+  sample_weights=None,
   ignore_index=None,
   reduction="none",
 ):
@@ -47,11 +48,12 @@ def formulas(
   nll = xp.where(counts, xp.sum(t * weighted_costs, axis=1), 0)
   uniform = xp.sum(weighted_costs, axis=1) / xp.maximum(xp.sum(mask, axis=1), 1)
   lse = xp.where(counts, lse[:, 0], 0)
-  row_weights = xp.where(counts, 1.0 if soft else xp.sum(t * w, axis=1), 0)
+  s = xp.ones(len(z)) if sample_weights is None else sample_weights
+  row_weights = s * xp.where(counts, 1.0 if soft else xp.sum(t * w, axis=1), 0)
   weight = xp.sum(row_weights)
 
-  smoothed = (1 - label_smoothing) * nll + label_smoothing * xp.where(counts, uniform, 0)
-  penalty = z_loss * lse**2
+  smoothed = s * ((1 - label_smoothing) * nll + label_smoothing * xp.where(counts, uniform, 0))
+  nll, penalty = s * nll, s * z_loss * lse**2
   divisor = xp.where(weight == 0, 1, weight) if reduction == "mean" else 1
   loss, penalty = (
     x if reduction == "none" else xp.sum(x) / divisor for x in (smoothed + penalty, penalty)
@@ -66,6 +68,7 @@ VALUES = {
   "label_smoothing": np.float64(0.1),
   "z_loss": np.float64(0.03),
   "class_weights": np.array([0.5, 2.0, 1.25, 0.75, 1.5]),
+  "sample_weights": np.array([1.5, -0.25, 0.0, 2.0]),
   "ignore_index": np.int32(1),
 }
 LABELS = {SOFT: np.abs(random(1, (4, 5), np.float64)), INTEGER: INTEGERS}
@@ -82,11 +85,11 @@ def arguments(name, options, masked=False, dtype=np.float64):
 
 
 def flat(name, reduction="none"):
-  """The loss called `name` with its aux as one tuple, like `formulas`."""
+  """The loss called `name` with the differentiable aux as one tuple, like `formulas`."""
 
   def f(**arguments):
     loss, aux = LOSSES[name](**arguments, reduction=reduction, return_aux=True)
-    return loss, *aux
+    return loss, *aux[:4]
 
   return f
 
@@ -101,7 +104,11 @@ def case(name, options, masked):
 
 
 # No option, each alone, pairs that share a term, and all; each with and without a mask.
-PAIRS = [("label_smoothing", "class_weights"), ("class_weights", "ignore_index")]
+PAIRS = [
+  ("label_smoothing", "class_weights"),
+  ("class_weights", "ignore_index"),
+  ("class_weights", "sample_weights"),
+]
 every_case = pytest.mark.parametrize(
   ("name", "options", "masked"),
   [

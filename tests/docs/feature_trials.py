@@ -69,5 +69,9 @@ def features_in_jax(ce, soft):
     ),
     "an ignored label": options("ignore_index"),
     "class weights": options("class_weights"),
+    "weights of rows": options("sample_weights"),
+    "the number of right predictions, beside the loss": works(
+      lambda z: ce(z, LABELS, return_aux=True)[1].correct, LOGITS
+    ),
     "z-loss": options("z_loss"),
   }

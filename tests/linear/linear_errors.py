@@ -55,6 +55,32 @@ ERRORS = {
     ValueError,
     f"{NAME} expected one label per token, of shape (6,) for x of shape (6, 4), got shape (5,).",
   ),
+  "sample weights too few": (
+    lambda: linear(X, WEIGHT, LABELS, sample_weights=jnp.ones(5)),
+    ValueError,
+    f"{NAME} expected one sample weight per row, of shape (6,), got shape (5,).",
+  ),
+  "logit_scale 0": (
+    lambda: linear(X, WEIGHT, LABELS, logit_scale=0),
+    ValueError,
+    f"{NAME} expected logit_scale to be positive and finite in float32, got 0. Pass None for no "
+    "scale.",
+  ),
+  "logit_scale several": (
+    lambda: linear(X, WEIGHT, LABELS, logit_scale=jnp.ones(6)),
+    ValueError,
+    f"{NAME} expected logit_scale to be a scalar, got shape (6,).",
+  ),
+  "ignore_invalid a number": (
+    lambda: linear(X, WEIGHT, LABELS, ignore_invalid=-100),
+    ValueError,
+    f"{NAME} expected ignore_invalid to be True or False, static, got -100.",
+  ),
+  "return_aux a string": (
+    lambda: linear(X, WEIGHT, LABELS, return_aux="yes"),
+    TypeError,
+    f"{NAME} expected return_aux to be True or False, static, got str.",
+  ),
   "shape of the bias": (
     lambda: linear(X, WEIGHT, LABELS, bias=jnp.ones(4)),
     ValueError,

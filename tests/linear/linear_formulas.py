@@ -19,22 +19,24 @@ SMOOTH = {  # what is differentiated beside x and weight
   "label_smoothing": np.float64(0.1),
   "z_loss": np.float64(0.03),
   "class_weights": np.linspace(0.5, 2, V),
+  "sample_weights": np.array([1.5, -0.5, 2.0, 0.0, 0.25, 1.0]),
+  "logit_scale": np.float64(0.7),
   "softcap": np.float64(3.0),
 }
 REDUCTIONS = ("mean", "sum", "none")
 
 
 @default_promotion()
-def logits(x, weight, bias=None, softcap=None, vocab_axis=-1):
+def logits(x, weight, bias=None, logit_scale=None, softcap=None, vocab_axis=-1):
   z = x @ (weight if vocab_axis == -1 else weight.T)
   z = z if bias is None else z + bias
+  z = z if logit_scale is None else logit_scale * z
   return z if softcap is None else softcap * jnp.tanh(z / softcap)
 
 
-def dense(
-  x, weight, labels, *, bias=None, softcap=None, vocab_axis=-1, reduction="mean", **options
-):
-  z = logits(x, weight, bias, softcap, vocab_axis)
+def dense(x, weight, labels, *, reduction="mean", **options):
+  names = "bias", "logit_scale", "softcap", "vocab_axis"
+  z = logits(x, weight, **{name: options.pop(name) for name in names if name in options})
   return softmax_cross_entropy_with_integer_labels(z, labels, reduction=reduction, **options)
 
 
@@ -45,17 +47,20 @@ def formulas(
   labels,
   *,
   bias=None,
+  logit_scale=None,
   softcap=None,
   vocab_axis=-1,
   label_smoothing=0.0,
   z_loss=0.0,
   class_weights=None,
+  sample_weights=None,
   ignore_index=None,
   reduction="mean",
 ):
-  z = logits(x, weight, bias, softcap, vocab_axis)
+  z = logits(x, weight, bias, logit_scale, softcap, vocab_axis)
   w = jnp.ones(z.shape[-1]) if class_weights is None else class_weights
   counts = jnp.ones(labels.shape) if ignore_index is None else labels != ignore_index
+  counts = counts if sample_weights is None else counts * sample_weights
   lse = jnp.log(jnp.sum(jnp.exp(z), axis=-1, keepdims=True))
   costs = w * (lse - z)
   nll = jnp.sum(costs * jax.nn.one_hot(labels, z.shape[-1]), axis=-1)
@@ -73,6 +78,8 @@ def arguments(options=(), dtype=np.float32, vocab_axis=-1, shape=(T,)):
   smooth |= {option: SMOOTH[option] for option in options}
   smooth = {key: jnp.asarray(value, dtype) for key, value in smooth.items()}
   smooth["x"] = smooth["x"].reshape(*shape, H)
+  if "sample_weights" in smooth:
+    smooth["sample_weights"] = smooth["sample_weights"].reshape(shape)
   return LABELS.reshape(shape), smooth
 
 

@@ -76,6 +76,18 @@ def value(**options):
   return lambda x, weight, labels, bias: linear(x, weight, labels, chunk_size=CHUNK, **options)
 
 
+def gradient_with_aux(use):
+  """The gradients of the loss and ``use`` of its aux, which is returned too."""
+
+  def loss(x, weight, labels):
+    loss, aux = linear(x, weight, labels, z_loss=0.1, chunk_size=CHUNK, return_aux=True)
+    return loss + use(aux), aux
+
+  return lambda x, weight, labels, bias: jax.value_and_grad(loss, (0, 1), has_aux=True)(
+    x, weight, labels
+  )
+
+
 # A program, and how many matrix products of a chunk it computes.
 PRODUCTS = {
   "the loss": (value(), 1),
@@ -86,6 +98,9 @@ PRODUCTS = {
   "the gradient by bias": (gradient_by("bias"), 1),
   "the gradient by z_loss": (gradient_by("z_loss"), 1),
   "the gradient by x with a frozen weight": (gradient_with_frozen_weight, 2),
+  "both gradients, with the aux beside": (gradient_with_aux(lambda aux: 0), 3),
+  "both gradients, with the weight of the aux": (gradient_with_aux(lambda aux: aux.weight), 3),
+  "both gradients, with the z-loss of the aux": (gradient_with_aux(lambda aux: aux.z_loss), 4),
   "the losses, the gradient by x": (gradient_of_losses(0), 3),
   "the losses, the gradient by weight": (gradient_of_losses(1), 3),
   "the losses, both gradients": (gradient_of_losses((0, 1)), 4),

@@ -60,6 +60,8 @@ def test_every_combination_equals_the_dense_loss_in_float32(reduction):
     "label_smoothing": 0.0,
     "z_loss": 0.0,
     "class_weights": np.ones(V),
+    "sample_weights": np.ones(T),
+    "logit_scale": 1.0,
     "softcap": 1e4,
   }
 
@@ -365,7 +367,7 @@ def test_nothing_to_average():
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_classes_with_a_bias_of_minus_infinity(softcap):
   """Padding of the vocabulary: no probability and no gradient, unless a softcap lifts it."""
-  labels, smooth = arguments(["bias"])
+  labels, smooth = arguments(["bias", "logit_scale"])
   labels = labels % 200
   smooth["bias"] = smooth["bias"].at[200:].set(-np.inf)
   gradient = lambda f, **fixed: jax.value_and_grad(
@@ -397,6 +399,7 @@ def test_the_chunks_of_an_accelerator(of_neighbors, monkeypatch):
   labels, smooth = arguments(SMOOTH)
   tokens = np.arange(7) % T  # three chunks of two tokens, and one
   smooth["x"] = smooth["x"].reshape(-1, H)[tokens]
+  smooth["sample_weights"] = smooth["sample_weights"][tokens]
   labels = labels.reshape(-1)[tokens]
   f = lambda f, reduction, **fixed: jax.jit(
     jax.value_and_grad(

@@ -42,8 +42,9 @@ def test_number_of_products(name, monkeypatch):
   h, v = 2048, 512
   flops = compiled(f, *shapes(2 * CHUNK, h, v)).cost_analysis()["flops"]
   assert expected <= flops / (2 * CHUNK * h * v) < expected + 0.1
-  # The jaxpr has no other product that XLA would have removed.
-  if "gradient" in name and "dense" not in name:
+  # The jaxpr has no other product that XLA would have removed, but for the sum of the gradients
+  # where the backward pass forms others.
+  if "gradient" in name and "dense" not in name and "z-loss" not in name:
     assert str(jax.make_jaxpr(f)(*shapes(2 * CHUNK, h, v))).count("dot_general[") == expected
 
 

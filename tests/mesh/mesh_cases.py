@@ -55,6 +55,7 @@ MASK[2] = False  # altogether
 MASK[3, : V // 8] = False  # on one device
 MASK[3, LABELS[3]] = True
 CLASS_WEIGHTS = np.abs(random(4, V))
+SAMPLE_WEIGHTS = np.float32([1.5, -0.5, 1, 0, 2, 0.25])
 BIAS = random(5, V)
 X, WEIGHT = random(6, (T, H)), random(7, (H, V))
 OPTIONS = {"label_smoothing": 0.1, "z_loss": 0.2}
@@ -112,13 +113,21 @@ CASES = {
     2,
   ),
   "integer labels, every option": (
-    lambda n, z, w, t, mask: integer(
-      z, t, class_weights=w, where=mask, ignore_index=3, reduction="mean", axis_name=n, **OPTIONS
+    lambda n, z, w, s, t, mask: integer(
+      z,
+      t,
+      class_weights=w,
+      sample_weights=s,
+      where=mask,
+      ignore_index=3,
+      reduction="mean",
+      axis_name=n,
+      **OPTIONS,
     ),
-    [LOGITS, CLASS_WEIGHTS, LABELS, MASK],
-    [SPREAD, P("v"), SAME, SPREAD],
+    [LOGITS, CLASS_WEIGHTS, SAMPLE_WEIGHTS, LABELS, MASK],
+    [SPREAD, P("v"), SAME, SAME, SPREAD],
     SAME,
-    2,
+    3,
     2,
     2,
   ),
@@ -141,13 +150,20 @@ CASES = {
     2,
   ),
   "soft labels, every option": (
-    lambda n, z, t, w, mask: soft(
-      z, t, class_weights=w, where=mask, reduction="mean", axis_name=n, **OPTIONS
+    lambda n, z, t, w, s, mask: soft(
+      z,
+      t,
+      class_weights=w,
+      sample_weights=s,
+      where=mask,
+      reduction="sum",
+      axis_name=n,
+      **OPTIONS,
     ),
-    [LOGITS, COEFFICIENTS, CLASS_WEIGHTS, MASK],
-    [SPREAD, SPREAD, P("v"), SPREAD],
+    [LOGITS, COEFFICIENTS, CLASS_WEIGHTS, SAMPLE_WEIGHTS, MASK],
+    [SPREAD, SPREAD, P("v"), SAME, SPREAD],
     SAME,
-    3,
+    4,
     2,
     2,
   ),
@@ -200,12 +216,14 @@ CASES = {
     3,
   ),
   "linear, every option": (  # in two chunks, of 4 tokens and of 2
-    lambda n, x, weight, bias, w, t: linear(
+    lambda n, x, weight, bias, w, s, k, t: linear(
       x,
       weight,
       t,
       bias=bias,
       class_weights=w,
+      sample_weights=s,
+      logit_scale=k,
       softcap=20.0,
       ignore_index=3,
       vocab_axis=0,
@@ -213,10 +231,10 @@ CASES = {
       axis_name=n,
       **OPTIONS,
     ),
-    [X, WEIGHT.T, BIAS, CLASS_WEIGHTS, LABELS],
-    [SAME, P("v"), P("v"), P("v"), SAME],
+    [X, WEIGHT.T, BIAS, CLASS_WEIGHTS, SAMPLE_WEIGHTS, np.float32(1.5), LABELS],
+    [SAME, P("v"), P("v"), P("v"), SAME, SAME, SAME],
     SAME,
-    4,
+    6,
     5,  # one more for the weights of the labels
     6,
   ),

@@ -28,6 +28,7 @@ VALUES = {
   "mask": np.random.default_rng(3).random((T, V)) < 0.9,
   "labels": np.random.default_rng(4).integers(0, V, T),
   "class_weights": np.abs(random(5, V)),
+  "sample_weights": np.abs(random(10, T)),
   "x": random(6, (T, H)),
   "weight": random(7, (H, V)),
   "bias": random(8, V),
@@ -35,6 +36,7 @@ VALUES = {
 SPECS = {
   "labels": P("d"),
   "class_weights": P("v"),
+  "sample_weights": P("d"),
   "x": P("d", None),
   "weight": P(None, "v"),
   "bias": P("v"),
@@ -80,6 +82,38 @@ def linear_losses(x, weight, labels):
   return jnp.sum(jnp.sin(losses))
 
 
+def integer_by_sample(logits, sample_weights, labels):
+  loss, aux = softmax_cross_entropy_with_integer_labels(
+    logits, labels, sample_weights=sample_weights, reduction="mean", return_aux=True, **OPTIONS
+  )
+  return of_all_outputs(loss, aux)
+
+
+def soft_by_sample(logits, probabilities, sample_weights):
+  return softmax_cross_entropy(
+    logits, probabilities, sample_weights=sample_weights, reduction="sum", **OPTIONS
+  )
+
+
+def linear_by_sample(x, weight, sample_weights, labels):
+  loss, aux = linear_softmax_cross_entropy(
+    x,
+    weight,
+    labels,
+    sample_weights=sample_weights,
+    logit_scale=1.5,
+    chunk_size=2,
+    return_aux=True,
+    **OPTIONS,
+  )
+  return of_all_outputs(loss, aux)
+
+
+def of_all_outputs(loss, aux):
+  """One number, in whose gradient each differentiable output has a cotangent of its own."""
+  return loss + jnp.sum(jnp.sin(aux.nll)) + jnp.sum(aux.lse) + 3 * aux.z_loss + aux.weight**2
+
+
 FUNCTIONS = {  # each with the arguments it is differentiated by, and the others
   "softmax": (lambda z, c: jnp.sum(softmax(z) * c), ["logits"], ["y_bar"]),
   "masked softmax": (
@@ -100,11 +134,21 @@ FUNCTIONS = {  # each with the arguments it is differentiated by, and the others
     ["logits", "class_weights"],
     ["mask", "labels"],
   ),
+  "integer labels, sample weights": (
+    integer_by_sample,
+    ["logits", "sample_weights"],
+    ["labels"],
+  ),
   "soft labels": (soft, ["logits", "probabilities"], []),
   "soft labels, options": (
     soft_with_options,
     ["logits", "probabilities", "class_weights"],
     ["mask"],
+  ),
+  "soft labels, sample weights": (
+    soft_by_sample,
+    ["logits", "probabilities", "sample_weights"],
+    [],
   ),
   "entropy": (lambda z: softmax_entropy(z).sum(), ["logits"], []),
   "masked entropy": (lambda z, m: softmax_entropy(z, where=m).sum(), ["logits"], ["mask"]),
@@ -112,6 +156,11 @@ FUNCTIONS = {  # each with the arguments it is differentiated by, and the others
   "divergence, options": (divergence_with_options, ["logits", "targets"], ["mask"]),
   "linear": (linear, ["x", "weight"], ["labels"]),
   "linear, options": (linear_with_options, ["x", "weight", "bias", "class_weights"], ["labels"]),
+  "linear, sample weights and aux": (
+    linear_by_sample,
+    ["x", "weight", "sample_weights"],
+    ["labels"],
+  ),
   "linear, one loss per token": (linear_losses, ["x", "weight"], ["labels"]),
 }
 AXIS_TYPES = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}

@@ -100,6 +100,8 @@ def test_a_row_that_is_masked_altogether(name):
 
 WEIGHTS = np.linspace(0.5, 2, 5)
 OPTIONS = {"label_smoothing": 0.3, "z_loss": 0.7, "class_weights": WEIGHTS}
+SAMPLES = np.linspace(-0.5, 2, 12).reshape(3, 4)  # one for each row of X
+SAMPLES[0, 1] = 0
 
 
 def test_options_are_the_terms_of_the_formula():
@@ -142,18 +144,19 @@ ROWS = np.array([[True] * 4, [False] * 4, [True] * 4])
 
 @pytest.mark.parametrize("reduction, where", [("none", None), ("sum", MASK), ("mean", ROWS)])
 def test_soft_labels_with_all_options(reduction, where):
-  options = dict(OPTIONS, reduction=reduction, return_aux=True)
+  options = dict(OPTIONS, sample_weights=SAMPLES, reduction=reduction, return_aux=True)
   compare("softmax_cross_entropy", ([X, SHARES], []), axis=1, where=where, **options)
 
 
 @pytest.mark.parametrize(
   "labels, options",
   [
-    (LABELS, {"axis": 1, "where": ROWS}),
+    (LABELS, {"axis": 1, "where": ROWS, "sample_weights": SAMPLES}),
+    (np.where(ROWS, LABELS, 9), {"axis": 1, "ignore_invalid": True, "sample_weights": SAMPLES}),
     (np.where(ROWS, LABELS, 9), {"axis": 1, "ignore_index": 9, "reduction": "mean"}),
     (np.arange(5), {"axis": (2, 0), "class_weights": np.linspace(0.5, 2, 12).reshape(4, 3)}),
   ],
-  ids=["rows", "ignored", "two axes"],
+  ids=["rows", "invalid", "ignored", "two axes"],
 )
 def test_integer_labels_with_all_options(labels, options):
   name = "softmax_cross_entropy_with_integer_labels"
@@ -165,6 +168,7 @@ def test_the_linear_loss_with_all_options(reduction, vocab_axis):
   x, weight = random(4, (2, 3, 4), np.float64), random(5, (4, 7), np.float64)
   labels = np.array([[0, 4, -1], [2, -1, 3]], np.int32)
   options = dict(OPTIONS, class_weights=np.linspace(0.5, 2, 7), bias=random(6, 7, np.float64))
+  options |= {"logit_scale": 0.7, "sample_weights": np.array([[1, 0.5, -2], [0, 3, 1]])}
   weight = weight if vocab_axis else weight.T
   compare(
     "linear_softmax_cross_entropy",
@@ -174,5 +178,6 @@ def test_the_linear_loss_with_all_options(reduction, vocab_axis):
     ignore_index=-1,
     num_classes=5,
     reduction=reduction,
+    return_aux=True,
     **options,
   )

@@ -27,6 +27,8 @@ softmax_cross_entropy(x, x, return_aux=True).mean()  # reportAttributeAccessIssu
 softmax_cross_entropy(x, x, return_aux=True)[1].logits  # reportAttributeAccessIssue
 linear_softmax_cross_entropy(x, weight, labels, vocab_axis="last")  # reportArgumentType
 linear_softmax_cross_entropy(x, weight, labels, None)  # reportCallIssue
+linear_softmax_cross_entropy(x, weight, labels).nll  # reportAttributeAccessIssue
+linear_softmax_cross_entropy(x, weight, labels, sample_weights="all")  # reportArgumentType
 derivatives.softmax_jvp(x)  # reportCallIssue
 derivatives.softmax_hessian(x)  # reportAttributeAccessIssue
 softmax_jax.verifier  # reportAttributeAccessIssue

@@ -139,7 +139,18 @@ def losses_with_aux(logits: Array, labels: Array, flag: bool) -> Array:
 
 def linear(x: Array, weight: Array, labels: Array) -> Array:
   total = linear_softmax_cross_entropy(x, weight, labels, vocab_axis=0, softcap=30, chunk_size=2)
-  return assert_type(total, Array)
+  weighted, aux = linear_softmax_cross_entropy(
+    x,
+    weight,
+    labels,
+    vocab_axis=0,
+    sample_weights=jnp.ones(3),
+    logit_scale=0.5,
+    ignore_invalid=True,
+    return_aux=True,
+  )
+  assert_type(aux.correct, Array | None)
+  return assert_type(total, Array) + assert_type(weighted, Array) * aux.weight
 
 
 def divergences(logits: Array, target: Array, reduction: Literal["none", "mean"]) -> Array:

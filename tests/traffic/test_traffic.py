@@ -85,7 +85,14 @@ OPTIONS = {
   "z-loss": {"z_loss": 0.1},
   "class weights": {"class_weights": True},
   "weights and smoothing": {"class_weights": True, "label_smoothing": 0.1},
+  "sample weights": {"sample_weights": True},
+  "all weights and smoothing": {
+    "sample_weights": True,
+    "class_weights": True,
+    "label_smoothing": 0.1,
+  },
   "ignored rows": {"ignore_index": 0},
+  "aux": {"return_aux": True},
   "mask": {"where": True},
   "mask and smoothing": {"where": True, "label_smoothing": 0.1},
 }
@@ -102,6 +109,7 @@ def test_no_option_reads_the_logits_once_more(soft, name, target):
   label = x if soft else jax.ShapeDtypeStruct((rows,), jnp.int32)
   arrays = {
     "class_weights": jax.ShapeDtypeStruct((classes,), jnp.float32),
+    "sample_weights": jax.ShapeDtypeStruct((rows,), jnp.float32),
     "where": jax.ShapeDtypeStruct((rows, classes), bool),
   }
   given = {name: arrays[name] for name in options if name in arrays}
@@ -109,7 +117,9 @@ def test_no_option_reads_the_logits_once_more(soft, name, target):
   f = sj.softmax_cross_entropy if soft else sj.softmax_cross_entropy_with_integer_labels
 
   def mean(x, label, given):
-    return f(x, label, **given, **options).mean()
+    losses = f(x, label, **given, **options)
+    losses, aux = losses if "return_aux" in options else (losses, None)
+    return losses.mean(), aux
 
   logits, more = rows * classes * 2, slack((rows, classes), jnp.bfloat16)
   mask = ("where" in given) / 2  # in arrays of the logits
@@ -117,7 +127,7 @@ def test_no_option_reads_the_logits_once_more(soft, name, target):
   # XLA:TPU copies a mask of this size onto the chip, and reads it beside that.
   again = mask if target == "v6e" else 0
   value = traffic(target, mean, x, label, given)
-  gradient = traffic(target, jax.value_and_grad(mean), x, label, given)
+  gradient = traffic(target, jax.value_and_grad(mean, has_aux=True), x, label, given)
   assert value.reads <= (inputs + again + more) * logits
   assert value.writes <= more * logits
   assert gradient.reads <= (2 * inputs + again + more) * logits

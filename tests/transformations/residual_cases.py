@@ -19,6 +19,7 @@ B, K = 16, 128
 LOGITS = np.random.default_rng(0).normal(size=(B, K))
 MASK = LOGITS < 1.5
 ROW = np.linspace(0.5, 1, K).astype(jnp.bfloat16)
+SAMPLES = np.linspace(-1, 1, B)
 INTEGERS = np.arange(B, dtype=np.int32)
 ACROSS = np.arange(K, dtype=np.int32) % B
 
@@ -37,7 +38,11 @@ KEEPING_THE_INPUT = {  # likewise, with weights or soft labels that are differen
   "soft labels": softmax_cross_entropy,
   "soft labels, the same in all rows": lambda x: softmax_cross_entropy(x, ROW),
   "soft labels, masked": lambda x, t, where: softmax_cross_entropy(x, t, where=where),
+  "soft labels, weighted": lambda x: softmax_cross_entropy(x, ROW, sample_weights=SAMPLES),
   "integer labels": lambda x: softmax_cross_entropy_with_integer_labels(x, INTEGERS),
+  "integer labels, weighted": lambda x: softmax_cross_entropy_with_integer_labels(
+    x, INTEGERS, sample_weights=SAMPLES, return_aux=True
+  )[0],
   "integer labels, axis 0": lambda x: softmax_cross_entropy_with_integer_labels(x, ACROSS, 0),
   "integer labels, masked": lambda x, where: softmax_cross_entropy_with_integer_labels(
     x, INTEGERS, where=where
