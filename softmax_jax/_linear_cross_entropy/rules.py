@@ -25,8 +25,13 @@ from softmax_jax._cross_entropy.label import IGNORED, INVALID, Label, bar_by_row
 from softmax_jax._cross_entropy.per_row import PerRow, minus_log_softmax
 from softmax_jax._cross_entropy.uniform import UniformSums
 from softmax_jax._forward_mode import enable_forward_mode
-from softmax_jax._linear_cross_entropy import chunks
-from softmax_jax._linear_cross_entropy.chunks import Put, Tiling, over_blocks, over_chunks
+from softmax_jax._linear_cross_entropy.chunks import (
+  ON_CPU,
+  Put,
+  Tiling,
+  over_blocks,
+  over_chunks,
+)
 from softmax_jax._linear_cross_entropy.partition import with_loops
 from softmax_jax._linear_cross_entropy.projection import (
   Inputs,
@@ -62,7 +67,7 @@ class Static(NamedTuple):
   smoothed: bool
   ignores: bool
   axis_name: AxisName | None
-  tiling: Tiling = chunks.ON_CPU
+  tiling: Tiling = ON_CPU
 
   @property
   def rows(self) -> Rows:
@@ -381,13 +386,10 @@ def _losses_gradients(static: Static, residuals: Any, bars: PerRow) -> Inputs:
 
 
 # The tangent of the logits goes through the tangent rule of the dense loss, chunk by chunk.
-def _losses_tangent(static: Static, residuals: Any, args_dot: tuple[Any, ...]) -> PerRow:
-  return _tangent_in_chunks(static, residuals, Inputs(*args_dot[0]))
-
-
 @with_loops
-def _tangent_in_chunks(static: Static, residuals: Any, dots: Inputs) -> PerRow:
+def _losses_tangent(static: Static, residuals: Any, args_dot: tuple[Any, ...]) -> PerRow:
   _, inputs, index, normalizer, uniform_sum = residuals
+  dots: Inputs = args_dot[0]
 
   def body(carry: tuple[()], tokens: Any, put: Put) -> tuple[tuple[()], PerRow]:
     x, x_dot, index, normalizer, uniform_sum = tokens
