@@ -9,7 +9,7 @@ still runs exactly the hand-derived rule.
 - `transform` builds `enable_forward_mode` on it.
 - `loops` defines the primitive `rule`, for rules that loop inside `jax.shard_map`.
 - `platforms` defines the primitive `by_platform`, of which one function has the derivatives and
-  others, on some platforms, the value.
+  others, on some platforms or for several devices, the value.
 
 This is the one package of the library that goes beyond JAX's documented public API, but for
 `softmax_jax._devices`, which reads the `manual_axis_type` of types. It uses
@@ -17,6 +17,8 @@ This is the one package of the library that goes beyond JAX's documented public 
 - `jax.extend.core`: `Primitive`, `jaxpr_as_fun`, `unmapped_aval`, and the current trace
   (`take_current_trace`, `set_current_trace`) with its `parent_trace`;
 - `jax.interpreters`: `ad`, `batching`, `mlir` and `partial_eval.JaxprTracer` with its `_trace`;
+- of the context of a lowering rule: `axis_context.num_devices` and
+  `lowering_parameters.for_export` of its `module_context`;
 - of the types that `jax.typeof` returns: `manual_axis_type`, `to_tangent_aval`, `to_ct_aval`,
   `str_short` and `update`;
 - of a `jax.custom_vjp` object: `fun`, `fwd`, `bwd`, `symbolic_zeros` and `nondiff_argnums`.

@@ -19,11 +19,11 @@ Put = Callable[[jax.Array, jax.Array], jax.Array]
 class Tiling(NamedTuple):
   """How large the parts are that are computed at a time.
 
-  A chunk has the logits of `bytes_of_chunk`, a tile, or `tokens_per_feature` of the weight,
-  if that is more: each chunk reads and writes the gradient of the
-  weight, and small chunks would do so too often. But only a tile of `least_bytes` may have more
-  than a quarter of the tokens. The gradients of a chunk are formed for blocks of classes, of
-  `bytes_of_block`, at most `MOST_BLOCKS` of them, or for all classes at once where that is None.
+  A chunk has the logits of `bytes_of_chunk`, or `tokens_per_feature` of the weight if that is more:
+  each chunk reads and writes the gradient of the weight, and small chunks would do so too often.
+  But only one of `least_bytes` may have more than a quarter of the tokens. The gradients of a chunk
+  are formed for blocks of classes, of `bytes_of_block`, at most `MOST_BLOCKS` of them, or for all
+  classes at once where that is None.
 
   A chunk is made of neighbors or, where XLA spreads the tokens over devices, of every n-th token:
   each device then cuts its part from its own, where neighbors would be gathered from one device.

@@ -13,8 +13,7 @@ from jax import lax
 from softmax_jax._cross_entropy import integer_rule as integer
 from softmax_jax._cross_entropy.label import IGNORED, INVALID, Label, bar_by_row
 from softmax_jax._cross_entropy.per_row import PerRow, minus_log_softmax
-from softmax_jax._linear_cross_entropy import chunks
-from softmax_jax._linear_cross_entropy.chunks import Put, Tiling, over_blocks, over_chunks
+from softmax_jax._linear_cross_entropy.chunks import ON_CPU, Put, Tiling, over_blocks, over_chunks
 from softmax_jax._linear_cross_entropy.projection import (
   Inputs,
   Projection,
@@ -50,7 +49,7 @@ class Static(NamedTuple):
   ignores: bool
   with_aux: bool
   axis_name: AxisName | None
-  tiling: Tiling = chunks.ON_CPU
+  tiling: Tiling = ON_CPU
 
   @property
   def rows(self) -> Rows:

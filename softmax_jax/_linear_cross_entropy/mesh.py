@@ -82,8 +82,7 @@ def on_mesh(
     z_loss=spec(),
   )
   specs = Arrays(*(None if a is None else s for a, s in zip(arrays, specs, strict=True)))
-  explicit = mesh is None or AxisType.Explicit in mesh.axis_types
-  if explicit:
+  if mesh is None or AxisType.Explicit in mesh.axis_types:
     arrays = jax.tree.map(jax.sharding.reshard, arrays, specs)
   static = static._replace(axis_name=over_classes or None)
   out_specs = spec(*rows), spec()

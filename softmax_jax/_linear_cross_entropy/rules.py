@@ -128,13 +128,10 @@ def _losses_gradients(static: Static, residuals: Any, bars: PerRow) -> Inputs:
 
 
 # The tangent of the logits goes through the tangent rule of the dense loss, chunk by chunk.
-def _losses_tangent(static: Static, residuals: Any, args_dot: tuple[Any, ...]) -> PerRow:
-  return _tangent_in_chunks(static, residuals, Inputs(*args_dot[0]))
-
-
 @with_loops
-def _tangent_in_chunks(static: Static, residuals: Any, dots: Inputs) -> PerRow:
+def _losses_tangent(static: Static, residuals: Any, args_dot: tuple[Any, ...]) -> PerRow:
   _, inputs, index, normalizer, uniform_sum = residuals
+  dots: Inputs = args_dot[0]
 
   def body(carry: tuple[()], tokens: Any, put: Put) -> tuple[tuple[()], PerRow]:
     x, x_dot, index, normalizer, uniform_sum = tokens
@@ -277,7 +274,7 @@ def _sum_tangent(static: Static, residuals: Any, args_dot: tuple[Any, ...]) -> _
   total += jax.jvp(weigh, (shares,), (PerRow(*moving),))[1]
   beside = _NOTHING
   if static.with_aux and any(dot is not None for dot in args_dot[0]):
-    beside = _tangent_in_chunks(static, of_losses, Inputs(*args_dot[0]))._replace(uniform=None)
+    beside = _losses_tangent(static, of_losses, args_dot[:1])._replace(uniform=None)
   return total, beside
 
 

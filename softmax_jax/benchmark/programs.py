@@ -30,6 +30,7 @@ LOSS, GRADIENT = "loss", "loss + gradient"
 INTEGER, SOFT = "softmax_cross_entropy_with_integer_labels", "softmax_cross_entropy"
 LINEAR = "linear_softmax_cross_entropy"
 ENTROPY, DIVERGENCE = "softmax_entropy", "softmax_kl_divergence"
+OF_TWO_ARRAYS = (SOFT, DIVERGENCE)  # of the shape of the logits
 
 
 def version(peer: str) -> str | None:

@@ -18,6 +18,7 @@ from softmax_jax.benchmark.programs import (
   INTEGER,
   LINEAR,
   LOSS,
+  OF_TWO_ARRAYS,
   OURS,
   PULL,
   SOFT,
@@ -147,7 +148,7 @@ def shapes_of_arguments(line: Line, dtype: np.dtype) -> list[jax.ShapeDtypeStruc
   if line.suite == "linear":
     tokens, features, classes = line.shape
     shapes = [(tokens, features), (features, classes)]
-  elif line.function in (SOFT, DIVERGENCE) or (line.mode == VJP and line.function != "logsumexp"):
+  elif line.function in OF_TWO_ARRAYS or (line.mode == VJP and line.function != "logsumexp"):
     shapes = [line.shape, line.shape]
   elif line.mode == VJP:
     shapes = [line.shape, line.shape[:-1]]

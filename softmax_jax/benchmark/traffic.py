@@ -18,13 +18,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from softmax_jax._platform import ON_CHIP
 from softmax_jax.benchmark import hlo, programs, suites, targets
 from softmax_jax.benchmark.programs import (
-  DIVERGENCE,
   ENTROPY,
   GRADIENT,
   INTEGER,
   LINEAR,
+  OF_TWO_ARRAYS,
   OURS,
-  SOFT,
   VJP,
 )
 
@@ -121,7 +120,7 @@ def least(line: suites.Line, target: str) -> tuple[int, int] | None:
   if line.suite == "linear":
     return None
   full_cotangent = line.mode == VJP and line.function != "logsumexp"
-  inputs = 2 if full_cotangent or line.function in (SOFT, DIVERGENCE) else 1
+  inputs = 2 if full_cotangent or line.function in OF_TWO_ARRAYS else 1
   outputs = (line.function in ("softmax", "log_softmax")) + (line.mode in (VJP, GRADIENT))
   fits = line.shape[1] <= _ROW_ON_CHIP[targets.platform(target)]
   return inputs if fits or not outputs else 2 * inputs, outputs
@@ -137,7 +136,7 @@ def _specs(line: suites.Line) -> tuple[list[PartitionSpec], PartitionSpec]:
     return [same, spread, same], same
   if line.function == INTEGER:
     return [spread, same], same
-  if line.function in (SOFT, DIVERGENCE):
+  if line.function in OF_TWO_ARRAYS:
     return [spread, spread], same
   return [spread], same if line.function in ("logsumexp", ENTROPY) else spread
 

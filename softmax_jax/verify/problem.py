@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from softmax_jax._arguments import Arguments
-from softmax_jax.verify.widening import operations
+from softmax_jax.verify.widening import equations, operations
 
 Arrays = list[np.ndarray]
 # Arrays, tracers or types of arrays: whatever JAX traces a function with.
@@ -271,15 +271,11 @@ def compiled(f: Callable[..., Any], *, quickly: bool = False) -> Callable[..., A
 def rounded_to(jaxpr: Any) -> set[Any]:
   """The floating dtypes to which a program rounds wider values."""
   found: set[Any] = set()
-  for eqn in jaxpr.eqns:
+  for eqn in equations(jaxpr):
     if eqn.primitive.name == "convert_element_type":
       old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
       if _is_float(old) and _is_float(new) and finfo(new).eps > finfo(old).eps:
         found.add(new)
-    for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-      inner = getattr(value, "jaxpr", value)  # of a loop, a branch, a function with a rule
-      if hasattr(inner, "eqns"):
-        found |= rounded_to(inner)
   return found
 
 

@@ -7,7 +7,7 @@ is rounded. A program of a derivative holds what the rules of the function did w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -38,15 +38,23 @@ def widened_program(closed: Any) -> Callable[..., list[Any]]:
   return lambda *args: _evaluated(closed.jaxpr, closed.consts, args)
 
 
+def equations(jaxpr: Any) -> Iterator[Any]:
+  """The operations of a program, also of those inside: a loop, a branch, a function with a rule."""
+  for eqn in jaxpr.eqns:
+    yield eqn
+    for inner in _programs(eqn.params):
+      yield from equations(inner)
+
+
 def coarse_calls(jaxpr: Any) -> set[Any]:
   """The floating dtypes of what keeps its own dtypes and takes floating numbers."""
-  found: set[Any] = set()
-  for eqn in jaxpr.eqns:
-    if _is_call(eqn) or eqn.primitive.name.startswith("random_"):
-      found |= {v.aval.dtype for v in eqn.invars if _wide_dtype(v.aval.dtype) == np.float64}
-    for inner in _programs(eqn.params):
-      found |= coarse_calls(inner)
-  return found
+  return {
+    v.aval.dtype
+    for eqn in equations(jaxpr)
+    if _is_call(eqn) or eqn.primitive.name.startswith("random_")
+    for v in eqn.invars
+    if _wide_dtype(v.aval.dtype) == np.float64
+  }
 
 
 def _is_call(eqn: Any) -> bool:
@@ -56,9 +64,8 @@ def _is_call(eqn: Any) -> bool:
 
 
 def operations(jaxpr: Any) -> set[str]:
-  """The names of the operations of a program, also of those inside."""
-  names = {eqn.primitive.name for eqn in jaxpr.eqns}
-  return names.union(*(operations(p) for eqn in jaxpr.eqns for p in _programs(eqn.params)))
+  """The names of the operations of a program."""
+  return {eqn.primitive.name for eqn in equations(jaxpr)}
 
 
 def _programs(params: Any) -> list[Any]:

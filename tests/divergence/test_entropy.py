@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracle import check, random, relative_error
+from row_forms import BY_PLATFORM, in_form
 
-from softmax_jax import _platform, softmax_entropy
+from softmax_jax import softmax_entropy
 from softmax_jax.derivatives import softmax_jvp
 
 ENTROPY = "softmax_entropy"
@@ -44,17 +45,11 @@ def test_masks(where):
   check(ENTROPY, softmax_entropy, None, random(0, (3, 5)), where=where)
 
 
-@pytest.fixture(scope="module", params=["by platform", "one_read"])
+@pytest.fixture(scope="module", params=[BY_PLATFORM, "one_read"])
 def form(request):
   """The form of the sums along a row: that for this platform, and that for accelerators."""
-  if request.param == "by platform":
+  with in_form(request.param):
     yield
-    return
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(_platform, "always", request.param)
-    jax.clear_caches()
-    yield
-  jax.clear_caches()
 
 
 def rows(classes):

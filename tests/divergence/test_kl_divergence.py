@@ -10,8 +10,9 @@ import optax
 import oracle
 import pytest
 from oracle import check, random, relative_error
+from row_forms import BY_PLATFORM, in_form
 
-from softmax_jax import _platform, softmax_kl_divergence
+from softmax_jax import softmax_kl_divergence
 from softmax_jax.derivatives import softmax_jacobian
 
 KL = "softmax_kl_divergence"
@@ -167,17 +168,11 @@ def test_digits_at_any_temperature(tau):
 # Digits.
 
 
-@pytest.fixture(scope="module", params=["by platform", "one_read"])
+@pytest.fixture(scope="module", params=[BY_PLATFORM, "one_read"])
 def form(request):
   """The form of the sums along a row: that for this platform, and that for accelerators."""
-  if request.param == "by platform":
+  with in_form(request.param):
     yield
-    return
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(_platform, "always", request.param)
-    jax.clear_caches()
-    yield
-  jax.clear_caches()
 
 
 def pairs(classes):

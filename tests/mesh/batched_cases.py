@@ -84,8 +84,9 @@ def on_mesh(case):
 
 
 def batched(a):
-  """Rows in other orders, so that labels and masks fit their logits."""
-  return np.stack([np.roll(wide(a), i, 0) for i in range(B)])
+  """Rows in other orders, so that labels and masks fit their logits; scalars of other sizes."""
+  a = wide(a)
+  return np.stack([np.roll(a, i, 0) if a.ndim else a * (1 + i / 4) for i in range(B)])
 
 
 def in_axes_of(count):

@@ -76,6 +76,11 @@ def placed(layout):
   return [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(arrays, specs, strict=True)]
 
 
+def assert_close(actual, expected, tolerance=3e-6):
+  for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+    assert relative_error(a, e) < tolerance
+
+
 def gradients(**options):
   f = lambda *args: losses(*args, **options)
   return jax.value_and_grad(f, (0, 1, 2, 3))
@@ -109,8 +114,7 @@ def test_the_same_where_the_sharding_of_the_logits_is_said(layout):
 def check_against_one_device(program, args, options):
   actual = program(*args)
   expected = jax.jit(gradients(**options))(X, WEIGHT, BIAS, CLASS_WEIGHTS, COUNTS)
-  for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
-    assert relative_error(a, e) < 3e-6
+  assert_close(actual, expected)
 
   text = program.as_text()
   loops = "\n".join(line for line in text.splitlines() if "while/body" in line)
@@ -149,8 +153,7 @@ def test_classes_that_do_not_divide_are_padded_and_a_mesh_may_be_set():
   for axis_type in (AxisType.Auto, AxisType.Explicit):
     with jax.set_mesh(mesh_of(axis_type)):
       actual = f(*args, logits_sharding=P("d", None, "v"))
-    for a, e in zip(actual, expected, strict=True):
-      assert relative_error(a, e) < 3e-6
+    assert_close(actual, expected)
 
 
 def test_a_sharding_of_the_logits_that_cannot_be():
@@ -219,8 +222,7 @@ def test_a_batch_of_losses():
   actual = batch(gradients(chunk_size=2))(args[0], weights, *args[2:])
   expected = [gradients(chunk_size=2)(X, w, BIAS, CLASS_WEIGHTS, COUNTS) for w in weights]
   for i, each in enumerate(expected):
-    for a, e in zip(*map(jax.tree.leaves, (actual, each)), strict=True):
-      assert relative_error(a[i], e) < 3e-6
+    assert_close(jax.tree.map(lambda a, i=i: a[i], actual), each)
 
 
 def test_derivatives_of_both_modes_and_of_second_order():
@@ -232,8 +234,7 @@ def test_derivatives_of_both_modes_and_of_second_order():
 
   actual = jax.jit(derivatives)(*placed("tokens and classes"))
   expected = jax.jit(derivatives)(X, WEIGHT, BIAS, CLASS_WEIGHTS, COUNTS)
-  for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
-    assert relative_error(a, e) < 1e-5
+  assert_close(actual, expected, 1e-5)
 
 
 def test_tokens_that_do_not_divide_are_whole_on_each_device():
@@ -244,8 +245,7 @@ def test_tokens_that_do_not_divide_are_whole_on_each_device():
     f(X[0, :3], WEIGHT),
     jax.value_and_grad(linear, (0, 1))(X[0, :3], WEIGHT, LABELS[0, :3]),
   )
-  for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
-    assert relative_error(a, e) < 3e-6
+  assert_close(actual, expected)
 
 
 def test_a_program_for_several_devices_can_be_exported():
@@ -254,5 +254,4 @@ def test_a_program_for_several_devices_can_be_exported():
   assert not re.search("CustomSPMDPartitioning", exported.mlir_module())
   actual = jax.export.deserialize(exported.serialize()).call(*args)
   expected = gradients(chunk_size=2)(X, WEIGHT, BIAS, CLASS_WEIGHTS, COUNTS)
-  for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
-    assert relative_error(a, e) < 3e-6
+  assert_close(actual, expected)

@@ -14,6 +14,7 @@ import mpmath
 import numpy as np
 import pytest
 from accuracy_truth import at, truth, wide
+from row_forms import BY_PLATFORM, in_form
 
 import softmax_jax as sj
 from softmax_jax import _platform
@@ -33,7 +34,7 @@ GRADIENT, AT_LABEL = 8, 8  # u of the norm, ulp
 SOFTMAX_DERIVATIVE, SOFTMAX_DERIVATIVE_OF_FEW = 16, 72  # u of the norm
 
 
-FORMS = ("by platform", "on_chip", "one_read")
+FORMS = (BY_PLATFORM, "on_chip", "one_read")
 
 
 @pytest.fixture(scope="module", autouse=True, params=FORMS)
@@ -42,14 +43,8 @@ def form(request):
 
   A CPU adds up one number after the other, which is the worst order.
   """
-  if request.param == "by platform":
+  with in_form(request.param):
     yield request.param
-    return
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(_platform, "always", request.param)
-    jax.clear_caches()
-    yield request.param
-  jax.clear_caches()
 
 
 def test_the_oracle_against_mpmath():

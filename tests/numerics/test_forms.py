@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from row_forms import in_form
 
 from softmax_jax import (
-  _platform,
   log_softmax,
   logsumexp,
   softmax,
@@ -40,14 +40,9 @@ FUNCTIONS = {
 }
 
 
-def in_form(name, f, *args):
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(_platform, "always", name)
-    jax.clear_caches()
-    try:
-      return jax.tree.map(np.asarray, jax.jit(f)(*args))
-    finally:
-      jax.clear_caches()
+def computed(form, f, *args):
+  with in_form(form):
+    return jax.tree.map(np.asarray, jax.jit(f)(*args))
 
 
 def value_and_vjp(f, x):
@@ -61,7 +56,7 @@ def test_rows_of_special_values(form):
   def f(x):
     return {name: value_and_vjp(function, x) for name, function in FUNCTIONS.items()}
 
-  expected, actual = in_form("plain", f, ROWS), in_form(form, f, ROWS)
+  expected, actual = computed("plain", f, ROWS), computed(form, f, ROWS)
   for name in FUNCTIONS:
     for what, e, a in zip(("value", "vjp"), expected[name], actual[name], strict=True):
       e, a = (x.reshape(len(ROWS), -1) for x in (e, a))

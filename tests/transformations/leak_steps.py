@@ -44,6 +44,8 @@ CALLS = {
     z, LABELS, ignore_index=-1, where=V > -1, **OPTIONS
   ),
   "linear_softmax_cross_entropy": linear(chunk_size=1, softcap=5.0, bias=WEIGHT[0]),
+  "softmax_entropy": lambda f, z: f(z, where=V > -1),
+  "softmax_kl_divergence": lambda f, z: f(z, V, where=V > -1, temperature=2.0),
   "softmax_jacobian": lambda f, z: f(z),
   "softmax_jvp": lambda f, z: f(z, V),
   "softmax_vjp": lambda f, z: f(z, V),
