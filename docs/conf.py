@@ -1,4 +1,11 @@
-"""How Sphinx builds the API reference from the docstrings: see index.rst for the command."""
+"""How Sphinx builds the site: `sphinx-build -n -W --keep-going docs build/site`.
+
+The notebooks are copied from their own folder, with the outputs that are stored in them. MathJax is
+part of the site, so that it needs no network, neither while it is built nor while it is read.
+"""
+
+import shutil
+from pathlib import Path
 
 import softmax_jax
 
@@ -7,19 +14,27 @@ copyright = "the softmax_jax authors"
 version = release = softmax_jax.__version__
 
 extensions = [
+  "myst_nb",
   "sphinx.ext.autodoc",
   "sphinx.ext.autosummary",
   "sphinx.ext.mathjax",
   "sphinx.ext.napoleon",
+  "sphinx.ext.viewcode",
+  "sphinx-mathjax-offline",
+  "sphinx_copybutton",
 ]
-html_theme = "alabaster"
-html_theme_options = {
-  "description": "Softmax and its losses for JAX, gradients by hand",
-  "page_width": "1250px",  # lines of code of 100 characters
-  "body_max_width": "none",
-  "sidebar_width": "300px",
-}
+exclude_patterns = ["_templates"]
+templates_path = ["_templates"]
+html_theme = "furo"
+html_title = "softmax_jax"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_show_sourcelink = False
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"
+copybutton_exclude = ".linenos, .gp, .go"  # prompts and outputs
 
 # In the docstrings `name` is a link where this reference has the name, and plain code elsewhere.
 default_role = "autolink"
@@ -28,6 +43,22 @@ nitpick_ignore_regex = [("py:.*", r"(?!softmax_jax).*")]  # names of other libra
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the text says shapes and dtypes, which types of arrays do not
 autodoc_inherit_docstrings = False
-autosummary_generate = False
+autosummary_generate = True
+autosummary_imported_members = True
 napoleon_numpy_docstring = False
 napoleon_attr_annotations = False  # it would name a private module of jaxlib
+
+
+def copy_notebooks(app):
+  """Puts the notebooks where Sphinx looks for pages."""
+  folder = Path(app.srcdir) / "notebooks"
+  folder.mkdir(exist_ok=True)
+  for path in Path(app.srcdir).parent.glob("notebooks/*.ipynb"):
+    copy = folder / path.name
+    if not copy.exists() or copy.read_bytes() != path.read_bytes():  # a new copy is built anew
+      shutil.copy(path, copy)
+
+
+def setup(app):
+  """Called by Sphinx."""
+  app.connect("builder-inited", copy_notebooks, priority=0)

@@ -34,7 +34,7 @@ from softmax_jax.benchmark.programs import (
   VJP,
 )
 
-README = Path(__file__).parents[2] / "README.md"
+SPEED = Path(__file__).parents[2] / "docs" / "speed.md"
 JAX_PEERS = ("jax.nn", "optax", "products")
 
 
@@ -507,15 +507,15 @@ def test_too_large_a_shape_is_an_error(error, message, capsys, monkeypatch):
     assert message in err
 
 
-@pytest.mark.skipif(not README.exists(), reason="the README is not beside the tests")
-def test_the_commands_of_the_readme_find_their_places(monkeypatch):
-  monkeypatch.chdir(README.parent)
-  text = README.read_text(encoding="utf-8")
+@pytest.mark.skipif(not SPEED.exists(), reason="the site is not beside the tests")
+def test_the_commands_of_the_site_find_their_places(monkeypatch):
+  monkeypatch.chdir(SPEED.parents[1])
+  text = SPEED.read_text(encoding="utf-8")
   commands = re.findall(r"`softmax-jax benchmark( --suite [^`]*)`", text)
   found = []
   for command in commands:
     options = benchmark.command.make_context("benchmark", command.split()).params
-    assert options["update"].samefile(README)
+    assert options["update"].samefile(SPEED)
     assert report.missing_marker({"platform": "cpu"}, options["suite"], text) is None
     found += options["suite"]
   assert sorted(found) == sorted([*suites.NAMES, "accuracy"])

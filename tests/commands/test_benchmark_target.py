@@ -31,7 +31,7 @@ from softmax_jax.benchmark.programs import (
 )
 from softmax_jax.benchmark.traffic import PLAIN_JIT
 
-README = Path(__file__).parents[2] / "README.md"
+SPEED = Path(__file__).parents[2] / "docs" / "speed.md"
 LOGITS = jax.ShapeDtypeStruct((512, 1024), jnp.float32)
 BYTES = 4 * 512 * 1024
 
@@ -354,15 +354,15 @@ def test_no_setting_of_jax_is_left_behind():
   assert jax.config.jax_platforms == before
 
 
-@pytest.mark.skipif(not README.exists(), reason="the README is not beside the tests")
-def test_the_commands_of_the_readme_find_their_places(monkeypatch):
-  monkeypatch.chdir(README.parent)
-  text = README.read_text(encoding="utf-8")
+@pytest.mark.skipif(not SPEED.exists(), reason="the site is not beside the tests")
+def test_the_commands_of_the_site_find_their_places(monkeypatch):
+  monkeypatch.chdir(SPEED.parents[1])
+  text = SPEED.read_text(encoding="utf-8")
   found = re.findall(r"`softmax-jax benchmark( --target [^`]*--update [^`]*)`", text)
   assert found
   for command in found:
     options = benchmark.command.make_context("benchmark", command.split()).params
-    assert options["update"].samefile(README)
+    assert options["update"].samefile(SPEED)
     for target in ("h100", "v6e"):
       assert report.missing_marker({"platform": target}, options["suite"], text) is None
 

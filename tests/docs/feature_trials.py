@@ -1,18 +1,13 @@
-"""The table of features in the README, and the trials of what it says."""
+"""The table of features of the site, and the trials of what it says."""
 
 import inspect
-from pathlib import Path
 
 import jax
 import numpy as np
 import optax
-import pytest
+from pages import DOCS, table, text_of
 
 import softmax_jax
-
-README = Path(__file__).parents[2] / "README.md"
-if not README.exists():
-  pytest.skip("the README is not beside the tests", allow_module_level=True)
 
 LOGITS = np.array([[25.0, 0, 0, 0], [1, 2, 3, 4]], np.float32)
 LABELS = np.array([0, 1])
@@ -22,12 +17,7 @@ OPTAX = optax.losses.softmax_cross_entropy_with_integer_labels
 
 def column(title):
   """What the table says of a library: True or False by feature."""
-  section = README.read_text(encoding="utf-8").split("## What others have")[1].split("\n## ")[0]
-  header, _, *rows = [
-    [cell.strip() for cell in line.strip("|").split("|")]
-    for line in section.splitlines()
-    if line.startswith("|")
-  ]
+  header, *rows = table(text_of(DOCS / "comparison.md"))
   place = header.index(title)
   return {row[0]: row[place] == "yes" for row in rows if row[place] in ("yes", "no")}
 

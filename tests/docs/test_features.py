@@ -1,4 +1,4 @@
-"""The table of features in the README: its columns for optax, torch and this library are tried."""
+"""The table of features of the site: its columns for optax, torch and this library are tried."""
 
 import jax
 import numpy as np

@@ -10,6 +10,8 @@ SOURCES = [
   *ROOT.glob("tests/**/*.py"),
   *ROOT.glob("examples/*.py"),
   *ROOT.glob("docs/*.*"),
+  *ROOT.glob("docs/how_to/*.md"),
+  *ROOT.glob("docs/reference/*.rst"),
 ]
 if not NOTEBOOKS or not MARKDOWN:
   pytest.skip("the repository is not around the tests", allow_module_level=True)

@@ -1,41 +1,33 @@
-"""What the README says is true: its code runs, its tables name what exists."""
+"""What the README says is true: its code, the names in its tables, its numbers."""
 
 import re
-from pathlib import Path
 
 import pytest
+from pages import DOCS, README, blocks, run, table, text_of
 
 import softmax_jax
 from softmax_jax import derivatives
 
-README = Path(__file__).parents[2] / "README.md"
-TEXT = README.read_text(encoding="utf-8") if README.exists() else ""
-
-pytestmark = pytest.mark.skipif(not TEXT, reason="the README is not beside the tests")
+TEXT = text_of(README)
 
 
-def _blocks(language: str) -> list[str]:
-  return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
+def test_it_is_short():
+  assert TEXT.count("\n") <= 120
 
 
 def test_the_python_code_runs_and_prints_what_its_comments_say(capsys):
-  code, *others = _blocks("python")
-  exec(compile(code, str(README), "exec"), {})
+  (code,) = blocks(README, "python")
+  run(README, code)
   losses, gradients, *_ = capsys.readouterr().out.split("\n")
   promised = re.search(r"# \[(\S+) (\S+)\]", code).groups()
   printed = losses.strip("[]").split()
   for word, number in zip(promised, printed, strict=True):
     assert float(word) == pytest.approx(float(number), rel=1e-4)
   assert gradients.startswith("[[")
-  for code in others:
-    names = {}
-    exec(compile(code, str(README), "exec"), names)
-    for test in [f for name, f in names.items() if name.startswith("test_")]:
-      test()
 
 
 def test_there_are_exactly_two_commands():
-  train, test = _blocks("sh")
+  train, test = blocks(README, "sh")
   assert train.strip().endswith(".venv/bin/softmax-jax train")
   assert test.strip().endswith(".venv/bin/python -m pytest")
   for command in (train, test):
@@ -57,3 +49,33 @@ def test_the_relative_links_resolve():
   assert links
   for link in links:
     assert (README.parent / link).exists(), link
+
+
+def test_its_numbers_are_those_of_the_tables():
+  prose = " ".join(TEXT.split("## Three numbers")[1].split("\n## ")[0].split())
+  speed = text_of(DOCS / "speed.md")
+  suite = lambda name: speed.split(f"<!-- benchmark: {name}, cpu -->")[1].split("<!-- end -->")[0]
+
+  header, *rows = table(suite("accuracy"))
+  row = dict(
+    zip(header, next(row for row in rows if row[0] == "loss gradient, in norm"), strict=True)
+  )
+  assert row["jax.nn / optax"] == row["torch"]
+  assert f"off by {row['softmax_jax']} rounding errors" in prose
+  assert f"torch by {row['torch']} " in prose
+
+  times = re.search(
+    r"optax (\S+) \((\S+) at scale 1, .*?, at most ([\d.]+);", suite("losses")
+  ).groups()
+  assert "{} times the time of optax in the geometric mean: {} where".format(*times) in prose
+  assert f"up to {times[2]} where" in prose
+
+  memory = text_of(DOCS / "how_to" / "vocabularies.md")
+  ours, dense = re.search(
+    r"they take (\d+) MB.*?the dense loss takes (\d+) MB", memory, re.DOTALL
+  ).groups()
+  assert f"takes {ours} MB beside its gradients where the dense loss takes {dense} MB" in prose
+  time = re.search(r"([\d.]+) of the time of the dense loss", memory).group(1)
+  assert f"and {time} of its time" in prose
+  linear = {row[0]: row[1] for row in table(suite("linear"))}
+  assert f"; {time} / " in linear["linear + grad"]
