@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 import jax
 from jax.core import Tracer
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.extend.core import set_current_trace, take_current_trace
 from jax.interpreters import ad
 from jax.interpreters.partial_eval import JaxprTracer
@@ -174,7 +174,7 @@ class _Rules:
       if self.tangent is None:
         out, pullback = jax.vjp(lambda *moved: arguments.call(self.f, *watch(*moved)), *xs)
       else:
-        with_residuals = _with_residuals(self.f)
+        with_residuals = _with_residuals(self.f, moving)
         out, pullback, rule_residuals = jax.vjp(
           lambda *moved: arguments.call(with_residuals, *watch(*moved)), *xs, has_aux=True
         )
@@ -249,18 +249,31 @@ class _Watch(threading.local):
     return identity(*xs)
 
 
-def _with_residuals(f: Any) -> Callable[..., Any]:
-  """The function ``args -> (out, residuals)`` with the rule of ``f`` for its first output."""
+def _with_residuals(f: Any, moving: Sequence[int]) -> Callable[..., Any]:
+  """The function ``args -> (out, residuals)`` with the rule of ``f`` for its first output.
 
-  def bwd(*args: Any) -> tuple[Any, ...]:
-    *static, residuals, (out_bar, _) = args
-    return f.bwd(*static, residuals, out_bar)
+  The leaves ``moving`` of its arguments are differentiated.
+  """
 
   def fwd(*args: Any) -> tuple[Any, Any]:
     out, residuals = f.fwd(*args)
     return (out, residuals), residuals
 
-  with_residuals = jax.custom_vjp(lambda *args: f.fwd(*args), nondiff_argnums=f.nondiff_argnums)
+  def bwd(*args: Any) -> tuple[Any, ...]:
+    *static, residuals, (out_bar, _) = args
+    return f.bwd(*static, residuals, out_bar)
+
+  def values(*args: Any) -> Any:
+    """What ``fwd`` returns first. JAX's new implementation traces it even to differentiate."""
+    if f.symbolic_zeros:
+      arrays = [arg for i, arg in enumerate(args) if i not in f.nondiff_argnums]
+      leaves, tree = jax.tree.flatten(arrays)
+      marked = [CustomVJPPrimal(leaf, i in moving) for i, leaf in enumerate(leaves)]
+      static = [args[i] for i in f.nondiff_argnums]
+      args = _Arguments(marked, tree, (), static, f.nondiff_argnums).call(lambda *args: args)
+    return f.fwd(*args)
+
+  with_residuals = jax.custom_vjp(values, nondiff_argnums=f.nondiff_argnums)
   with_residuals.defvjp(fwd, bwd, symbolic_zeros=f.symbolic_zeros)
   return with_residuals
 
