@@ -192,9 +192,7 @@ def _over_batch(
     rule = lambda of_one, x_dots: tangent(of_one, replaced([None] * len(dots), moving, x_dots))
     in_axes = of_one_dims.val, [dims[i] for i in moving]
     out_axes = [0 if dim is None else dim for dim in out_dims]
-    y_dots: Any = vmap_rule(axis_data, rule, in_axes, out_axes)(
-      of_one, [dots[i] for i in moving]
-    )
+    y_dots: Any = vmap_rule(axis_data, rule, in_axes, out_axes)(of_one, [dots[i] for i in moving])
     return [dot[0] if dim is None else dot for dim, dot in zip(out_dims, y_dots, strict=True)]
 
   return over_batch

@@ -25,6 +25,16 @@ R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 
 
+# By which a jax.custom_vjp function gets its rules.
+_METHODS = (
+  "defvjp",
+  "defvjp_with_logs",
+  "defvjp_with_accums",
+  "defremat",
+  "defremat_with_logs",
+)
+
+
 class CustomVJP(Protocol[P, R_co]):
   """A function with a backward rule, such as `jax.custom_vjp` returns."""
 
@@ -33,9 +43,15 @@ class CustomVJP(Protocol[P, R_co]):
     ...
 
   def defvjp(
-    self, fwd: Callable[..., Any], bwd: Callable[..., Any], *, symbolic_zeros: bool = False
+    self,
+    fwd: Callable[..., Any],
+    bwd: Callable[..., Any],
+    *,
+    symbolic_zeros: bool = False,
+    optimize_remat: bool = False,
+    generic_batching: bool = False,
   ) -> Any:
-    """Gives the function its rule."""
+    """Gives the function its rule. JAX has ``generic_batching`` from 0.12 on."""
 
 
 def enable_forward_mode(
@@ -57,8 +73,10 @@ def enable_forward_mode(
   Args:
     f: a `jax.custom_vjp` function whose rules are given by ``f.defvjp(f_fwd, f_bwd)``. Arguments
       and outputs may be pytrees; integer arguments, ``nondiff_argnums``, keyword arguments,
-      defaults, ``symbolic_zeros`` and a backward rule that returns ``None`` for an argument all
-      keep their meaning.
+      defaults, ``symbolic_zeros``, ``optimize_remat``, ``generic_batching`` and a backward rule
+      that returns ``None`` for an argument all keep their meaning. So do ``f.defremat``,
+      ``f.defvjp_with_logs`` and ``f.defvjp_with_accums``, for which ``jax_custom_vjp3`` must be on,
+      as for ``optimize_remat`` beside a ``tangent``.
     tangent: optional rule ``tangent(residuals, args_dot) -> out_dot``, the mirror image of
       ``f_bwd(residuals, out_bar) -> args_bar``: ``residuals`` is what ``f_fwd`` returned for them,
       ``args_dot`` is the tuple of tangents of the arguments, with ``None`` in place of an array
@@ -69,13 +87,16 @@ def enable_forward_mode(
 
   Returns:
     A function with the signature of ``f``. Its ``defvjp`` is that of ``f``, so that
-    ``enable_forward_mode`` also works as a decorator above ``jax.custom_vjp``.
+    ``enable_forward_mode`` also works as a decorator above ``jax.custom_vjp``; likewise the other
+    methods that give rules.
 
   Raises:
-    TypeError: if ``f`` is not a `jax.custom_vjp` function or ``tangent`` is not callable; when the
-      result is differentiated in forward mode, if JAX cannot transpose the backward rule, if a rule
-      closes over a value that JAX is tracing (reverse mode still works in both cases), or if
-      ``tangent`` returns something that does not look like the output.
+    TypeError: if ``f`` is not a `jax.custom_vjp` function, ``tangent`` is not callable, or
+      ``jax_custom_vjp3`` is on before JAX 0.12; when the result is differentiated, if its rule
+      needs ``jax_custom_vjp3`` and that is off; when it is differentiated in forward mode, if JAX
+      cannot transpose the backward rule, if a rule closes over a value that JAX is tracing (reverse
+      mode still works in both cases), or if ``tangent`` returns something that does not look like
+      the output.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -91,6 +112,11 @@ def enable_forward_mode(
   Source: transposition of linear maps as in Frostig, Johnson, Maclaurin, Paszke and Radul,
   "Decomposing reverse-mode automatic differentiation" (2021).
   """
+  if type(f).__name__ == "custom_vjp3":  # before JAX 0.12
+    raise TypeError(
+      f"enable_forward_mode does not support jax_custom_vjp3 on JAX {jax.__version__}, but from "
+      "JAX 0.12 on. Switch it off, or take a newer JAX."
+    )
   if not isinstance(f, jax.custom_vjp):
     raise TypeError(
       f"enable_forward_mode expected a jax.custom_vjp function, got {_describe(f)}. Apply it "
@@ -120,13 +146,28 @@ def enable_forward_mode(
     return g(*args, **kwargs)
 
   enabled: Any = forward_mode
-  enabled.defvjp = f.defvjp
+  for method in _METHODS:
+    if hasattr(f, method):
+      setattr(enabled, method, getattr(f, method))
   return enabled
 
 
 def _is_hijax(f: Any) -> bool:
   """Whether JAX calls ``f`` in its new implementation."""
-  return getattr(jax.config, "jax_custom_vjp3", False) or getattr(f, "generic_batching", False)
+  flag = getattr(jax.config, "jax_custom_vjp3", False)
+  return jax.__version_info__ >= (0, 12) and (flag or f.generic_batching)
+
+
+def _check_supported(name: str, f: Any, tangent: Callable[..., Any] | None) -> None:
+  """Refuses what JAX's first implementation would leave out without a word."""
+  logs, accums = (getattr(f, option, False) for option in ("with_logs", "with_accums"))
+  remat = f.optimize_remat and tangent is not None
+  if logs or accums or remat:
+    used = "defvjp_with_logs" if logs else "defvjp_with_accums" if accums else "optimize_remat"
+    raise TypeError(
+      f"enable_forward_mode supports {used} of {name}{' beside a tangent rule' * remat} only with "
+      'jax.config.update("jax_custom_vjp3", True), from JAX 0.12 on.'
+    )
 
 
 def _describe(value: Any) -> str:
@@ -158,6 +199,7 @@ class _Rules:
 
   def jvp(self, *args: Any) -> tuple[Any, Any]:
     """The rule for `jax.custom_jvp`: ``(*static, primals, tangents) -> (out, out_dot)``."""
+    _check_supported(self.name, self.f, self.tangent)
     *static, primals, tangents = args
     leaves, args_tree = jax.tree.flatten(primals)
     dots = jax.tree.leaves(tangents)
@@ -172,7 +214,7 @@ class _Rules:
     watch = _Watch()
     rule_residuals: Any = ()
     with _linearization_suspended(x_dots):
-      if self.tangent is None:
+      if self.tangent is None or self.f.fwd is None:
         out, pullback = jax.vjp(lambda *moved: arguments.call(self.f, *watch(*moved)), *xs)
       else:
         with_residuals = _with_residuals(self.f)
