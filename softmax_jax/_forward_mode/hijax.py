@@ -5,9 +5,8 @@ it is the one that JAX made of the user's function, with `lin` and `linearized` 
 `jax.vmap` and `jax.checkpoint` are JAX's own.
 """
 
-# JAX 0.10 and 0.11 do not have all of this.
+# JAX 0.10 and 0.11 do not have all of it.
 # pyright: reportAttributeAccessIssue=false, reportUntypedBaseClass=false
-# pyright: reportUnknownParameterType=false
 
 from __future__ import annotations
 
@@ -17,14 +16,17 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.experimental.hijax
 from jax.core import Tracer
-from jax.experimental.hijax import HiPrim, ValAccum, Zero, jvp_from_lin, vmap_rule
+from jax.experimental.hijax import Zero
 from jax.extend.core import Literal
 
 from softmax_jax._devices import varying_as
 from softmax_jax._forward_mode.derivative import Derivative, checked_tangent, differentiable
 from softmax_jax._forward_mode.linear import Values, replaced
 
+# JAX 0.10 does not call this module, but it can import it.
+HiPrim: Any = getattr(jax.experimental.hijax, "HiPrim", object)
 # The residuals, and of all leaves of the arguments the tangent or None -> the output's tangents.
 Tangent = Callable[[Any, Values], Values]
 
@@ -57,7 +59,7 @@ def call(
   return _ForwardMode(name, reverse, rule)(*operands)
 
 
-def _applied(function: Callable[..., Any], *args: Any) -> tuple[HiPrim, tuple[Any, ...]]:
+def _applied(function: Callable[..., Any], *args: Any) -> tuple[Any, tuple[Any, ...]]:
   """The primitive that ``function(*args)`` applies and nothing else, and what to."""
   leaves, tree = jax.tree.flatten(args)
   of_leaves = lambda *leaves: function(*jax.tree.unflatten(tree, leaves))
@@ -71,7 +73,7 @@ def _applied(function: Callable[..., Any], *args: Any) -> tuple[HiPrim, tuple[An
 
 
 def _on_leaves(
-  name: str, tangent: Callable[..., Any], reverse: HiPrim, nondiff_argnums: tuple[int, ...]
+  name: str, tangent: Callable[..., Any], reverse: Any, nondiff_argnums: tuple[int, ...]
 ) -> Tangent:
   """The user's tangent rule. The first two arguments of ``reverse`` are JAX's own."""
   out_types = [y_type.to_tangent_aval() for y_type in reverse.out_avals_flat]
@@ -90,10 +92,10 @@ class _ForwardMode(HiPrim):
 
   skip_linearization_on_zero_tangents = True
   name: str
-  reverse: HiPrim
+  reverse: Any
   tangent: Tangent | None
 
-  def __init__(self, name: str, reverse: HiPrim, tangent: Tangent | None):
+  def __init__(self, name: str, reverse: Any, tangent: Tangent | None):
     self.in_avals, self.out_aval = reverse.in_avals, reverse.out_aval
     self.effects = reverse.effects
     self.params = {"name": name, "reverse": reverse, "tangent": tangent}
@@ -108,7 +110,8 @@ class _ForwardMode(HiPrim):
   def vjp_bwd(self, res: Any, outgrad: Any, /, *arg_accums: Any) -> Any:
     return self.reverse.vjp_bwd(res, outgrad, *arg_accums)
 
-  jvp = jvp_from_lin
+  def jvp(self, primals: Any, tangents: Any) -> Any:
+    return jax.experimental.hijax.jvp_from_lin(self, primals, tangents)
 
   def lin(self, nzs_in: Any, *primals: Any) -> Any:
     out, residuals = self.reverse.vjp_fwd(nzs_in, *primals)
@@ -159,7 +162,7 @@ def _derivative(primitive: _ForwardMode, moving: list[int], residuals_tree: Any)
   x_types = [x_type.to_ct_aval() for x_type in reverse.in_avals_flat]
 
   def backward(residuals: Any, out_bar: Any) -> Values:
-    accumulators = [ValAccum(x_type) for x_type in x_types]
+    accumulators = [jax.experimental.hijax.ValAccum(x_type) for x_type in x_types]
     reverse.vjp_bwd(residuals, out_bar, *jax.tree.unflatten(reverse.in_tree, accumulators))
     x_bars = [accumulators[i].freeze() for i in moving]
     return [None if isinstance(x_bar, Zero) else x_bar for x_bar in x_bars]
@@ -192,7 +195,8 @@ def _over_batch(
     rule = lambda of_one, x_dots: tangent(of_one, replaced([None] * len(dots), moving, x_dots))
     in_axes = of_one_dims.val, [dims[i] for i in moving]
     out_axes = [0 if dim is None else dim for dim in out_dims]
-    y_dots: Any = vmap_rule(axis_data, rule, in_axes, out_axes)(of_one, [dots[i] for i in moving])
+    batched = jax.experimental.hijax.vmap_rule(axis_data, rule, in_axes, out_axes)
+    y_dots: Any = batched(of_one, [dots[i] for i in moving])
     return [dot[0] if dim is None else dot for dim, dot in zip(out_dims, y_dots, strict=True)]
 
   return over_batch

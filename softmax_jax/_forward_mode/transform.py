@@ -17,6 +17,7 @@ from jax.extend.core import set_current_trace, take_current_trace
 from jax.interpreters.partial_eval import JaxprTracer
 
 from softmax_jax._devices import varying_as
+from softmax_jax._forward_mode import hijax
 from softmax_jax._forward_mode.derivative import Derivative, checked_tangent
 from softmax_jax._forward_mode.linear import Values, replaced
 
@@ -140,8 +141,6 @@ def enable_forward_mode(
     if f.nondiff_argnums and _any_traced(_static(f, name, args, kwargs)):
       return f(*args, **kwargs)
     if _is_hijax(f):
-      from softmax_jax._forward_mode import hijax  # older JAX does not have it
-
       return hijax.call(name, f, tangent, args, kwargs)
     return g(*args, **kwargs)
 

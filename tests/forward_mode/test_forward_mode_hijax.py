@@ -157,7 +157,7 @@ METHODS = "defvjp_with_accums", "defvjp_with_logs", "defremat"
 def test_other_methods_that_give_rules(method, tangent):
   f = with_method(method, lambda f: enable_forward_mode(f, tangent))
   with switched(True):
-    check(f, spiral, TRANSFORMS, 5e-6)
+    check(f, spiral, TRANSFORMS[::3], 5e-6)
     if method == "defvjp_with_logs":
       for g in (f, jax.jit(f), jax.checkpoint(f)):
         (x_bar,), logs = jax.vjp(g, X)[1].with_logs(V)
