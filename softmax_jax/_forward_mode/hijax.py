@@ -21,12 +21,13 @@ from jax.core import Tracer
 from jax.experimental.hijax import Zero
 from jax.extend.core import Literal
 
-from softmax_jax._devices import varying_as
+from softmax_jax._devices import varying_as, varying_axes
 from softmax_jax._forward_mode.derivative import Derivative, checked_tangent, differentiable
 from softmax_jax._forward_mode.linear import Values, replaced
 
 # JAX 0.10 does not call this module, but it can import it.
 HiPrim: Any = getattr(jax.experimental.hijax, "HiPrim", object)
+GradAccum: Any = getattr(jax.experimental.hijax, "GradAccum", object)
 # The residuals, and of all leaves of the arguments the tangent or None -> the output's tangents.
 Tangent = Callable[[Any, Values], Values]
 
@@ -108,6 +109,8 @@ class _ForwardMode(HiPrim):
     return self.reverse.vjp_fwd(nzs_in, *args)
 
   def vjp_bwd(self, res: Any, outgrad: Any, /, *arg_accums: Any) -> Any:
+    if any(map(varying_axes, jax.tree.leaves(outgrad))):
+      arg_accums = jax.tree.map(_Summed, arg_accums)
     return self.reverse.vjp_bwd(res, outgrad, *arg_accums)
 
   def jvp(self, primals: Any, tangents: Any) -> Any:
@@ -157,13 +160,33 @@ class _ForwardMode(HiPrim):
     return out, saved, rematerialized
 
 
+class _Summed(GradAccum):
+  """Adds up what varies over more mesh axes than the argument, before it is accumulated.
+
+  Inside `jax.shard_map` that is a batch of `jax.vmap(..., spmd_axis_name=...)` which shares the
+  argument. JAX forms the sum over the part of the batch that a device holds.
+  """
+
+  def __init__(self, accumulator: Any):
+    self.accumulator, self.aval = accumulator, accumulator.aval
+
+  def accum(self, x: Any) -> None:
+    if not isinstance(x, Zero | None):
+      axes = varying_axes(x) - self.aval.manual_axis_type.varying
+      x = jax.lax.psum(x, tuple(axes)) if axes else x
+    self.accumulator.accum(x)
+
+  def freeze(self) -> Any:
+    return self.accumulator.freeze()
+
+
 def _derivative(primitive: _ForwardMode, moving: list[int], residuals_tree: Any) -> Derivative:
   reverse, tangent = primitive.reverse, primitive.tangent
   x_types = [x_type.to_ct_aval() for x_type in reverse.in_avals_flat]
 
   def backward(residuals: Any, out_bar: Any) -> Values:
     accumulators = [jax.experimental.hijax.ValAccum(x_type) for x_type in x_types]
-    reverse.vjp_bwd(residuals, out_bar, *jax.tree.unflatten(reverse.in_tree, accumulators))
+    primitive.vjp_bwd(residuals, out_bar, *jax.tree.unflatten(reverse.in_tree, accumulators))
     x_bars = [accumulators[i].freeze() for i in moving]
     return [None if isinstance(x_bar, Zero) else x_bar for x_bar in x_bars]
 

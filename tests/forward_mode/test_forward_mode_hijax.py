@@ -19,6 +19,8 @@ from custom_rules import (
   spiral_tangent,
   with_tangent,
 )
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from transformation_cases import iterated
 
 from softmax_jax import enable_forward_mode
@@ -113,6 +115,25 @@ def test_an_output_that_a_batch_shares(tangent):
   for on in (False, True):
     with switched(on):
       check(f, norm, transforms, 5e-6)
+
+
+@from_0_12
+@pytest.mark.devices(4)
+def test_a_batch_over_a_mesh_axis_that_shares_an_argument():
+  mesh = jax.make_mesh((2, 2), ("d", "v"), axis_types=(AxisType.Auto,) * 2)
+  f = define(
+    lambda x, w: x * w**2,
+    lambda x, w: (x * w**2, (x, w)),
+    lambda residuals, y_bar: (residuals[1] ** 2 * y_bar, 2 * residuals[0] * residuals[1] * y_bar),
+  )
+
+  def gradients(f):
+    of_batch = jax.vmap(f, (0, None), spmd_axis_name="d")
+    return jax.jit(jax.grad(lambda x, w: jnp.sum(of_batch(x, w) ** 2), (0, 1)))(BATCH[:, :2], V[:2])
+
+  on_mesh = lambda x, w: jax.shard_map(f, mesh=mesh, in_specs=P("v"), out_specs=P("v"))(x, w)
+  with switched(True, FLAGS[:1]):
+    assert_close(gradients(on_mesh), gradients(lambda x, w: x * w**2))
 
 
 @pytest.mark.parametrize("on", [False, pytest.param(True, marks=from_0_12)])
