@@ -109,6 +109,8 @@ class _ForwardMode(HiPrim):
     return self.reverse.vjp_fwd(nzs_in, *args)
 
   def vjp_bwd(self, res: Any, outgrad: Any, /, *arg_accums: Any) -> Any:
+    if all(isinstance(y_bar, Zero) for y_bar in self.out_tree.flatten_up_to(outgrad)):
+      return None  # where JAX runs the rule on zeros
     if any(map(varying_axes, jax.tree.leaves(outgrad))):
       arg_accums = jax.tree.map(_Summed, arg_accums)
     return self.reverse.vjp_bwd(res, outgrad, *arg_accums)

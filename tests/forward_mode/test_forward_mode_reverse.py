@@ -94,11 +94,6 @@ def test_backward_pass_stops_where_no_rule_after_it_has_a_cotangent(enable):
   f = define(spiral, spiral_fwd, never, enable)
   without_gradient = define(lambda y: 2 * y, lambda y: (2 * y, None), lambda *_: (None,), enable)
   gradient = jax.grad(lambda x: jnp.sum(without_gradient(f(x)) + x**2))
-  if jax.config.jax_custom_vjp3:  # then JAX pulls zeros back, for a plain function too
-    f = define(spiral, spiral_fwd, never, plain)
-    with pytest.raises(AssertionError, match="no cotangent to pull back"):
-      gradient(X)
-    return
   assert_close(gradient(X), 2 * X)
   assert_close(jax.jit(gradient)(X), 2 * X)
 
