@@ -13,6 +13,7 @@ from oracle import check, random, relative_error
 from row_forms import BY_PLATFORM, in_form
 
 from softmax_jax import softmax_kl_divergence
+from softmax_jax.benchmark import oracle as wide
 from softmax_jax.derivatives import softmax_jacobian
 
 KL = "softmax_kl_divergence"
@@ -233,6 +234,18 @@ def test_digits(classes, form):
   terms = np.sum(gradients[0] ** 2, axis=1) + np.sum(gradients[1] ** 2, axis=1)
   error = np.abs(dots - terms) / np.where(terms > 1e-28, terms, np.inf)
   assert np.max(error) <= 128 * U
+
+
+def test_the_oracle_of_the_benchmark_has_digits_to_spare():
+  z, w = (np.concatenate([pair[i] for pair in pairs(10).values()]) for i in range(2))
+  z, w = np.float64(z), np.float64(w)
+  truth = divergence_truth.kl_divergence(z, w)
+  found = wide.values(KL, z, w), wide.gradients(KL, z, w), wide.gradients_by_target(z, w)
+  for actual, expected in zip(found, truth[:3], strict=True):
+    expected = expected.reshape(len(z), -1)
+    size = np.sqrt(np.sum(expected**2, axis=1))
+    error = np.sqrt(np.sum((actual.values.reshape(expected.shape) - expected) ** 2, axis=1))
+    assert np.max(error[size > 1e-28] / size[size > 1e-28]) < 0.01 * U
 
 
 def test_equal_logits_have_no_divergence():
