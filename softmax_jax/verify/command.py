@@ -125,6 +125,7 @@ def _function_name(text: str) -> str:
 )
 @click.option("--checks", type=_CHECK, multiple=True, metavar="CHECK...", help="Only these checks.")
 @click.option("--skip", type=_CHECK, multiple=True, metavar="CHECK...", help="Not these checks.")
+@click.option("--fast", is_flag=True, help="Only the checks that compile little.")
 @command_line.seed_option("Decides the arguments, cotangents and tangents.")
 @click.option("--json", is_flag=True, help="Print one JSON object in place of the table.")
 @command_line.plot_option("Draw the Jacobian, that of the reference, and their difference")
@@ -227,7 +228,9 @@ def _function(args: SimpleNamespace) -> Report:
     if name in kwargs:
       raise click.BadParameter(f"{name} is given twice", param_hint="--kwarg")
     kwargs[name] = value
-  chosen = chosen_checks(args.checks or None, args.skip)
+  if args.fast and args.checks:
+    raise click.UsageError("--fast is not allowed with --checks")
+  chosen = chosen_checks(args.checks or None, args.skip, args.fast)
   if not chosen:
     raise click.UsageError("--skip leaves no check of --checks to run")
   f = _imported("MODULE:FUNCTION", args.function)
@@ -253,11 +256,11 @@ def _function(args: SimpleNamespace) -> Report:
       ) from error
     pair = _pair_to_draw(v) if args.plot else None
     with command_line.progress_bar(len(chosen)) as show:
-      report = run_checks(v, chosen, show)
+      report = run_checks(v, chosen, lambda done, _, name: show(done, name))
     if pair is not None:
       _draw(args.plot, args, v, *pair)
   if not args.json:
-    print("\n".join(aligned(report.rows)))
+    print("\n".join([*aligned(report.rows), report.not_looked_at()]))
   return report
 
 

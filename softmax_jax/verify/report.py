@@ -23,6 +23,10 @@ class Skip(Exception):
 
 # The check of rows about an argument or output that no derivative confirmed.
 UNCONFIRMED = "confirmed"
+# What no check looks at.
+_NEVER = (
+  "third derivatives", "values that f closes over", "arguments and dtypes that were not given"
+)  # fmt: skip
 # Checks that say nothing about derivatives, and those that compare f's own with each other.
 _NO_DERIVATIVES = ("value", "structure", "residuals", "traces")
 _OWN_DERIVATIVES = ("dot_product", "linearity", "repeated")
@@ -84,6 +88,8 @@ class Report:
   of the check "confirmed", and in the last line. Where no such check was asked for, any row that
   passed is enough.
 
+  ``left_out`` are the checks that were not run.
+
   `str` gives it as a table, `to_dict` as plain data; in a notebook it renders as a table.
 
   Example:
@@ -95,6 +101,7 @@ class Report:
   """
 
   rows: tuple[Row, ...]
+  left_out: tuple[str, ...] = ()
 
   def __post_init__(self):
     """Refuses anything but a tuple of rows."""
@@ -121,7 +128,10 @@ class Report:
 
   def __add__(self, other: object) -> Report:
     """The rows of both."""
-    return Report(self.rows + other.rows) if isinstance(other, Report) else NotImplemented
+    if not isinstance(other, Report):
+      return NotImplemented
+    left_out = tuple(dict.fromkeys(self.left_out + other.left_out))
+    return Report(self.rows + other.rows, left_out)
 
   def raise_if_failed(self) -> Report:
     """Returns the report itself if it is true.
@@ -165,7 +175,11 @@ class Report:
     return self._text(sorted(self.rows, key=lambda row: row.status != "failed"))
 
   def _text(self, rows: Iterable[Row]) -> str:
-    return "\n".join([*aligned(rows), self.summary()])
+    return "\n".join([*aligned(rows), self.not_looked_at(), self.summary()])
+
+  def not_looked_at(self) -> str:
+    """The checks that were not run, and what no check looks at, in one sentence."""
+    return f"Not looked at: {', '.join((*self.left_out, *_NEVER))}."
 
   def to_dict(self) -> dict[str, Any]:
     """The report as dicts, lists, strings and numbers; what does not exist is None."""
@@ -177,7 +191,7 @@ class Report:
       for name in ("error", "bound", "got", "expected"):
         plain[name] = None if math.isnan(plain[name]) else plain[name]
       rows.append(plain)
-    return {"passed": bool(self), "rows": rows}
+    return {"passed": bool(self), "left_out": list(self.left_out), "rows": rows}
 
   def _repr_html_(self) -> str:
     color = {"passed": "inherit", "failed": "#c00", "skipped": "gray"}

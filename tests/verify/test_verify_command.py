@@ -64,7 +64,8 @@ def test_a_function_that_is_right(capsys, module):
   assert code == 0
   assert err == ""
   lines = out.splitlines()
-  assert [line.split()[1] for line in lines[2:-1]] == ["value", "vjp", "finite_differences"]
+  assert [line.split()[1] for line in lines[2:-2]] == ["value", "vjp", "finite_differences"]
+  assert lines[-2].startswith("Not looked at: repeated, each_output, ")
   assert lines[-1].startswith("3 passed, 0 failed, 0 skipped in ")
 
 
@@ -122,6 +123,7 @@ def test_axis_and_float64(capsys):
     ("{module}:wrong --dtype f32", "'--dtype': 'f32' is not one of 'float16'"),
     ("{module}:wrong --args 4 --shape 4", "--shape is not allowed with --args"),
     ("{module}:wrong --checks vpj", "'--checks': 'vpj' is not one of 'value'"),
+    ("{module}:wrong --checks vjp --fast", "--fast is not allowed with --checks"),
     ("{module}:wrong --kwarg x", "'--kwarg': expected NAME=VALUE, got 'x'"),
     ("{module}:wrong --reference nowhere:f", "--reference: cannot import nowhere"),
     (
