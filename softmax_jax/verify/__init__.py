@@ -101,8 +101,8 @@ def check_derivatives(
   Raises:
     TypeError: if ``f`` is not callable, an argument or a result is complex, ``f`` needs the value
       of an argument (which it names), or an option is of another type.
-    ValueError: if a check has no such name, ``checks`` and ``fast`` are given, ``reference`` returns other shapes than ``f``, or a
-      bound or ``seed`` is negative.
+    ValueError: if a check has no such name, ``checks`` and ``fast`` are given, ``reference``
+      returns other shapes than ``f``, or a bound or ``seed`` is negative.
     Exception: whatever ``f`` raises at its arguments, or ``reference`` in float64. What they raise
       when they are differentiated or transformed becomes a row that failed.
 
@@ -165,7 +165,7 @@ def chosen_checks(
   checks: Collection[str] | None, skip: Collection[str] = (), fast: bool = False
 ) -> list[str]:
   """The checks in their order, without those to be skipped."""
-  require(isinstance(fast, bool), "fast", "a bool", fast)
+  require(type(fast) is bool, "fast", "a bool", fast)
   if fast and checks is not None:
     raise ValueError("check_derivatives takes one of checks and fast.")
   wanted = names("checks", (FAST if fast else CHECKS) if checks is None else checks)
