@@ -125,6 +125,7 @@ def check_derivatives(
   the classical test of an adjoint.
   """
   chosen = chosen_checks(checks, skip, fast)
+  require(progress is None or callable(progress), "progress", "a function", progress)
   slow = CHECKS.keys() - FAST if fast else ()
   v = verifier(
     f,
@@ -167,7 +168,7 @@ def chosen_checks(
   """The checks in their order, without those to be skipped."""
   require(type(fast) is bool, "fast", "a bool", fast)
   if fast and checks is not None:
-    raise ValueError("check_derivatives takes one of checks and fast.")
+    raise ValueError("check_derivatives expected one of checks and fast, got both.")
   wanted = names("checks", (FAST if fast else CHECKS) if checks is None else checks)
   unwanted = names("skip", skip)
   for name in (*wanted, *unwanted):
@@ -192,7 +193,6 @@ def run_checks(
   progress: Callable[[int, int, str], object] | None = None,
 ) -> Report:
   """The report of these checks; ``progress`` is as in `check_derivatives`."""
-  require(progress is None or callable(progress), "progress", "a function", progress)
   rows: list[Row] = []
   with compiled_with_all_digits():
     for done, name in enumerate(chosen, 1):

@@ -29,7 +29,7 @@ from softmax_jax import _command_line as command_line
 from softmax_jax.verify import CHECKS, Report, chosen_checks, library, run_checks, verifier
 from softmax_jax.verify.checks.jacobians import jacobian_pair
 from softmax_jax.verify.errors import first_line
-from softmax_jax.verify.report import Skip, aligned
+from softmax_jax.verify.report import Skip
 from softmax_jax.verify.verifier import Verifier
 
 HELP = """\
@@ -213,7 +213,7 @@ def _print_library(cases: list[library.Case], reports: list[Report]) -> None:
   console.print(table)
   failed = [row for report in reports for row in report.failed]
   if failed:
-    print(Report(tuple(failed)))
+    print(Report(tuple(failed)).failures())
 
 
 # --- a function -----------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def _function(args: SimpleNamespace) -> Report:
     if pair is not None:
       _draw(args.plot, args, v, *pair)
   if not args.json:
-    print("\n".join([*aligned(report.rows), report.not_looked_at()]))
+    print(report.table())
   return report
 
 

@@ -40,7 +40,7 @@ def test_fast_leaves_out_what_compiles_much_and_says_so():
   ).raise_if_failed()
   assert {"jvp", "jit", "second_order", "jacobian"} <= set(report.left_out)
   assert not any(name in row.check for row in report.rows for name in report.left_out)
-  assert str(report).splitlines()[-2].startswith("Not looked at: each_argument, jvp, ")
+  assert "\nNot looked at: each_argument, jvp, " in str(report)
   assert [(i, number) for i, number, _ in done] == [(i + 1, 10) for i in range(10)]
   assert done[0][2] == "value"
   assert report.to_dict()["left_out"] == list(report.left_out) == list((report + report).left_out)
