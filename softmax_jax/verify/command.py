@@ -50,7 +50,8 @@ other kind, such as the parameters of a model, come from an object of yours:
   softmax-jax verify mymodel:loss --arguments mymodel:example
 
 Exit code: 0 if no check failed, 1 if one did or not every derivative was confirmed (the last line
-says which), 2 for a bad option, a function that cannot be imported or does not accept the arguments, or a missing package.
+says why), 2 for a bad option, a function that cannot be imported or does not accept the
+arguments, or a missing package.
 """
 _DTYPES = (
   *("float16", "bfloat16", "float32", "float64", "bool"),
