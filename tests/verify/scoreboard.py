@@ -33,7 +33,7 @@ from softmax_jax.verify import check_derivatives
 
 
 def whole(f, args, modes, fast=False):
-  """ "right", "wrong" or "unconfirmed"."""
+  """What `check_derivatives` says of f: right, wrong, or a derivative is unconfirmed."""
   report = check_derivatives(f, *args, fast=fast)
   return "right" if report else "wrong" if report.failed else "unconfirmed"
 
@@ -123,14 +123,14 @@ def measure(file):
 
 
 def show(known):
-  """Prints the scoreboard, and what `check_derivatives` missed."""
+  """Prints the scoreboard (with CPU time per twin), and what `check_derivatives` missed."""
   twins = {key[::2]: verdict for key, (verdict, _) in known.items() if key[1] == "twin"}
   print(f"{'tool':<24} {'found':>5} {'of':>4} {'right twins refused':>20} {'median s':>9}")
   for tool in TOOLS:
     wrong = {k[2]: v for k, v in known.items() if k[:2] == (tool, "wrong")}
     found = [n for n, (v, _) in wrong.items() if v == "wrong" and _passed(twins, tool, n)]
     refused = sum(v != "right" for (t, _), v in twins.items() if t == tool)
-    seconds = np.median([s for _, s in wrong.values()])
+    seconds = np.median([s for k, (_, s) in known.items() if k[:2] == (tool, "twin")])
     print(f"{tool:<24} {len(found):>5} {len(wrong):>4} {refused:>20} {seconds:>9.2f}")
     if tool.startswith("check_derivatives"):
       print("".join(f"  {n}: {v}\n" for n, (v, _) in wrong.items() if n not in found), end="")
