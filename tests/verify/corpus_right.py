@@ -1,4 +1,4 @@
-"""More than 200 functions whose derivatives are right, in families, for `scoreboard.py`.
+"""More than 200 functions, right as far as was known, in families, for `scoreboard.py`.
 
 `functions()` yields a name, a function and its arguments.
 """
