@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from softmax_jax import derivatives as derivatives
+from softmax_jax._chunked_cross_entropy import chunked_softmax_cross_entropy
 from softmax_jax._cross_entropy import (
   CrossEntropyAux,
   softmax_cross_entropy,
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
   "CrossEntropyAux",
+  "chunked_softmax_cross_entropy",
   "enable_forward_mode",
   "linear_softmax_cross_entropy",
   "log_softmax",

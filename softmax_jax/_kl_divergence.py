@@ -59,6 +59,7 @@ class _Pair(NamedTuple):
   p: jax.Array
   q: jax.Array
   log_ratio: jax.Array  # l = log p - log q; 0 where p is 0
+  centered: jax.Array  # l less a number of the row that is close to KL; 0 where p is 0
   gap: jax.Array  # q - p
   term: jax.Array  # T = q - p + p l, at least 0
 
@@ -129,11 +130,12 @@ def _pair_of(residuals: _Residuals, rows: Rows) -> _Pair:
   q = predicted.exp(z) * inverse_sum(predicted)
   p = target.exp(w) * inverse_sum(target)
   log_ratio = jnp.where(p == 0, 0, _log_ratio(residuals))
+  centered = jnp.where(p == 0, 0, _centered(residuals, rows))
   # XLA:GPU writes what two sums share. So each has its own, of numbers per row that XLA does not
   # recognize as the same.
   gap, _ = _gap_and_term(residuals, z, w)
   _, term = _gap_and_term(_held(residuals, rows), z, w)
-  return _differentiable(rows, z, w, _Pair(p, q, log_ratio, gap, term))
+  return _differentiable(rows, z, w, _Pair(p, q, log_ratio, centered, gap, term))
 
 
 def _held(residuals: _Residuals, rows: Rows) -> _Residuals:
@@ -201,22 +203,44 @@ def _scaled_entries(
 
 def _log_ratio(residuals: _Residuals) -> jax.Array:
   """l_k, from the exact differences of the logits."""
-  dtype, temperature = residuals.ratio.dtype, residuals.temperature
+  temperature, (offset, offset_low) = residuals.temperature, residuals.offset
+  difference, low, nowhere = _differences(residuals)
+  if temperature is not None:
+    offset, offset_low = offset * temperature, offset_low * temperature
+  log_ratio = (difference - offset) + (low - offset_low)
+  if temperature is not None:
+    log_ratio = log_ratio * (1 / temperature)
+  # Finite where w is -inf, as then p l = 0.
+  log_ratio = jnp.maximum(log_ratio - residuals.ratio, 0.5 * jnp.finfo(low.dtype).min)
+  return jnp.where(nowhere, jnp.zeros_like(log_ratio), log_ratio)
+
+
+# Log-ratios that are large and nearly agree differ by no more than their own rounding errors, and
+# the derivatives by the target depend on nothing else. Less a number near KL they keep them.
+def _centered(residuals: _Residuals, rows: Rows) -> jax.Array:
+  """l_k less a number of the row that is close to KL, to the last digits of the difference."""
+  temperature, (offset, _) = residuals.temperature, residuals.offset
+  center = offset + (residuals.ratio + residuals.divergence)
+  if temperature is not None:
+    center = center * temperature
+  # With a zero that XLA does not know it forms the differences anew. On a CPU it would keep them.
+  center, zero = rows.barrier((center, 0 * center))
+  w = residuals.target_logits.astype(center.dtype) + zero
+  difference, low, _ = _differences(residuals._replace(target_logits=w))
+  centered = (difference - center) + low
+  return centered if temperature is None else centered * (1 / temperature)
+
+
+def _differences(residuals: _Residuals) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The target logits minus the logits, what that lacks, and where both are -inf."""
+  dtype = residuals.ratio.dtype
   z, w = (
     masked(x.astype(dtype), residuals.mask, -jnp.inf)
     for x in (residuals.logits, residuals.target_logits)
   )
   nowhere = (z == -jnp.inf) & (w == -jnp.inf)
   z, w = (jnp.where(nowhere, jnp.zeros_like(x), x) for x in (z, w))
-  difference, low = _exact_difference(w, z)
-  offset, offset_low = residuals.offset
-  if temperature is None:
-    log_ratio = (difference - offset) + (low - offset_low)
-  else:
-    log_ratio = ((difference - offset * temperature) + low) * (1 / temperature)
-  # Finite where w is -inf, as then p l = 0.
-  log_ratio = jnp.maximum(log_ratio - residuals.ratio, 0.5 * jnp.finfo(dtype).min)
-  return jnp.where(nowhere, jnp.zeros_like(log_ratio), log_ratio)
+  return *_exact_difference(w, z), nowhere
 
 
 def _exact_difference(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -234,28 +258,29 @@ def _differentiable(rows: Rows, z: jax.Array, w: jax.Array, pair: _Pair) -> _Pai
 
 # By seed step 5, with v_j = z_dot_j - sum_k q_k z_dot_k and u_j = w_dot_j - sum_k p_k w_dot_k,
 #   q_dot = q v,   p_dot = p u,   l_dot = u - v,   T_dot = (q - p) v + l p_dot,
-# so that second derivatives depend on no digits but those of the pair.
+# so that second derivatives depend on no digits but those of the pair. What is subtracted to center
+# l counts as a constant: nothing depends on it.
 @_differentiable.defjvp
 def _differentiable_jvp(rows: Rows, primals: Any, tangents: Any) -> tuple[_Pair, _Pair]:
   z, w, _ = primals
   pair = _differentiable(rows, *primals)
 
-  def centered(a: jax.Array, x: jax.Array, x_dot: jax.Array) -> jax.Array:
+  def minus_mean(a: jax.Array, x: jax.Array, x_dot: jax.Array) -> jax.Array:
     x_dot = jnp.where(x == -jnp.inf, jnp.zeros_like(x_dot), x_dot)
     for _ in range(2):
       x_dot = x_dot - rows.sum(a * x_dot)
     return x_dot
 
-  v, u = centered(pair.q, z, tangents[0]), centered(pair.p, w, tangents[1])
+  v, u = minus_mean(pair.q, z, tangents[0]), minus_mean(pair.p, w, tangents[1])
   q_dot, p_dot = pair.q * v, pair.p * u
   term_dot = pair.gap * v + pair.log_ratio * p_dot
-  return pair, _Pair(p_dot, q_dot, u - v, q_dot - p_dot, term_dot)
+  return pair, _Pair(p_dot, q_dot, u - v, u - v, q_dot - p_dot, term_dot)
 
 
 # From KL = sum_k p_k l_k and seed step 5 twice,
 #   dKL/dz_j = q_j - p_j,   dKL/dw_j = p_j (l_j - KL),
-# the second being the product of p's Jacobian with l. KL depends on z / temperature and
-# w / temperature, so that
+# the second being the product of p's Jacobian with l, or with l less any number. KL depends on
+# z / temperature and w / temperature, so that
 #   dKL/dtemperature = -(1 / temperature) sum_j (z_j (q_j - p_j) + w_j p_j (l_j - KL))
 #     = -(1 / temperature) sum_j ((z_j - shift) (T_j - p_j KL) + l_j p_j (l_j - KL)),
 # where w_j = z_j + l_j + const, and adding constants to z or to w changes nothing. Like KL, all of
@@ -267,8 +292,8 @@ def _bwd(
   # With barriers XLA does not keep the probabilities of the forward pass, two arrays.
   residuals = _held(residuals, rows)
   pair = _pair_of(residuals, rows)
-  p, _, log_ratio, gap, term = pair
-  by_target = maps.softmax_vjp(p, residuals.largest, log_ratio, rows, p.dtype)
+  p, _, _, centered, gap, term = pair
+  by_target = maps.softmax_vjp(p, residuals.largest, centered, rows, p.dtype)
   bar, _ = bars
   scale = bar if temperature is None else bar * (1 / temperature)
   z_bar, w_bar = scale * gap, scale * by_target
@@ -276,7 +301,7 @@ def _bwd(
   if temperature is not None:
     z, _, predicted, _ = _scaled_entries(residuals, rows)
     divergence = known_sum(term, residuals.divergence, rows)
-    by_temperature = predicted.cost(z) * (term - p * divergence) - log_ratio * by_target
+    by_temperature = predicted.cost(z) * (term - p * divergence) - centered * by_target
     temperature_bar = unbroadcast(masked(scale * by_temperature, mask, 0), temperature.shape)
   return (
     masked(z_bar, mask, 0).astype(logits.dtype),
@@ -314,9 +339,8 @@ def softmax_kl_divergence(
   the prediction first. The reverse divergence KL(q || p) is that of the arguments exchanged.
 
   Where p and q are nearly equal, or sure of one class, value and gradients keep their digits. From
-  1e-14 on (in float32) the divergence is right to a few units in the last place, and its gradient
-  by the logits to a few of its norm; that by the target has larger errors if the log-ratios are
-  large and nearly agree. The result is never negative. Only the inputs and a few scalars per row
+  1e-14 on (in float32) the divergence is right to a few units in the last place, and both gradients
+  to a few of their norms. The result is never negative. Only the inputs and a few scalars per row
   are saved for the backward pass.
 
   Args:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from softmax_jax import CrossEntropyAux
 
 __all__ = [
+  "chunked_softmax_cross_entropy",
   "linear_softmax_cross_entropy",
   "log_softmax",
   "logsumexp",
@@ -298,6 +299,44 @@ def linear_softmax_cross_entropy(
     reduction=reduction,
     **options,
   )
+
+
+def chunked_softmax_cross_entropy(
+  head: Callable[[Any, Any], jax.Array],
+  params: Any,
+  x: Any,
+  labels: jax.Array,
+  *,
+  reduction: str = "mean",
+  **options: Any,
+) -> Any:
+  r"""Cross-entropy of a head with one correct class per token, from all of its logits.
+
+  .. math:: z_i = \mathrm{head}(\theta, x_i)
+
+  Args:
+    head: a function ``head(params, x)`` that returns the logits ``[*B, V]``.
+    params: what it takes, differentiable.
+    x: features ``[*B, ...]``, differentiable.
+    labels: integers ``[*B]`` in ``[0, V)``.
+    reduction: "mean", "sum" or "none".
+    **options: those of `softmax_cross_entropy_with_integer_labels`.
+
+  Returns:
+    The loss of the logits z, that of `softmax_cross_entropy_with_integer_labels`.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from softmax_jax import reference
+    >>> head = lambda params, x: x @ params
+    >>> args = jnp.zeros((3, 2)), jnp.ones((1, 3)), jnp.array([0])
+    >>> print(f"{reference.chunked_softmax_cross_entropy(head, *args):.4f}")
+    0.6931
+
+  Source: seed step 6.
+  """
+  z = head(params, x)
+  return softmax_cross_entropy_with_integer_labels(z, labels, reduction=reduction, **options)
 
 
 def softmax_entropy(

@@ -75,7 +75,9 @@ def fwd(
   weights: jax.Array | None,
   weightless: jax.Array | None,
   static: Static,
+  z_t: jax.Array | None = None,
 ) -> tuple[PerRow, Residuals]:
+  """The outputs and the residuals; z_t is the z of the label where the caller has it."""
   rows, (axis,) = static.rows, static.rows.axes
   dtype = compute_dtype(logits.dtype)
   x = logits  # [*B, V]
@@ -89,7 +91,8 @@ def fwd(
     smoothing = (Weights(None, weights, _finite_rows(index, weightless, static)),)
   local, costs = local_normalizer(x, mask, smoothing, rows, dtype)
   label = Label.of(index, logits.shape[axis], rows)
-  z_t = label.take_entry(x, mask, local.any, dtype, axis)  # [*B, 1], as all that follows
+  if z_t is None:
+    z_t = label.take_entry(x, mask, local.any, dtype, axis)  # [*B, 1], as all that follows
   w_t = None
   if weights is not None:
     w_t = label.take_weight(weights, axis, logits)

@@ -14,22 +14,25 @@ import jax
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import set_current_trace, take_current_trace
-from jax.interpreters import ad
 from jax.interpreters.partial_eval import JaxprTracer
 
 from softmax_jax._devices import varying_as
-from softmax_jax._forward_mode.linear import Values, linear_map_p, replaced
+from softmax_jax._forward_mode import hijax
+from softmax_jax._forward_mode.derivative import Derivative, checked_tangent
+from softmax_jax._forward_mode.linear import Values, replaced
 
 P = ParamSpec("P")
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 
-# What a function raises that needs the value of a traced array.
-_CONCRETE = (
-  jax.errors.ConcretizationTypeError,
-  jax.errors.NonConcreteBooleanIndexError,
-  jax.errors.TracerArrayConversionError,
-  jax.errors.TracerIntegerConversionError,
+
+# By which a jax.custom_vjp function gets its rules.
+_METHODS = (
+  "defvjp",
+  "defvjp_with_logs",
+  "defvjp_with_accums",
+  "defremat",
+  "defremat_with_logs",
 )
 
 
@@ -41,9 +44,15 @@ class CustomVJP(Protocol[P, R_co]):
     ...
 
   def defvjp(
-    self, fwd: Callable[..., Any], bwd: Callable[..., Any], *, symbolic_zeros: bool = False
+    self,
+    fwd: Callable[..., Any],
+    bwd: Callable[..., Any],
+    *,
+    symbolic_zeros: bool = False,
+    optimize_remat: bool = False,
+    generic_batching: bool = False,
   ) -> Any:
-    """Gives the function its rule."""
+    """Gives the function its rule. JAX has ``generic_batching`` from 0.12 on."""
 
 
 def enable_forward_mode(
@@ -65,8 +74,10 @@ def enable_forward_mode(
   Args:
     f: a `jax.custom_vjp` function whose rules are given by ``f.defvjp(f_fwd, f_bwd)``. Arguments
       and outputs may be pytrees; integer arguments, ``nondiff_argnums``, keyword arguments,
-      defaults, ``symbolic_zeros`` and a backward rule that returns ``None`` for an argument all
-      keep their meaning.
+      defaults, ``symbolic_zeros``, ``optimize_remat``, ``generic_batching`` and a backward rule
+      that returns ``None`` for an argument all keep their meaning. So do ``f.defremat``,
+      ``f.defvjp_with_logs`` and ``f.defvjp_with_accums``, for which ``jax_custom_vjp3`` must be on,
+      as for ``optimize_remat`` beside a ``tangent``.
     tangent: optional rule ``tangent(residuals, args_dot) -> out_dot``, the mirror image of
       ``f_bwd(residuals, out_bar) -> args_bar``: ``residuals`` is what ``f_fwd`` returned for them,
       ``args_dot`` is the tuple of tangents of the arguments, with ``None`` in place of an array
@@ -77,13 +88,16 @@ def enable_forward_mode(
 
   Returns:
     A function with the signature of ``f``. Its ``defvjp`` is that of ``f``, so that
-    ``enable_forward_mode`` also works as a decorator above ``jax.custom_vjp``.
+    ``enable_forward_mode`` also works as a decorator above ``jax.custom_vjp``; likewise the other
+    methods that give rules.
 
   Raises:
-    TypeError: if ``f`` is not a `jax.custom_vjp` function or ``tangent`` is not callable; when the
-      result is differentiated in forward mode, if JAX cannot transpose the backward rule, if a rule
-      closes over a value that JAX is tracing (reverse mode still works in both cases), or if
-      ``tangent`` returns something that does not look like the output.
+    TypeError: if ``f`` is not a `jax.custom_vjp` function, ``tangent`` is not callable, or
+      ``jax_custom_vjp3`` is on before JAX 0.12; when the result is differentiated, if its rule
+      needs ``jax_custom_vjp3`` and that is off; when it is differentiated in forward mode, if JAX
+      cannot transpose the backward rule, if a rule closes over a value that JAX is tracing (reverse
+      mode still works in both cases), or if ``tangent`` returns something that does not look like
+      the output.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -99,6 +113,11 @@ def enable_forward_mode(
   Source: transposition of linear maps as in Frostig, Johnson, Maclaurin, Paszke and Radul,
   "Decomposing reverse-mode automatic differentiation" (2021).
   """
+  if type(f).__name__ == "custom_vjp3":  # before JAX 0.12
+    raise TypeError(
+      f"enable_forward_mode does not support jax_custom_vjp3 on JAX {jax.__version__}, but from "
+      "JAX 0.12 on. Switch it off, or take a newer JAX."
+    )
   if not isinstance(f, jax.custom_vjp):
     raise TypeError(
       f"enable_forward_mode expected a jax.custom_vjp function, got {_describe(f)}. Apply it "
@@ -121,11 +140,33 @@ def enable_forward_mode(
     # jax.custom_jvp stops the gradient of a tracer among the nondiff_argnums, where f refuses it.
     if f.nondiff_argnums and _any_traced(_static(f, name, args, kwargs)):
       return f(*args, **kwargs)
+    if _is_hijax(f):
+      return hijax.call(name, f, tangent, args, kwargs)
     return g(*args, **kwargs)
 
   enabled: Any = forward_mode
-  enabled.defvjp = f.defvjp
+  for method in _METHODS:
+    if hasattr(f, method):
+      setattr(enabled, method, getattr(f, method))
   return enabled
+
+
+def _is_hijax(f: Any) -> bool:
+  """Whether JAX calls ``f`` in its new implementation."""
+  flag = getattr(jax.config, "jax_custom_vjp3", False)
+  return jax.__version_info__ >= (0, 12) and (flag or f.generic_batching)
+
+
+def _check_supported(name: str, f: Any, tangent: Callable[..., Any] | None) -> None:
+  """Refuses what JAX's first implementation would leave out without a word."""
+  logs, accums = (getattr(f, option, False) for option in ("with_logs", "with_accums"))
+  remat = f.optimize_remat and tangent is not None
+  if logs or accums or remat:
+    used = "defvjp_with_logs" if logs else "defvjp_with_accums" if accums else "optimize_remat"
+    raise TypeError(
+      f"enable_forward_mode supports {used} of {name}{' beside a tangent rule' * remat} only with "
+      'jax.config.update("jax_custom_vjp3", True), from JAX 0.12 on.'
+    )
 
 
 def _describe(value: Any) -> str:
@@ -157,6 +198,7 @@ class _Rules:
 
   def jvp(self, *args: Any) -> tuple[Any, Any]:
     """The rule for `jax.custom_jvp`: ``(*static, primals, tangents) -> (out, out_dot)``."""
+    _check_supported(self.name, self.f, self.tangent)
     *static, primals, tangents = args
     leaves, args_tree = jax.tree.flatten(primals)
     dots = jax.tree.leaves(tangents)
@@ -171,7 +213,7 @@ class _Rules:
     watch = _Watch()
     rule_residuals: Any = ()
     with _linearization_suspended(x_dots):
-      if self.tangent is None:
+      if self.tangent is None or self.f.fwd is None:
         out, pullback = jax.vjp(lambda *moved: arguments.call(self.f, *watch(*moved)), *xs)
       else:
         with_residuals = _with_residuals(self.f)
@@ -181,20 +223,33 @@ class _Rules:
 
     outs, out_tree = jax.tree.flatten(out)
     out_types = [jax.typeof(y).to_tangent_aval() for y in outs]
+
+    def backward(residuals: Any, out_bar: Any) -> Values:
+      pullback, _ = residuals
+      watch.arrived = []
+      return [x_bar if i in watch.arrived else None for i, x_bar in enumerate(pullback(out_bar))]
+
+    def along(residuals: Any, x_dots: Values) -> Values:
+      assert self.tangent is not None
+      dots = replaced([None] * args_tree.num_leaves, moving, x_dots)
+      out_dot = self.tangent(*static, residuals[1], jax.tree.unflatten(args_tree, dots))
+      return checked_tangent(self.name, out_dot, out_tree, out_types)
+
     residuals, residuals_tree = jax.tree.flatten((pullback, rule_residuals))
-    derivative = _Derivative(
+    derivative = Derivative(
       name=self.name,
-      tangent=None if self.tangent is None else functools.partial(self.tangent, *static),
-      args_tree=args_tree,
-      moving=moving,
+      backward=backward,
+      tangent=None if self.tangent is None else along,
       x_types=[jax.typeof(x).to_ct_aval() for x in xs],
       out_tree=out_tree,
       out_types=out_types,
-      differentiable=[i for i, y in enumerate(out_types) if y.dtype != jax.dtypes.float0],
       residuals_tree=residuals_tree,
-      watch=watch,
     )
-    return out, derivative.along(residuals, x_dots)
+    out_dots = [
+      SymbolicZero(y_type) if dot is None else dot
+      for y_type, dot in zip(out_types, derivative.along(residuals, x_dots), strict=True)
+    ]
+    return out, jax.tree.unflatten(out_tree, out_dots)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -263,135 +318,3 @@ def _with_residuals(f: Any) -> Callable[..., Any]:
   with_residuals = jax.custom_vjp(lambda *args: f.fwd(*args), nondiff_argnums=f.nondiff_argnums)
   with_residuals.defvjp(fwd, bwd, symbolic_zeros=f.symbolic_zeros)
   return with_residuals
-
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class _Derivative:
-  """The derivative of one call, as two linear maps. It holds no array, only structures and types.
-
-  Attributes:
-    name: the name of the function.
-    tangent: the user's tangent rule, with its ``nondiff_argnums`` filled in.
-    args_tree: the structure of the arguments.
-    moving: which of their leaves are differentiated.
-    x_types: the types of the cotangents of those.
-    out_tree: the structure of the output.
-    out_types: the types of the tangents of its leaves.
-    differentiable: which of its leaves have tangents; those of integers do not.
-    residuals_tree: the structure of the pullback and of the residuals that ``tangent`` takes.
-    watch: tells which cotangents the pullback returned.
-  """
-
-  name: str
-  tangent: Callable[..., Any] | None
-  args_tree: Any
-  moving: Sequence[int]
-  x_types: Values
-  out_tree: Any
-  out_types: Values
-  differentiable: Sequence[int]
-  residuals_tree: Any
-  watch: _Watch
-
-  def __repr__(self) -> str:
-    return f"{type(self).__name__}({self.name})"  # printed programs show it
-
-  def along(self, residuals: Values, x_dots: Values) -> Any:
-    """The tangent of the output, as a call of the primitive `linear_map`."""
-    y_dots: list[Any] = [SymbolicZero(y_type) for y_type in self.out_types]
-    if self.differentiable:
-      moved = linear_map_p.bind(
-        *residuals,
-        *x_dots,
-        name=self.name,
-        num_residuals=len(residuals),
-        apply=self.push_by_transposition if self.tangent is None else self.push_by_rule,
-        transpose=self.pull,
-        out_types=tuple(self.y_types),
-      )
-      y_dots = replaced(y_dots, self.differentiable, moved)
-    return jax.tree.unflatten(self.out_tree, y_dots)
-
-  @property
-  def y_types(self) -> Values:
-    return [self.out_types[i] for i in self.differentiable]
-
-  def pull(self, residuals: Values, y_bars: Values) -> Values:
-    """``y_bar -> J^T y_bar``: the backward rule."""
-    bars = [ad.Zero(y_type.to_ct_aval()) for y_type in self.out_types]
-    for i, y_bar in zip(self.differentiable, y_bars, strict=True):
-      bars[i] = bars[i] if y_bar is None else y_bar
-    pullback, _ = jax.tree.unflatten(self.residuals_tree, residuals)
-    self.watch.arrived = []
-    x_bars = pullback(jax.tree.unflatten(self.out_tree, bars))
-    return [x_bar if i in self.watch.arrived else None for i, x_bar in enumerate(x_bars)]
-
-  def push_by_transposition(self, residuals: Values, x_dots: Values) -> Values:
-    """``x_dot -> J x_dot``: the transpose of `pull`."""
-
-    def rule(*y_bars: Any) -> tuple[Any, ...]:
-      return tuple(
-        ad.zeros_like_aval(x) if x_bar is None else jax.lax.convert_element_type(x_bar, x.dtype)
-        for x_bar, x in zip(self.pull(residuals, y_bars), self.x_types, strict=True)
-      )
-
-    try:
-      transposed = jax.linear_transpose(rule, *self.y_types)
-    except _CONCRETE as error:
-      raise _untransposable(self.name, error) from error
-    try:
-      return tuple(transposed(tuple(x_dots)))
-    except jax.errors.UnexpectedTracerError:
-      raise
-    except Exception as error:
-      raise _untransposable(self.name, error) from error
-
-  def push_by_rule(self, residuals: Values, x_dots: Values) -> Values:
-    """``x_dot -> J x_dot``: the tangent rule."""
-    assert self.tangent is not None
-    _, rule_residuals = jax.tree.unflatten(self.residuals_tree, residuals)
-    args_dot = replaced([None] * self.args_tree.num_leaves, self.moving, x_dots)
-    out_dot = self.tangent(rule_residuals, jax.tree.unflatten(self.args_tree, args_dot))
-    return _checked_tangent(self.name, out_dot, self.out_tree, self.out_types, self.differentiable)
-
-
-def _untransposable(name: str, error: Exception) -> TypeError:
-  return TypeError(
-    f"enable_forward_mode cannot differentiate {name} in forward mode, because JAX cannot "
-    f"transpose its backward rule ({type(error).__name__}: {error}). Make the rule linear in "
-    "the cotangent with operations that JAX can transpose, or pass a rule of your own: "
-    f"enable_forward_mode({name}, tangent=...). Reverse mode is not affected."
-  )
-
-
-def _checked_tangent(
-  name: str, out_dot: Any, out_tree: Any, out_types: Values, differentiable: Sequence[int]
-) -> tuple[Any, ...]:
-  """The tangents of the differentiable outputs, as ``tangent`` returned them."""
-  dots: list[Any] = []
-  try:
-    dots = out_tree.flatten_up_to(out_dot)
-    fits = jax.tree_util.all_leaves(dots, is_leaf=lambda dot: dot is None)
-  except (TypeError, ValueError):
-    fits = False
-  if not fits:
-    raise TypeError(
-      f"the tangent rule of {name} must return the structure of its output, {out_tree}, "
-      f"got {jax.tree.structure(out_dot)}."
-    )
-  checked: list[Any] = []
-  for i in differentiable:
-    expected, dot = out_types[i], dots[i]
-    if dot is None:
-      dot = ad.zeros_like_aval(expected)
-    try:
-      actual = jax.typeof(dot)
-    except Exception:  # of JAX: no array
-      actual = None
-    if actual is None or (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
-      raise TypeError(
-        f"the tangent rule of {name} must return tangents of the shape and dtype of its output, "
-        f"{expected.str_short()}, got {actual.str_short() if actual else type(dot).__name__}."
-      )
-    checked.append(varying_as(expected, dot))
-  return tuple(checked)

@@ -112,15 +112,8 @@ def logits(inputs: Inputs, index: jax.Array, static: Static) -> tuple[Inputs, ja
     y_block = lax.dynamic_slice_in_dim(y, first, size, 1)
     return lax.dynamic_update_slice_in_dim(y, inputs.logit_scale * y_block, first, 1)
 
-  def cap(z: jax.Array, first: Any, size: int) -> jax.Array:
-    z_block = capped(lax.dynamic_slice_in_dim(y, first, size, 1), inputs.softcap)
-    return lax.dynamic_update_slice_in_dim(z, z_block, first, 1)
-
-  # Padding has the probability 0.
-  def pad(z: jax.Array, first: Any, size: int) -> jax.Array:
-    z_block = lax.dynamic_slice_in_dim(z, first, size, 1)
-    classes = static.rows.first_entry(z.shape[1]) + first + jnp.arange(size)
-    z_block = jnp.where(classes[None] < static.num_classes, z_block, -jnp.inf)
+  def bound(z: jax.Array, first: Any, size: int) -> jax.Array:
+    z_block = _bounded(lax.dynamic_slice_in_dim(y, first, size, 1), first, inputs, static)
     return lax.dynamic_update_slice_in_dim(z, z_block, first, 1)
 
   if inputs.bias is not None:
@@ -128,11 +121,26 @@ def logits(inputs: Inputs, index: jax.Array, static: Static) -> tuple[Inputs, ja
   if inputs.logit_scale is not None:
     y = over_blocks(scale, y, y.shape[1], size)
   z = y
-  if inputs.softcap is not None:
-    z = over_blocks(cap, jnp.zeros_like(y), y.shape[1], size)
-  if static.padded:
-    z = over_blocks(pad, z, y.shape[1], size)
+  if inputs.softcap is not None or static.padded:
+    z = y if inputs.softcap is None else jnp.zeros_like(y)
+    z = over_blocks(bound, z, y.shape[1], size)
   return inputs, y, z
+
+
+def _bounded(y_block: jax.Array, first: Any, inputs: Inputs, static: Static) -> jax.Array:
+  """The logits of the loss from those before the softcap, for a block of classes."""
+  z_block = capped(y_block, inputs.softcap)
+  if static.padded:  # padding has the probability 0
+    size = y_block.shape[1]
+    num_columns = inputs.weight.shape[static.projection.vocab_axis]
+    classes = static.rows.first_entry(num_columns) + first + jnp.arange(size)
+    z_block = jnp.where(classes[None] < static.num_classes, z_block, -jnp.inf)
+  return z_block
+
+
+def label_logit(y: jax.Array, position: Label, inputs: Inputs) -> jax.Array:
+  """The logit of the label. It is cut out before the softcap: z would be written to cut it out."""
+  return capped(position.take(y, 1), inputs.softcap)
 
 
 def _scale(
@@ -218,11 +226,15 @@ def add_gradients(
       return lax.dynamic_update_slice_in_dim(x, cut(x, axis) + part, first, axis)
 
     y_block, z_block = cut(y), cut(z)
+    if inputs.softcap is not None:
+      # Again, and without XLA seeing that: it would keep z beside y since the normalizer.
+      y_block = lax.optimization_barrier(y_block)
+      z_block = _bounded(y_block, first, inputs, static)
     here = (label >= first) & (label < first + size)
     index_in_block = jnp.where(here, label - first, 0)
     z_bar = integer.logits_bar(  # a_j (g + nll_bar) - delta_tj nll_bar
       z_block,
-      Label.of(index_in_block, size, Rows((1,))).take(z_block, 1),
+      label_logit(y_block, Label.of(index_in_block, size, Rows((1,))), inputs),
       index_in_block,
       s,
       jnp.where(here, g, g + bars.nll),

@@ -174,12 +174,13 @@ def linear_softmax_cross_entropy(
       more; on a GPU or TPU for as many as have 512 MiB, or for H if that is more, but for no more
       than T / 4 beyond 128 MiB; or for somewhat fewer (half as many at least) that divide T. Beside
       its arguments and results, the loss with its gradients takes the bytes of the logits of a
-      chunk in float32 (twice those with a softcap; on a TPU 1.5 times those more), whatever T, and
-      on a CPU 12 MiB or an eighth of those of the weight. Where the gradients are of sixteen bits,
-      add the bytes of their sums in float32. A Hessian-vector product takes about six times the
-      logits of a chunk of a CPU. `jax.export` with a symbolic number of tokens needs a size that
-      divides it: 512 for ``symbolic_shape("512*n")``. With a symbolic number of classes it needs
-      one too, and the bytes of the logits of a chunk and of the weight once more.
+      chunk in float32 (on a CPU or GPU twice those with a softcap; on a TPU 1.5 times those
+      more), whatever T, and on a CPU 12 MiB or an eighth of those of the weight. Where the
+      gradients are of sixteen bits, add the bytes of their sums in float32. A Hessian-vector
+      product takes about six times the logits of a chunk of a CPU. `jax.export` with a symbolic
+      number of tokens needs a size that divides it: 512 for ``symbolic_shape("512*n")``. With a
+      symbolic number of classes it needs one too, and the bytes of the logits of a chunk and of the
+      weight once more.
     num_classes: how many columns of the weight are classes, a static int; None stands for all. The
       columns after them are padding: they take no part, and their gradients are 0. They have to
       hold finite numbers.

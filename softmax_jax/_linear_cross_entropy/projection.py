@@ -92,9 +92,9 @@ def scaled_tangent(y: jax.Array, h_dot: jax.Array | None, inputs: Inputs, dots: 
 # saturates (large |v|) and where it hardly acts (small |v|):
 #   dz/dy = 1 - tanh^2 v = 4 E / (1 + E)^2 with E = exp(-2 |v|),
 #   dz/dc = tanh v - v dz/dy = (sinh(2v) / 2 - v) dz/dy, by its Taylor series for small v.
-def capped(y: jax.Array, softcap: jax.Array) -> jax.Array:
-  """z, the logits after the softcap c."""
-  return softcap * jnp.tanh(y / softcap)
+def capped(y: jax.Array, softcap: jax.Array | None) -> jax.Array:
+  """z, the logits after the softcap c if there is one."""
+  return y if softcap is None else softcap * jnp.tanh(y / softcap)
 
 
 def cap_slope(y: jax.Array, softcap: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from softmax_jax._cross_entropy import integer_rule as integer
+from softmax_jax._cross_entropy.label import Label
 from softmax_jax._cross_entropy.per_row import PerRow
 from softmax_jax._cross_entropy.uniform import UniformSums
 from softmax_jax._forward_mode import enable_forward_mode
@@ -29,6 +30,7 @@ from softmax_jax._linear_cross_entropy.gradients import (
   add_gradients,
   as_gradients,
   features_that_count,
+  label_logit,
   logits,
   over_all_chunks,
   poison_of,
@@ -91,12 +93,20 @@ def _forward(
 ) -> tuple[PerRow, Normalizer, jax.Array | None]:
   def body(carry: tuple[()], tokens: Any, put: Put) -> tuple[tuple[()], Any]:
     x, index = tokens
-    of_chunk, _, z = logits(inputs._replace(x=x), index, static)
-    per_row, residuals = integer.fwd(z, index, None, of_chunk.class_weights, None, static.dense)
+    of_chunk, y, z = logits(inputs._replace(x=x), index, static)
+    per_row, residuals = _of_logits(of_chunk, index, y, z, static)
     uniform_sum = _uniform_sum(residuals, static)
     return carry, (_wanted_of(per_row, static), residuals.normalizer, uniform_sum)
 
   return over_all_chunks(body, (), (inputs.x, index), inputs, static)[1]
+
+
+def _of_logits(
+  inputs: Inputs, index: jax.Array, y: jax.Array, z: jax.Array, static: Static
+) -> tuple[PerRow, integer.Residuals]:
+  """What the rule of the dense loss returns for a chunk."""
+  z_t = label_logit(y, Label.of(index, y.shape[1], static.rows), inputs)
+  return integer.fwd(z, index, None, inputs.class_weights, None, static.dense, z_t)
 
 
 def _wanted_of(per_row: PerRow, static: Static) -> PerRow:
@@ -212,7 +222,7 @@ def _sum_gradients(
   def body(sums: Inputs, tokens: Any, put: Put) -> tuple[Inputs, Any]:
     x, shares, index = tokens
     of_chunk, y, z = logits(inputs._replace(x=x), index, static)
-    per_row, dense = integer.fwd(z, index, None, of_chunk.class_weights, None, static.dense)
+    per_row, dense = _of_logits(of_chunk, index, y, z, static)
     s, uniform_sum = dense.normalizer, _uniform_sum(dense, static)
     chunk = Chunk(of_chunk, index, y, z, s, uniform_sum)
     bars = _bars(shares, per_row.lse)

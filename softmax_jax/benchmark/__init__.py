@@ -39,7 +39,7 @@ from softmax_jax.benchmark import (
 )
 
 HELP = """\
-Compare time, memory and accuracy with jax.nn, optax, torch and tokamax on this machine.
+Compare time, memory and accuracy with jax.nn, optax, distrax, torch and tokamax on this machine.
 
 Suites, of which the first two run by default:
 
@@ -49,11 +49,13 @@ Suites, of which the first two run by default:
             loss with its gradient, beside optax and torch;
   divergences
             softmax_entropy and softmax_kl_divergence of every row, and the mean with its gradient
-            by the logits, beside jax.nn, optax and torch; half of the rows are near the target;
+            by the logits, beside jax.nn, optax, distrax and torch; half of the rows are near the
+            target;
   linear    linear_softmax_cross_entropy, the loss, and the loss with both gradients, beside optax
             on x @ weight, torch, tokamax and the bare matrix products, which are the limit;
   accuracy  the worst errors against float64 over 2 to 128,256 classes and logit scales of 0.01 to
-            10,000, and of the losses where the label has probability 1 - 1e-6 and 1 - 1e-10.
+            10,000, of the losses where the label has probability 1 - 1e-6 and 1 - 1e-10, and of
+            divergences where both logits are 1e-3 apart.
 
 Every program is compiled and warmed up; then each round times every one of them once in a random
 order, and a ratio is the median over the rounds of the ratio within a round. On a CPU every call is

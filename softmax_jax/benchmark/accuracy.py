@@ -8,25 +8,40 @@ import numpy as np
 
 from softmax_jax._rows import Rows
 from softmax_jax.benchmark import oracle, programs
-from softmax_jax.benchmark.programs import FORWARD, GRADIENT, INTEGER, LOSS, OURS, VJP
+from softmax_jax.benchmark.programs import (
+  BY_TARGET,
+  DIVERGENCE,
+  ENTROPY,
+  FORWARD,
+  GRADIENT,
+  INTEGER,
+  LOSS,
+  OURS,
+  VJP,
+)
 
 CLASSES = (2, 10, 100, 1000, 32768, 128256)
 SCALES = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)
 _CONFIDENT = (1e-6, 1e-10)
+_NEAR = 1e-3
 _MANY = 2**17  # So many classes that a float16 cannot sum their exponentials.
 
 
 class _Inputs(NamedTuple):
-  """Logits [B, K] with labels and cotangents, and the rows that each part of the suite looks at."""
+  """Logits [B, K] with labels, target logits and cotangents, and the rows of each part."""
 
   logits: np.ndarray
   labels: np.ndarray
+  targets: np.ndarray
   cotangents: np.ndarray
   rows: dict[str, slice]
 
 
 def _inputs(classes: int, dtype: np.dtype, seed: int) -> _Inputs:
-  """Rows of every scale, then rows whose label has probability 1 - 1e-6 and 1 - 1e-10."""
+  """Rows of every scale, then rows whose label has probability 1 - 1e-6 and 1 - 1e-10.
+
+  The targets are near every other row, and for those between the logits of the row before.
+  """
   rng = np.random.default_rng((seed, classes))
   each = min(max(2**16 // classes, 2), 64)
   # A loss at the largest scale is beyond the largest float16.
@@ -48,9 +63,14 @@ def _inputs(classes: int, dtype: np.dtype, seed: int) -> _Inputs:
     rows[f"confident {missing}"] = slice(start, start + len(logits))
     start += len(logits)
   cotangents = rng.normal(size=(start, classes))
+  logits = np.concatenate(parts).astype(dtype)
+  targets = np.roll(logits, 1, axis=0)
+  targets[::2] = logits[::2].astype(np.float64) + rng.normal(scale=_NEAR, size=logits[::2].shape)
+  rows |= {"near": slice(0, start, 2), "apart": slice(1, start, 2)}
   return _Inputs(
-    np.concatenate(parts).astype(dtype),
+    logits,
     np.concatenate(label_parts).astype(np.int32),
+    targets,
     cotangents.astype(dtype),
     rows,
   )
@@ -79,6 +99,15 @@ _ROWS = (
   _Row("softmax", "softmax", FORWARD, "all", short=False),
   _Row("softmax, up to 16 classes", "softmax", FORWARD, "all", short=True),
   _Row("logsumexp", "logsumexp", FORWARD, "all"),
+  _Row("entropy", ENTROPY, LOSS, "all"),
+  _Row("entropy, label at 1 - 1e-10", ENTROPY, LOSS, "confident 1e-10"),
+  _Row("entropy gradient, in norm", ENTROPY, GRADIENT, "all"),
+  _Row(f"KL divergence, logits {_NEAR:g} apart", DIVERGENCE, LOSS, "near"),
+  _Row("KL divergence of other rows", DIVERGENCE, LOSS, "apart"),
+  _Row(f"KL gradient, logits {_NEAR:g} apart, in norm", DIVERGENCE, GRADIENT, "near"),
+  _Row("KL gradient of other rows, in norm", DIVERGENCE, GRADIENT, "apart"),
+  _Row(f"KL gradient by the target, {_NEAR:g} apart, in norm", DIVERGENCE, BY_TARGET, "near"),
+  _Row("KL gradient by the target of other rows, in norm", DIVERGENCE, BY_TARGET, "apart"),
 )
 
 
@@ -93,15 +122,30 @@ def steps(dtype: np.dtype) -> list[tuple[str, int]]:
 def _expected(row: _Row, inputs: _Inputs, dtype: np.dtype) -> oracle.Expected:
   part = inputs.rows[row.rows]
   z, labels = oracle.wide(inputs.logits[part], dtype), inputs.labels[part]
+  second = [
+    array[part] if array is inputs.labels else oracle.wide(array[part], dtype)
+    for array in _second(row.function, row.mode, inputs)
+  ]
   if row.mode == VJP:
-    return oracle.gradients(row.function, z, oracle.wide(inputs.cotangents[part], dtype))
+    return oracle.gradients(row.function, z, *second)
+  if row.mode == BY_TARGET:
+    return oracle.gradients_by_target(z, *second, rows_of_mean=len(inputs.logits))
   if row.mode == GRADIENT:
-    expected = oracle.gradients(row.function, z, labels, rows_of_mean=len(inputs.logits))
+    expected = oracle.gradients(row.function, z, *second, rows_of_mean=len(inputs.logits))
     if row.at_label:
       entries = expected.values[np.arange(len(labels)), labels]
       return oracle.Expected(entries, np.abs(entries), "ulp")
     return expected
-  return oracle.values(row.function, z, *([labels] if row.mode == LOSS else []))
+  return oracle.values(row.function, z, *second)
+
+
+def _second(function: str, mode: str, inputs: _Inputs) -> list[np.ndarray]:
+  """What `function` takes in `mode` beside the logits."""
+  if mode == VJP:
+    return [inputs.cotangents]
+  if function == DIVERGENCE:
+    return [inputs.targets]
+  return [] if mode == FORWARD or function == ENTROPY else [inputs.labels]
 
 
 def _actual(row: _Row, inputs: _Inputs, output: np.ndarray) -> np.ndarray:
@@ -123,7 +167,7 @@ def _outputs(
   function: str, mode: str, inputs: _Inputs, peers: Sequence[str]
 ) -> dict[str, np.ndarray]:
   """What `function` returns in `mode`, by contender."""
-  second = {VJP: [inputs.cotangents], FORWARD: []}.get(mode, [inputs.labels])
+  second = _second(function, mode, inputs)
   outputs: dict[str, np.ndarray] = {}
   for peer in (OURS, *(p for p in programs.peers_of(function) if p in peers)):
     program = programs.build(peer, function, mode, [inputs.logits, *second])

@@ -83,9 +83,15 @@ def _gap(rows: _Rows, target: _Rows) -> np.ndarray:
 
 
 def _divergence(rows: _Rows, target: _Rows) -> np.ndarray:
-  """The sum of p (q / p - 1 + log p - log q), whose terms are not negative."""
+  """The sum of q - p + p (log p - log q), whose terms are not negative.
+
+  Each is formed from the larger of p and q: the other one may underflow.
+  """
   log_ratio = _log_ratio(rows, target).astype(np.longdouble)
-  terms = target.a * (np.expm1(-log_ratio) + log_ratio)
+  size = np.abs(log_ratio)
+  minus_gap = np.expm1(-size)  # of the larger one as a unit
+  of_p, of_q = minus_gap + size, -minus_gap - size * np.exp(-size)
+  terms = np.where(log_ratio > 0, target.a * of_p, rows.a * of_q)
   return np.sum(terms, axis=-1).astype(rows.z.dtype)
 
 
@@ -124,8 +130,7 @@ def gradients(
   rows = _Rows(z)
   a = rows.a
   if function == "softmax":
-    d = second - np.take_along_axis(second, rows.argmax, -1)
-    bar = a * (d - np.sum(a * d, axis=-1, keepdims=True))
+    bar = _softmax_vjp(rows, second)
   elif function == "log_softmax":
     bar = second - a * np.sum(second, axis=-1, keepdims=True)
   elif function == "logsumexp":
@@ -143,6 +148,18 @@ def gradients(
     bar = np.where(is_label, at_label, a)
   bar = bar / rows_of_mean
   return Expected(bar, np.abs(bar), "u")
+
+
+def gradients_by_target(z: np.ndarray, w: np.ndarray, *, rows_of_mean: int = 1) -> Expected:
+  """Those of the mean divergence by the target logits w: p (log p - log q - KL)."""
+  target = _Rows(w)
+  bar = _softmax_vjp(target, _log_ratio(_Rows(z), target)) / rows_of_mean
+  return Expected(bar, np.abs(bar), "u")
+
+
+def _softmax_vjp(rows: _Rows, cotangents: np.ndarray) -> np.ndarray:
+  d = cotangents - np.take_along_axis(cotangents, rows.argmax, -1)
+  return rows.a * (d - np.sum(rows.a * d, axis=-1, keepdims=True))
 
 
 def linear(x: np.ndarray, weight: np.ndarray, labels: np.ndarray) -> tuple[Expected, ...]:

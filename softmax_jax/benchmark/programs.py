@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -22,10 +23,11 @@ import softmax_jax
 
 OURS = "softmax_jax"
 # In the order of the tables. "products" are the bare matrix products of the linear loss.
-PEERS = ("jax.nn", "optax", "torch", "torch.compile", "tokamax", "products")
+PEERS = ("jax.nn", "optax", "distrax", "torch", "torch.compile", "tokamax", "products")
 
 FORWARD, VJP, PULL = "forward", "forward + vjp", "vjp alone"
 LOSS, GRADIENT = "loss", "loss + gradient"
+BY_TARGET = "loss + gradient by the target"  # of a divergence, whose second argument that is
 
 INTEGER, SOFT = "softmax_cross_entropy_with_integer_labels", "softmax_cross_entropy"
 LINEAR = "linear_softmax_cross_entropy"
@@ -34,16 +36,30 @@ OF_TWO_ARRAYS = (SOFT, DIVERGENCE)  # of the shape of the logits
 
 
 def version(peer: str) -> str | None:
-  """The version of a peer's package, or None where it is not installed."""
+  """The version of a peer's package, or None where it is not installed or cannot be imported."""
   if peer in ("jax.nn", "products", OURS):
     return softmax_jax.__version__ if peer == OURS else jax.__version__
   package = peer.partition(".")[0]
   if importlib.util.find_spec(package) is None:
     return None
+  if package == "distrax" and not _is_importable(package):
+    return None
   try:
     return importlib.metadata.version(package)
   except importlib.metadata.PackageNotFoundError:
     return "unknown"
+
+
+@functools.cache
+def _is_importable(package: str) -> bool:
+  """Whether it works: distrax needs a TensorFlow Probability that knows this JAX."""
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    try:
+      importlib.import_module(package)
+    except Exception:
+      return False
+  return True
 
 
 class Program(NamedTuple):
@@ -120,6 +136,13 @@ def jax_functions(peer: str, platform: str) -> dict[str, Callable[..., Any]]:
       return losses.kl_divergence(jax.nn.log_softmax(z), jax.nn.softmax(w))
 
     return {INTEGER: integer, SOFT: soft, LINEAR: linear, DIVERGENCE: divergence}
+  if peer == "distrax":
+    distrax: Any = importlib.import_module("distrax")  # Optional like torch, and not typed.
+    of: Callable[[jax.Array], Any] = lambda logits: distrax.Categorical(logits=logits)
+    return {
+      ENTROPY: lambda z: of(z).entropy(),
+      DIVERGENCE: lambda z, w: of(w).kl_divergence(of(z)),
+    }
   if peer == "tokamax":
     tokamax: Any = importlib.import_module("tokamax")  # Optional like torch, and not typed.
     # It has a kernel for TPUs, which it finds itself; elsewhere it would materialize the logits.
@@ -147,13 +170,14 @@ def in_mode(f: Callable[..., Any], function: str, mode: str) -> Callable[..., An
       return y, *pull(y_bar)
 
     return with_vjp
-  if mode != GRADIENT:
+  if mode not in (GRADIENT, BY_TARGET):
     return f
   if function != LINEAR:
+    by = 1 if mode == BY_TARGET else 0
 
-    def of_mean(logits: jax.Array, *others: jax.Array) -> Any:
-      mean: Callable[[jax.Array], jax.Array] = lambda z: jnp.mean(f(z, *others))
-      return jax.value_and_grad(mean)(logits)
+    def of_mean(*arrays: jax.Array) -> Any:
+      mean: Callable[..., jax.Array] = lambda *arrays: jnp.mean(f(*arrays))
+      return jax.value_and_grad(mean, by)(*arrays)
 
     return of_mean
 
@@ -252,16 +276,17 @@ def _torch_program(peer: str, function: str, mode: str, arguments: Sequence[np.n
   linear: Callable[[Any, Any, Any], Any] = lambda x, weight, labels: cross_entropy(
     x @ weight, labels
   )
-  dense = mean if mode == GRADIENT else each
+  differentiated = mode in (GRADIENT, BY_TARGET)
+  dense = mean if differentiated else each
 
   def entropy(z: Any) -> Any:
     losses = torch.distributions.Categorical(logits=z, validate_args=False).entropy()
-    return losses.mean() if mode == GRADIENT else losses
+    return losses.mean() if differentiated else losses
 
   def divergence(z: Any, w: Any) -> Any:
     log_q, log_p = (torch.log_softmax(x, -1) for x in (z, w))
     losses = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-    return losses.mean() if mode == GRADIENT else losses
+    return losses.mean() if differentiated else losses
 
   functions: dict[str, Callable[..., Any]] = {
     **softmaxes,
@@ -290,8 +315,8 @@ def _torch_program(peer: str, function: str, mode: str, arguments: Sequence[np.n
 
     def call() -> tuple[Any, ...]:
       return torch.autograd.grad(y, x, y_bar, retain_graph=True)
-  elif mode == GRADIENT:
-    leaves = tensors[:2] if function == LINEAR else tensors[:1]
+  elif differentiated:
+    leaves = tensors[:2] if function == LINEAR else [tensors[1 if mode == BY_TARGET else 0]]
     for leaf in leaves:
       leaf.requires_grad_()
 
@@ -319,7 +344,7 @@ def build(peer: str, function: str, mode: str, arguments: Sequence[np.ndarray]) 
     function: our name of it.
     mode: `FORWARD`, `VJP` or `PULL` (arguments x and y_bar; `PULL` is the VJP without the value),
       `LOSS` or `GRADIENT` (logits and labels, or x, weight and labels; `GRADIENT` is of the mean
-      loss).
+      loss), or of a divergence `BY_TARGET`.
     arguments: NumPy arrays.
   """
   make = _torch_program if peer.startswith("torch") else _jax_program
@@ -331,4 +356,5 @@ def peers_of(function: str) -> tuple[str, ...]:
   if function == LINEAR:
     return ("optax", "torch", "torch.compile", "tokamax", "products")
   library = "optax" if function in (INTEGER, SOFT, DIVERGENCE) else "jax.nn"
-  return (library, "torch", "torch.compile")
+  others = ("torch", "torch.compile")
+  return (library, "distrax", *others) if function in (ENTROPY, DIVERGENCE) else (library, *others)

@@ -63,6 +63,8 @@ def _error(value: float | None, relative: float | None = None) -> str:
     return "-"
   if value == math.inf:
     return "inf or nan"
+  if relative is not None and relative > 10:
+    return "> 1000 % wrong"
   if relative is not None and relative >= _WRONG:
     return f"{100 * relative:.0f} % wrong"
   return f"{value:.1e}".replace("e+0", "e").replace("e+", "e") if value >= 1000 else f"{value:.2g}"
@@ -214,7 +216,7 @@ def _accuracy(
   rows: Sequence[dict[str, Any]],
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
   """Columns and cells of the accuracy table; jax.nn and optax, which never meet, share a column."""
-  groups = [("jax.nn", "optax"), ("torch",), ("torch.compile",), (OURS,)]
+  groups = [("jax.nn", "optax"), ("distrax",), ("torch",), ("torch.compile",), (OURS,)]
   groups = [g for g in groups if any(name in row["errors"] for row in rows for name in g)]
 
   def cell(row: dict[str, Any], group: tuple[str, ...]) -> str:

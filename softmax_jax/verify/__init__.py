@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from softmax_jax.verify.checks import CHECKS
+from softmax_jax.verify.checks import CHECKS, FAST
 from softmax_jax.verify.checks.confirmation import confirmed
 from softmax_jax.verify.options import Options, names, require
 from softmax_jax.verify.oracle import Oracle, compiled_with_all_digits
@@ -33,10 +33,12 @@ def check_derivatives(
   edge_points: Sequence[Sequence[Any]] = (),
   checks: Collection[str] | None = None,
   skip: Collection[str] = (),
+  fast: bool = False,
   bounds: Mapping[str, float] | None = None,
   max_residual_bytes: int | None = None,
   name: str | None = None,
   seed: int = 0,
+  progress: Callable[[int, int, str], object] | None = None,
 ) -> Report:
   r"""Checks the value and the derivatives of ``f(*args, **kwargs)`` in every way that applies.
 
@@ -78,23 +80,29 @@ def check_derivatives(
       must agree with the reference. A rule that is wrong only at special arguments shows only here.
     checks: the names in `CHECKS` of the checks to run; None stands for all.
     skip: the names of checks to leave out, also at edge points.
+    fast: runs only the checks that compile little, for suites that run often: a small function
+      takes less than a second of CPU time, a fifth of what all checks take. Second derivatives and
+      most transformations are left out; the report names them.
     bounds: relative bounds by the name of the check, in place of the derived ones.
     max_residual_bytes: how many bytes the backward pass may hold beside arguments and outputs, for
       the check ``residuals``.
     name: what the report calls ``f``.
     seed: decides the random cotangents and tangents.
+    progress: is called after each check with how many are done, how many there are, and the name
+      of the last. `print` will do.
 
   Returns:
     A `Report` with a row per check, or several where a check has parts, each passed, failed or
     skipped with its reason. It is true if none failed and the derivatives of every floating output
     by every floating argument agreed with something other than the rules of ``f`` itself (or any
-    check passed, if ``checks`` asks for none of these). The last line names what did not.
+    check passed, if ``checks`` asks for none of these). The last line names what did not, the line
+    before it what was not looked at.
 
   Raises:
     TypeError: if ``f`` is not callable, an argument or a result is complex, ``f`` needs the value
       of an argument (which it names), or an option is of another type.
-    ValueError: if a check has no such name, ``reference`` returns other shapes than ``f``, or a
-      bound or ``seed`` is negative.
+    ValueError: if a check has no such name, ``checks`` and ``fast`` are given, ``reference``
+      returns other shapes than ``f``, or a bound or ``seed`` is negative.
     Exception: whatever ``f`` raises at its arguments, or ``reference`` in float64. What they raise
       when they are differentiated or transformed becomes a row that failed.
 
@@ -116,7 +124,9 @@ def check_derivatives(
   Source: C. J. F. Ridders (1982) for the finite differences; the identity of the dot products is
   the classical test of an adjoint.
   """
-  chosen = chosen_checks(checks, skip)
+  chosen = chosen_checks(checks, skip, fast)
+  require(progress is None or callable(progress), "progress", "a function", progress)
+  slow = CHECKS.keys() - FAST if fast else ()
   v = verifier(
     f,
     *args,
@@ -128,9 +138,9 @@ def check_derivatives(
     max_residual_bytes=max_residual_bytes,
     name=name,
     seed=seed,
-    skip=skip,
+    skip=(*names("skip", skip), *slow),
   )
-  return run_checks(v, chosen)
+  return run_checks(v, chosen, progress)
 
 
 def describe_checks() -> dict[str, str]:
@@ -152,9 +162,14 @@ def describe_checks() -> dict[str, str]:
 # compiled programs.
 
 
-def chosen_checks(checks: Collection[str] | None, skip: Collection[str] = ()) -> list[str]:
+def chosen_checks(
+  checks: Collection[str] | None, skip: Collection[str] = (), fast: bool = False
+) -> list[str]:
   """The checks in their order, without those to be skipped."""
-  wanted = names("checks", CHECKS if checks is None else checks)
+  require(type(fast) is bool, "fast", "a bool", fast)
+  if fast and checks is not None:
+    raise ValueError("check_derivatives expected one of checks and fast, got both.")
+  wanted = names("checks", (FAST if fast else CHECKS) if checks is None else checks)
   unwanted = names("skip", skip)
   for name in (*wanted, *unwanted):
     if name not in CHECKS:
@@ -173,14 +188,17 @@ def verifier(f: Callable[..., Any], *args: Any, **options: Any) -> Verifier:
 
 
 def run_checks(
-  v: Verifier, chosen: Sequence[str], show: Callable[[int, str], None] = lambda done, name: None
+  v: Verifier,
+  chosen: Sequence[str],
+  progress: Callable[[int, int, str], object] | None = None,
 ) -> Report:
-  """The report of these checks; ``show`` is told how many are done, and the name of the last."""
+  """The report of these checks; ``progress`` is as in `check_derivatives`."""
   rows: list[Row] = []
   with compiled_with_all_digits():
     for done, name in enumerate(chosen, 1):
       rows += v.run(name, CHECKS[name])
-      show(done, name)
+      if progress is not None:
+        progress(done, len(chosen), name)
     if any(map(tells, chosen)):
       rows += confirmed(v)
-  return Report(tuple(rows))
+  return Report(tuple(rows), tuple(name for name in CHECKS if name not in chosen))

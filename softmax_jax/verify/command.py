@@ -29,7 +29,7 @@ from softmax_jax import _command_line as command_line
 from softmax_jax.verify import CHECKS, Report, chosen_checks, library, run_checks, verifier
 from softmax_jax.verify.checks.jacobians import jacobian_pair
 from softmax_jax.verify.errors import first_line
-from softmax_jax.verify.report import Skip, aligned
+from softmax_jax.verify.report import Skip
 from softmax_jax.verify.verifier import Verifier
 
 HELP = """\
@@ -44,16 +44,21 @@ arguments. MODULE may be in the current directory:
 
 Without --reference, derivatives are compared with finite differences in float64. Arguments are
 drawn from a normal distribution; integers are below the size of the class axis (--axis) of the
-first argument.
+first argument; the dtype key stands for keys of random numbers (:key for one). Arguments of any
+other kind, such as the parameters of a model, come from an object of yours:
 
-Exit code: 0 if no check failed, 1 if one did or no derivative could be confirmed, 2 for a bad
-option, a function that cannot be imported or does not accept the arguments, or a missing package.
+  softmax-jax verify mymodel:loss --arguments mymodel:example
+
+Exit code: 0 if no check failed, 1 if one did or not every derivative was confirmed (the last line
+says why), 2 for a bad option, a function that cannot be imported or does not accept the
+arguments, or a missing package.
 """
 _DTYPES = (
   *("float16", "bfloat16", "float32", "float64", "bool"),
   *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
 )
 _DTYPE, _CHECK = click.Choice(_DTYPES), click.Choice(CHECKS)
+_DTYPE_OR_KEY = click.Choice((*_DTYPES, "key"))
 _MAX_SIZES, _MAX_SIZE = 32, 5_000_000
 
 _Spec = tuple[tuple[int, ...], str]  # the shape of an argument, and its dtype
@@ -77,7 +82,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
 def _argument(text: str) -> tuple[tuple[int, ...], str | None]:
   shape, colon, dtype = text.partition(":")
-  return _shape(shape), _DTYPE.convert(dtype, None, None) if colon else None
+  return _shape(shape), _DTYPE_OR_KEY.convert(dtype, None, None) if colon else None
 
 
 def _keyword(text: str) -> tuple[str, Any]:
@@ -110,6 +115,12 @@ def _function_name(text: str) -> str:
   help="Shapes and dtypes of several arguments.",
 )
 @click.option(
+  "--arguments",
+  type=_function_name,
+  metavar="MODULE:OBJECT",
+  help="A tuple of arguments, pytrees too, or a function that returns one.",
+)
+@click.option(
   "--reference",
   type=_function_name,
   metavar="MODULE:FUNCTION",
@@ -125,6 +136,7 @@ def _function_name(text: str) -> str:
 )
 @click.option("--checks", type=_CHECK, multiple=True, metavar="CHECK...", help="Only these checks.")
 @click.option("--skip", type=_CHECK, multiple=True, metavar="CHECK...", help="Not these checks.")
+@click.option("--fast", is_flag=True, help="Only the checks that compile little.")
 @command_line.seed_option("Decides the arguments, cotangents and tangents.")
 @click.option("--json", is_flag=True, help="Print one JSON object in place of the table.")
 @command_line.plot_option("Draw the Jacobian, that of the reference, and their difference")
@@ -148,9 +160,18 @@ def run(args: SimpleNamespace) -> int:
     command_line.print_json(about | report.to_dict())
   else:
     print(f"{report.summary()} in {seconds:.0f} s")
+    if not report:
+      print(f"Exit code 1: {_why(report)}.")
     if args.plot:
       print(f"Picture: {args.plot}")
   return 0 if report else 1
+
+
+def _why(report: Report) -> str:
+  """Why a report is false."""
+  if number := len(report.failed):
+    return f"{number} check{' has' if number == 1 else 's have'} failed"
+  return "not every derivative was confirmed"
 
 
 # --- the library ----------------------------------------------------------------------------------
@@ -212,7 +233,7 @@ def _print_library(cases: list[library.Case], reports: list[Report]) -> None:
   console.print(table)
   failed = [row for report in reports for row in report.failed]
   if failed:
-    print(Report(tuple(failed)))
+    print(Report(tuple(failed)).failures())
 
 
 # --- a function -----------------------------------------------------------------------------------
@@ -222,12 +243,17 @@ def _function(args: SimpleNamespace) -> Report:
   for name in ("shape", "dtype"):
     if args.args and command_line.given(name):
       raise click.UsageError(f"--{name} is not allowed with --args")
+  for name in ("shape", "dtype", "args"):
+    if args.arguments and command_line.given(name):
+      raise click.UsageError(f"--{name} is not allowed with --arguments")
   kwargs: dict[str, Any] = {} if args.axis is None else {"axis": args.axis}
   for name, value in args.kwarg:
     if name in kwargs:
       raise click.BadParameter(f"{name} is given twice", param_hint="--kwarg")
     kwargs[name] = value
-  chosen = chosen_checks(args.checks or None, args.skip)
+  if args.fast and args.checks:
+    raise click.UsageError("--fast is not allowed with --checks")
+  chosen = chosen_checks(args.checks or None, args.skip, args.fast)
   if not chosen:
     raise click.UsageError("--skip leaves no check of --checks to run")
   f = _imported("MODULE:FUNCTION", args.function)
@@ -236,32 +262,61 @@ def _function(args: SimpleNamespace) -> Report:
     reference = _imported("--reference", args.reference)
   given = args.args or [((4, 8) if args.shape is None else args.shape, args.dtype)]
   specs: list[_Spec] = [(shape, dtype or "float32") for shape, dtype in given]
+  given_arguments = _given_arguments(args.arguments) if args.arguments else ()
   command_line.devices()  # After the imports: a module may configure JAX.
-  wide = any(dtype.endswith("64") for _, dtype in specs)
+  if args.arguments:
+    dtypes = [str(getattr(x, "dtype", "")) for x in jax.tree.leaves(given_arguments)]
+    wide, shown = "float64" in dtypes, args.arguments
+  else:
+    wide = any(dtype.endswith("64") for _, dtype in specs)
+    shown = ", ".join(f"{dtype}{list(shape)}" for shape, dtype in specs)
   with jax.enable_x64(wide or jax.config.jax_enable_x64):  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
-    arrays = _random_arguments(args, specs)
+    arguments = given_arguments or _random_arguments(args, specs)
     try:
       v = verifier(
-        f, *arrays, reference=reference, kwargs=kwargs, name=args.function, seed=args.seed
+        f, *arguments, reference=reference, kwargs=kwargs, name=args.function, seed=args.seed
       )
     except KeyboardInterrupt:
       raise
     except BaseException as error:  # A function may raise anything, also to exit.
-      shapes = ", ".join(f"{dtype}{list(shape)}" for shape, dtype in specs)
       raise click.UsageError(
-        f"cannot verify {args.function} on ({shapes}): {_said(error)}"
+        f"cannot verify {args.function} on ({shown}): {_said(error)}"
       ) from error
     pair = _pair_to_draw(v) if args.plot else None
     with command_line.progress_bar(len(chosen)) as show:
-      report = run_checks(v, chosen, show)
+      report = run_checks(v, chosen, lambda done, _, name: show(done, name))
     if pair is not None:
       _draw(args.plot, args, v, *pair)
   if not args.json:
-    print("\n".join(aligned(report.rows)))
+    print(report.table())
   return report
 
 
+def _given_arguments(name: str) -> tuple[Any, ...]:
+  """What the object of this name holds, or returns if it is a function."""
+  found = _object("--arguments", name)
+  try:
+    found = found() if callable(found) else found
+  except Exception as error:
+    raise click.BadParameter(f"{name}: {_said(error)}", param_hint="--arguments") from error
+  if not isinstance(found, tuple) or not found:
+    raise click.BadParameter(
+      f"expected {name} to be a tuple of arguments, or to return one, got {type(found).__name__}",
+      param_hint="--arguments",
+    )
+  return found  # pyright: ignore[reportUnknownVariableType]  # the user's
+
+
 def _imported(option: str, name: str) -> Callable[..., Any]:
+  found = _object(option, name)
+  if not callable(found):
+    raise click.BadParameter(
+      f"{name} is of type {type(found).__name__}, which cannot be called", param_hint=option
+    )
+  return functools.partial(_checked, found, name)
+
+
+def _object(option: str, name: str) -> Any:
   module, _, path = name.partition(":")
   if (here := os.getcwd()) not in sys.path:
     sys.path.insert(0, here)
@@ -278,11 +333,7 @@ def _imported(option: str, name: str) -> Callable[..., Any]:
       found = getattr(found, part)
     except AttributeError:
       raise click.BadParameter(f"{module} has no {path}", param_hint=option) from None
-  if not callable(found):
-    raise click.BadParameter(
-      f"{name} is of type {type(found).__name__}, which cannot be called", param_hint=option
-    )
-  return functools.partial(_checked, found, name)
+  return found
 
 
 def _checked(f: Callable[..., Any], name: str, /, *args: Any, **kwargs: Any) -> Any:
@@ -314,7 +365,10 @@ def _random_arguments(args: SimpleNamespace, specs: list[_Spec]) -> list[jax.Arr
   high = shape[axis] if -len(shape) <= axis < len(shape) else 2
   arrays: list[jax.Array] = []
   for shape, dtype in specs:
-    if dtype == "bool":
+    if dtype == "key":
+      key = jax.random.key(args.seed)
+      arrays.append(jax.random.split(key, shape) if shape else key)
+    elif dtype == "bool":
       arrays.append(jnp.asarray(rng.integers(0, 2, shape), dtype))
     elif "int" in dtype:
       arrays.append(jnp.asarray(rng.integers(0, min(max(high, 1), 127), shape), dtype))

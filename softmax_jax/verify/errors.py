@@ -12,9 +12,15 @@ def message(error: BaseException) -> str:
 
 
 def first_line(error: BaseException, length: int = 100) -> str:
-  """The first line of an error's message, at most so many characters of it."""
-  text = (message(error).splitlines() or [""])[0]
-  text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+  """The first line of an error's message, at most so many characters of it.
+
+  Where JAX reports an error inside a callback, it is the line of that.
+  """
+  lines = message(error).splitlines() or [""]
+  if "Traceback (most recent call last)" in lines[0]:
+    text = next((line for line in lines[1:] if not line.startswith(" ")), lines[0])
+  else:
+    text = f"{type(error).__name__}: {lines[0]}" if lines[0] else type(error).__name__
   return text if len(text) <= length else text[: length - 3] + "..."
 
 

@@ -98,9 +98,21 @@ def _of_dtype(dtype: str, checks: tuple[str, ...] | None, shape: tuple[int, int]
   yield case("softmax_cross_entropy", (x, t), (edge, t.at[0, -1].set(0)))
   yield case("softmax_cross_entropy_with_integer_labels", (x, y), (edge, y))
   yield case("linear_softmax_cross_entropy", (features, weight, y))
+  yield _of_head(case("chunked_softmax_cross_entropy", (weight, features, y), chunk_size=3))
   w = _logits(shape, dtype, 7)
   yield case("softmax_entropy", (x,), (edge,))
   yield case("softmax_kl_divergence", (x, w), (edge, w.at[0, -1].set(-jnp.inf)))
+
+
+def _of_head(case: Case) -> Case:
+  """``case`` with a softcap over a product as the head."""
+
+  def head(weight: jax.Array, x: jax.Array) -> jax.Array:
+    return 3 * jnp.tanh(x @ weight / 3)
+
+  kwargs = {k: v for k, v in case.kwargs.items() if k != "chunk_size"}
+  f = functools.partial(case.f, head, **case.kwargs)
+  return case._replace(f=f, reference=functools.partial(case.reference, head), kwargs=kwargs)
 
 
 def _shown(kwargs: dict[str, Any]) -> str:

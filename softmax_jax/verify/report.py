@@ -8,13 +8,15 @@ import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
+from softmax_jax.verify.text import failures, lines, number, said, wrapped
+
 Status = Literal["passed", "failed", "skipped"]
 
 _COLUMNS = ("function", "check", "of", "dtype", "shape", "error", "bound", "worst at", "verdict")
 
 
 class DerivativeError(AssertionError):
-  """Raised by `Report.raise_if_failed`; its text is the table of what failed."""
+  """Raised by `Report.raise_if_failed`; its text says what is wrong where."""
 
 
 class Skip(Exception):
@@ -23,6 +25,12 @@ class Skip(Exception):
 
 # The check of rows about an argument or output that no derivative confirmed.
 UNCONFIRMED = "confirmed"
+# How much of a report its `repr` tells.
+_SHORT = 200
+# What no check looks at.
+_NEVER = (
+  "third derivatives", "values that f closes over", "arguments and dtypes that were not given"
+)  # fmt: skip
 # Checks that say nothing about derivatives, and those that compare f's own with each other.
 _NO_DERIVATIVES = ("value", "structure", "residuals", "traces")
 _OWN_DERIVATIVES = ("dot_product", "linearity", "repeated")
@@ -67,12 +75,7 @@ class Row:
 
   def __str__(self) -> str:
     """What is wrong where, in one line; for a row that did not fail, its status."""
-    place = f"{self.of} at {list(self.index)}" if self.index else self.of
-    numbers = ""
-    if self.status == "failed" and not math.isnan(self.error) and self.index is not None:
-      numbers = f"got {self.got:.6g}, expected {self.expected:.6g}"
-    said = ", ".join(text for text in (numbers, self.reason) if text) or self.status
-    return f"{place}: {said} ({self.check})" if place else f"{said} ({self.check})"
+    return f"{said(self)} ({self.check})"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -84,7 +87,10 @@ class Report:
   of the check "confirmed", and in the last line. Where no such check was asked for, any row that
   passed is enough.
 
-  `str` gives it as a table, `to_dict` as plain data; in a notebook it renders as a table.
+  ``left_out`` are the checks that were not run.
+
+  `str` gives it in 80 columns, failures first, `to_dict` as plain data; in a notebook it renders as
+  a table.
 
   Example:
     >>> import jax.numpy as jnp
@@ -95,6 +101,7 @@ class Report:
   """
 
   rows: tuple[Row, ...]
+  left_out: tuple[str, ...] = ()
 
   def __post_init__(self):
     """Refuses anything but a tuple of rows."""
@@ -121,34 +128,36 @@ class Report:
 
   def __add__(self, other: object) -> Report:
     """The rows of both."""
-    return Report(self.rows + other.rows) if isinstance(other, Report) else NotImplemented
+    if not isinstance(other, Report):
+      return NotImplemented
+    left_out = tuple(dict.fromkeys(self.left_out + other.left_out))
+    return Report(self.rows + other.rows, left_out)
 
   def raise_if_failed(self) -> Report:
     """Returns the report itself if it is true.
 
     Raises:
-      DerivativeError: an `AssertionError` that says what is wrong where, a line for each row that
-        failed, and then gives them as a table; or all rows, if none failed but not every derivative
-        was confirmed.
+      DerivativeError: an `AssertionError` that says what is wrong where, a line for each failure;
+        or all rows, if none failed but not every derivative was confirmed.
     """
     if self:
       return self
     if self.failed:
-      raise DerivativeError(f"{self.failures()}\n\n{self._text(self.failed)}")
-    raise DerivativeError(f"not every derivative was confirmed\n{self._text(self.rows)}")
+      raise DerivativeError(f"{self.failures()}\n{self.summary()}")
+    raise DerivativeError(f"not every derivative was confirmed\n{self}")
 
   def failures(self) -> str:
-    """A line for each row that failed: what is wrong where."""
-    lines: list[str] = []
-    for function in dict.fromkeys(row.function for row in self.failed):
-      lines.append(f"{function}:")
-      lines += [f"  {row}" for row in self.failed if row.function == function]
-    return "\n".join(lines)
+    """What is wrong where, a line for each failure; checks that say the same share one."""
+    return "\n".join(failures(self.rows))
 
   def __repr__(self) -> str:
-    """The number of rows by status, and what is wrong where."""
-    failures = f"\n{self.failures()}" if self.failed else ""
-    return f"<Report: {self.summary()}{failures}>"
+    """The number of rows by status, and what is wrong where, as far as 200 characters tell it.
+
+    Pytest shows as much of an expression that is asserted.
+    """
+    wrong = "; ".join(dict.fromkeys(said(row) for row in self.failed))
+    text = f"{self.summary()}: {wrong}" if wrong else self.summary()
+    return f"<Report: {text}>" if len(text) <= _SHORT else f"<Report: {text[: _SHORT - 3]}...>"
 
   def summary(self) -> str:
     """How many checks passed, failed and were skipped, and what was not confirmed, in one line."""
@@ -161,11 +170,13 @@ class Report:
     return f"{text}; not confirmed: {', '.join(names)}" if names else text
 
   def __str__(self) -> str:
-    """The table, failures first."""
-    return self._text(sorted(self.rows, key=lambda row: row.status != "failed"))
+    """The rows in 80 columns, failures first, then what was not looked at and the summary."""
+    return "\n".join([self.table(), self.summary()])
 
-  def _text(self, rows: Iterable[Row]) -> str:
-    return "\n".join([*aligned(rows), self.summary()])
+  def table(self) -> str:
+    """The rows in 80 columns, failures first, and what no check looked at."""
+    left_out = ", ".join((*self.left_out, *_NEVER))
+    return "\n".join([*lines(self.rows), *wrapped(f"Not looked at: {left_out}.")])
 
   def to_dict(self) -> dict[str, Any]:
     """The report as dicts, lists, strings and numbers; what does not exist is None."""
@@ -177,12 +188,13 @@ class Report:
       for name in ("error", "bound", "got", "expected"):
         plain[name] = None if math.isnan(plain[name]) else plain[name]
       rows.append(plain)
-    return {"passed": bool(self), "rows": rows}
+    return {"passed": bool(self), "left_out": list(self.left_out), "rows": rows}
 
   def _repr_html_(self) -> str:
     color = {"passed": "inherit", "failed": "#c00", "skipped": "gray"}
     body = "".join(
-      f'<tr style="color: {color[row.status]}">{_html("td", _cells(row))}</tr>' for row in self.rows
+      f'<tr style="color: {color[row.status]}">{_html("td", _cells(row))}</tr>'
+      for row in sorted(self.rows, key=lambda row: row.status != "failed")
     )
     return (
       f"<table><thead><tr>{_html('th', _COLUMNS)}</tr></thead><tbody>{body}</tbody></table>"
@@ -197,33 +209,12 @@ def _cells(row: Row) -> tuple[str, ...]:
     row.of,
     row.dtype,
     "" if row.shape is None else str(list(row.shape)),
-    _number(row.error),
-    _number(row.bound),
+    number(row.error),
+    number(row.bound),
     "" if not row.index else str(list(row.index)),
     row.status if not row.reason else f"{row.status}: {row.reason}",
   )
 
 
-def _number(x: float) -> str:
-  if math.isnan(x):
-    return ""
-  return f"{x:g}" if float(x).is_integer() else f"{x:.1e}"
-
-
 def _html(tag: str, cells: Iterable[str]) -> str:
   return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-
-
-def aligned(rows: Iterable[Row]) -> list[str]:
-  """Lines of text with the cells of each column under its name."""
-  table = [_COLUMNS, *map(_cells, rows)]
-  widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-  number = [name in ("error", "bound") for name in _COLUMNS]
-  lines: list[str] = []
-  for row in table:
-    padded = (
-      cell.rjust(width) if right else cell.ljust(width)
-      for cell, width, right in zip(row, widths, number, strict=True)
-    )
-    lines.append("  ".join(padded).rstrip())
-  return [lines[0], "-" * min(max(map(len, lines)), 120), *lines[1:]]

@@ -22,6 +22,14 @@ MANY = 10_000
 _LARGE = 1_000_000
 
 
+# What is right although it differs, by the operation.
+_CAVEATS = {
+  "eigh": "right up to a sign? f calls eigh",
+  "svd": "right up to a sign? f calls svd",
+  "while": "right to the tolerance of a solver? f has a while loop",
+}
+
+
 class Comparison(NamedTuple):
   """One array, what it should be, and how far off that may be.
 
@@ -261,10 +269,17 @@ class Verifier:
         0,
         Row(
           self.name, label, "passed" if worst.passed else "failed", of.of, str(np.dtype(of.dtype)),
-          shape, worst.error, worst.bound, worst.index, "", worst.got, worst.expected,
+          shape, worst.error, worst.bound, worst.index, "" if worst.passed else self._caveat,
+          worst.got, worst.expected,
         ),
       )  # fmt: skip
     return rows
+
+  @property
+  def _caveat(self) -> str:
+    """Why a right function may fail, as far as its operations tell, or ""."""
+    found = [why for name, why in _CAVEATS.items() if name in self.problem.operations]
+    return "; ".join(found)
 
   def count(
     self, check: str, number: float, allowed: float, *, of: str = "", reason: str = ""

@@ -99,6 +99,7 @@ integers = Kind(LABELS, INTEGERS, WIDE)
 # An integer too large for JAX is taken too: no label equals it.
 ignored = Kind(np.array(1), INTEGERS, INTS | LARGE | {str(-(2**70)): -(2**70)} | OPTIONAL)
 none = Kind(None, fixed=OPTIONAL)
+HEAD = jax.tree_util.Partial(lambda params, x: x @ params)  # a pytree without leaves
 
 
 def one_per_class(size, dtypes=REAL):
@@ -202,6 +203,23 @@ FUNCTIONS = {
       **options,
     },
   ),
+  "chunked_softmax_cross_entropy": (
+    sj.chunked_softmax_cross_entropy,
+    {"head": HEAD, "params": W, "x": X, "labels": LABELS},
+    {
+      "head": None,
+      "params": None,
+      "x": None,
+      "labels": integers,
+      "class_weights": one_per_class(5),
+      "sample_weights": one_per_row,
+      "ignore_index": ignored,
+      "ignore_invalid": flag,
+      "chunk_size": Kind(None, fixed=SIZES | LARGE | OPTIONAL),
+      "return_aux": flag,
+      **{name: kind for name, kind in options.items() if name != "axis_name"},
+    },
+  ),
   "softmax_entropy": (
     sj.softmax_entropy,
     {"logits": X},
@@ -235,7 +253,12 @@ FUNCTIONS = {
     }.items()
   },
 }
-ARGUMENTS = [(function, name) for function, (_, _, kinds) in FUNCTIONS.items() for name in kinds]
+ARGUMENTS = [  # but for a user's function and the pytrees that it takes
+  (function, name)
+  for function, (_, _, kinds) in FUNCTIONS.items()
+  for name, kind in kinds.items()
+  if kind is not None
+]
 STATIC = (
   *("axis", "axis_name", "reduction", "keepdims", "return_sign", "return_aux", "ignore_invalid"),
   *("vocab_axis", "chunk_size", "num_classes", "logits_sharding"),

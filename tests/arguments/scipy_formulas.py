@@ -61,7 +61,7 @@ def softmax_cross_entropy(
   s = np.ones(losses.shape) if sample_weights is None else sample_weights
   losses = s * losses
   loss = _reduced(losses, reduction, np.sum(s))
-  return (loss, (losses, lse, 0 * losses, np.sum(s))) if return_aux else loss
+  return (loss, (losses, lse, 0 * loss, np.sum(s))) if return_aux else loss
 
 
 def _one_hot(labels, classes):
@@ -97,8 +97,9 @@ def integer_cross_entropy(
   losses = s * np.where(counts, np.where(at_label, losses, np.inf), 0)
   weight = np.sum(np.where(counts, s * w[labels], 0))
   loss = _reduced(losses, reduction, weight)
-  correct = np.sum(np.argmax(np.where(where, logits, -np.inf), -1) == labels)
-  return (loss, (losses, lse, 0 * losses, weight, correct)) if return_aux else loss
+  largest = np.max(np.where(where, logits, -np.inf), -1)
+  correct = np.sum(logits[np.arange(len(labels)), labels] > largest - 1e-6)  # a tie counts
+  return (loss, (losses, lse, 0 * loss, weight, correct)) if return_aux else loss
 
 
 def linear_cross_entropy(
@@ -121,6 +122,10 @@ def linear_cross_entropy(
   z = z if logit_scale is None else logit_scale * z
   z = z if softcap is None else softcap * np.tanh(z / softcap)
   return integer_cross_entropy(z, labels, reduction=reduction, **options)
+
+
+def chunked_cross_entropy(head, params, x, labels, chunk_size=None, reduction="mean", **options):
+  return integer_cross_entropy(head(params, x), labels, reduction=reduction, **options)
 
 
 def _masked(function, fill):
@@ -186,6 +191,7 @@ ORACLE = {
   "softmax_cross_entropy": softmax_cross_entropy,
   "softmax_cross_entropy_with_integer_labels": integer_cross_entropy,
   "linear_softmax_cross_entropy": linear_cross_entropy,
+  "chunked_softmax_cross_entropy": chunked_cross_entropy,
   "softmax_entropy": entropy,
   "softmax_kl_divergence": kl_divergence,
   "softmax_jacobian": _jacobian,

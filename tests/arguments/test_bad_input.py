@@ -10,6 +10,7 @@ import inspect
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from documented_arguments import ARGUMENTS, FUNCTIONS, REFUSED, STATIC
 from outcomes import names_argument, outcome, plain_value, refuses_two_dtypes, wrong_numbers
@@ -67,10 +68,10 @@ def test_a_traced_value_in_place_of_a_static_one(function, argument):
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_what_is_wrong_is_said_inside_of_transformations(function):
   f, good, kinds = FUNCTIONS[function]
-  first, *others = good
-  rest = {name: jnp.asarray(good[name]) for name in others}
-  for argument in kinds:
-    if argument == first:
+  first = next(name for name, x in good.items() if isinstance(x, np.ndarray))
+  rest = {name: jax.tree.map(jnp.asarray, x) for name, x in good.items() if name != first}
+  for argument, kind in kinds.items():
+    if argument == first or kind is None:
       continue
     bad = lambda x, argument=argument: f(**{**rest, first: x, argument: {}})
     for transform in (jax.jit, jax.grad, jax.jacfwd, jax.vmap):

@@ -24,6 +24,8 @@ def _takes(name, value):
     "edge_points": isinstance(value, (list, tuple)) and all(isinstance(p, tuple) for p in value),
     "checks": value is None or (isinstance(value, (list, tuple)) and not value),
     "skip": isinstance(value, (list, tuple)) and not value,
+    "fast": type(value) is bool,
+    "progress": value is None or callable(value),
     "bounds": value is None,
     "max_residual_bytes": value is None or number,
     "name": value is None or isinstance(value, str),
@@ -42,11 +44,11 @@ def test_the_options_of_check_derivatives(option):
   del values["np.timedelta64"]  # of which NumPy says that it is an integer
   for name, make in values.items():
     value = make()
-    if _takes(option, value) and option in ("f", "reference", "jacobian", "kwargs"):
+    if _takes(option, value) and option in ("f", "reference", "jacobian", "kwargs", "progress"):
       continue  # and calls it
     given = {"f": jnp.sin, "checks": [], option: value}
-    if option == "checks" and value is None:
-      continue  # all checks
+    if (option == "checks" and value is None) or (option == "fast" and value is True):
+      continue  # many checks
     _, message = outcome("check_derivatives", lambda given=given: _check(**given))
     if bool(message) == _takes(option, value) or message.startswith("NOT OURS"):
       faults.append(f"{name}: {message}")

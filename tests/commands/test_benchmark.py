@@ -219,7 +219,7 @@ def test_errors_are_counted_in_ulps_and_in_u():
 
 
 @pytest.mark.without("disable_jit")
-@pytest.mark.parametrize("peer", [OURS, "jax.nn", "optax", "torch"])
+@pytest.mark.parametrize("peer", [OURS, "jax.nn", "optax", "distrax", "torch"])
 def test_every_contender_computes_what_the_oracle_does(peer):
   if programs.version(peer) is None:
     pytest.skip(f"{peer} is not installed")
@@ -239,7 +239,7 @@ def test_every_contender_computes_what_the_oracle_does(peer):
       error = suites.worst_errors(line, inputs, {peer: program}, float32)[peer]
       assert error < 100, (peer, line)
       found += 1
-  assert found == {OURS: 19, "jax.nn": 11, "optax": 8, "torch": 19}[peer]
+  assert found == {OURS: 19, "jax.nn": 11, "optax": 8, "distrax": 4, "torch": 19}[peer]
 
 
 def test_lines_at_each_scale_and_rank():
@@ -274,7 +274,7 @@ def test_the_accuracy_suite_tells_digits_from_none():
     ["jax.nn", "optax"], jnp.dtype("float32"), seed=3, only=[("float32", 20), ("bfloat16", 10)]
   )
   by_name = {(row["row"], row["dtype"]): row for row in rows}
-  assert len(by_name) == len(rows) == 10
+  assert len(by_name) == len(rows) == 19
   confident = by_name["loss, label at 1 - 1e-10", "float32"]
   assert confident["relative_errors"]["optax"] > 0.9
   assert confident["errors"][OURS] < 6
@@ -282,6 +282,10 @@ def test_the_accuracy_suite_tells_digits_from_none():
   assert vjp["unit"] == "u"
   assert vjp["errors"]["jax.nn"] > 1e4 > 100 > vjp["errors"][OURS]
   assert by_name["loss", "bfloat16"]["errors"][OURS] < 1
+  near = by_name["KL divergence, logits 0.001 apart", "float32"]
+  assert near["relative_errors"]["optax"] > 10
+  ours = [row["errors"][OURS] for row in rows if row["row"].startswith(("KL", "entropy"))]
+  assert len(ours) == 9 and max(ours) < 16
   for row in rows:
     assert row["classes"] == [10 if row["dtype"] == "bfloat16" else 20]
     assert row["errors_by_classes"] == {name: [error] for name, error in row["errors"].items()}

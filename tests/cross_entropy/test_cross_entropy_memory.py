@@ -22,11 +22,13 @@ every_memory_case = pytest.mark.parametrize(
 )
 
 
-def options_of_width(options, classes):
+def options_of_shape(options, rows, classes):
   values = {option: jnp.asarray(VALUES[option]) for option in options}
   values = {key: x.astype("float32") if x.dtype.kind == "f" else x for key, x in values.items()}
   if "class_weights" in values:
     values["class_weights"] = jnp.linspace(0.5, 2, classes)
+  if "sample_weights" in values:
+    values["sample_weights"] = jnp.linspace(-1, 1, rows)
   return values
 
 
@@ -35,7 +37,7 @@ def test_no_option_saves_an_array_of_the_logits_size(name, options):
   """What jax.vjp returns has the residuals as leaves; with bfloat16 a float32 copy would show."""
   logits = jnp.asarray(random(0, (ROWS, CLASSES)), "bfloat16")
   mask = jnp.asarray(random(1, (ROWS, CLASSES)) < 1.5)
-  values = options_of_width(options, CLASSES)
+  values = options_of_shape(options, ROWS, CLASSES)
   index = values.pop("ignore_index", None)
   fixed = {"where": mask} if index is None else {"where": mask, "ignore_index": index}
   known = [logits, mask]
@@ -68,7 +70,7 @@ def temp_bytes_of_optax(shape):
 def test_no_option_adds_an_array_to_the_compiled_gradient(name, options, traced):
   logits = jax.ShapeDtypeStruct((64, 4096), jnp.float32)
   labels = logits if name == SOFT else jax.ShapeDtypeStruct((64,), jnp.int32)
-  values = options_of_width(options, 4096)
+  values = options_of_shape(options, *logits.shape)
   constants = {} if traced else {k: x if x.ndim else x.item() for k, x in values.items()}
   f = lambda z, t, values: LOSSES[name](z, t, reduction="mean", **values, **constants)
   limit = logits.size

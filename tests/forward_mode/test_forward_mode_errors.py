@@ -111,9 +111,7 @@ def test_errors_of_the_users_own_rules_are_not_disguised():
       transform()
   f = define(spiral, spiral_fwd, lambda _, y_bar: y_bar)
   for transform in (lambda: jax.jvp(f, (X,), (V,)), lambda: jax.grad(total(f))(X)):
-    with pytest.raises(
-      TypeError, match=r"^Custom VJP bwd rule must produce an output with the sam"
-    ):
+    with pytest.raises(TypeError, match=r"^Custom VJP bwd rule .*must produce a"):
       transform()
 
 

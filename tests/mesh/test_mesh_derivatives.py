@@ -78,6 +78,8 @@ SHARED = "masked softmax", "soft labels, every option", "linear"
 
 @pytest.mark.parametrize("case", quick_or_long(SHARED, ["masked softmax"]))
 def test_gradients_of_what_the_batch_shares_are_added_up_over_its_axis(case):
+  if getattr(jax.config, "jax_custom_jvp3", False):
+    pytest.skip("JAX does not add them up for its own custom_jvp functions")
   g, local, args, count = on_mesh(case)
   args = batched(args[0]), *map(wide, args[1:])
   in_axes = (0,) + (None,) * (len(args) - 1)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.experimental.hijax
 import pytest
 
 import softmax_jax
@@ -16,6 +18,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 BEYOND = [path for path in MODULES if path.parent == PACKAGE / "_forward_mode"]
 # If a release of JAX breaks one of these, softmax_jax/_forward_mode is what has to change.
 USED = {
+  "jax.experimental.hijax",
+  "jax.experimental.hijax.Zero",
+  "jax.extend.core.Literal",
   "jax.extend.core.Primitive",
   "jax.extend.core.jaxpr_as_fun",
   "jax.extend.core.set_current_trace",
@@ -26,8 +31,16 @@ USED = {
   "jax.interpreters.mlir",
   "jax.interpreters.partial_eval.JaxprTracer",
 }
-NOT_DOCUMENTED = ("jax._src", "jax.extend", "jax.interpreters", "jaxlib")
-ATTRIBUTES = {"fun", "fwd", "bwd", "symbolic_zeros", "nondiff_argnums"}  # of a jax.custom_vjp
+FROM_0_12 = {
+  "jax.experimental.hijax.ValAccum",
+  "jax.experimental.hijax.jvp_from_lin",
+  "jax.experimental.hijax.vmap_rule",
+}
+NOT_DOCUMENTED = ("jax._src", "jax.experimental.hijax", "jax.extend", "jax.interpreters", "jaxlib")
+# Of a jax.custom_vjp.
+ATTRIBUTES = {"fun", "fwd", "bwd", "symbolic_zeros", "nondiff_argnums", "optimize_remat"}
+ATTRIBUTES_FROM_0_12 = {"generic_batching"}
+NEW = jax.__version_info__ >= (0, 12)
 
 
 def imported(path):
@@ -57,22 +70,55 @@ def undocumented(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_one_package_alone_goes_beyond_the_public_api(path):
-  assert undocumented(path) <= (USED if path in BEYOND else set())
+  assert undocumented(path) <= (USED | FROM_0_12 if path in BEYOND else set())
 
 
 def test_it_uses_what_it_names():
-  assert set().union(*map(undocumented, BEYOND)) == USED
-  used = {name.split(".")[-1] for path in BEYOND for name in attributes(path)} & ATTRIBUTES
-  assert used == ATTRIBUTES
+  assert set().union(*map(undocumented, BEYOND)) == USED | FROM_0_12
+  of_functions = ATTRIBUTES | ATTRIBUTES_FROM_0_12
+  used = {name.split(".")[-1] for path in BEYOND for name in attributes(path)} & of_functions
+  assert used == of_functions
   text = (PACKAGE / "_forward_mode" / "__init__.py").read_text(encoding="utf-8").split('"""')[1]
-  for name in {name.split(".")[-1] for name in USED} | ATTRIBUTES:
+  for name in {name.split(".")[-1] for name in USED | FROM_0_12} | of_functions:
     assert re.search(rf"`[\w.]*\b{name}`", text), name
 
 
-@pytest.mark.parametrize("name", sorted(USED))
+def broken(name):
+  return f"JAX {jax.__version__} has no {name} any more: softmax_jax/_forward_mode has to change"
+
+
+@pytest.mark.parametrize("name", sorted(USED | FROM_0_12 if NEW else USED))
 def test_it_exists_in_this_jax(name):
   module, _, attribute = name.rpartition(".")
-  assert hasattr(importlib.import_module(module), attribute) or importlib.import_module(name)
+  if not hasattr(importlib.import_module(module), attribute):
+    try:
+      importlib.import_module(name)
+    except ModuleNotFoundError:
+      pytest.fail(broken(name))
+
+
+def test_custom_vjp_functions_of_this_jax_have_their_attributes():
+  f = jax.custom_vjp(lambda x: x)
+  for name in ATTRIBUTES | ATTRIBUTES_FROM_0_12 if NEW else ATTRIBUTES:
+    assert hasattr(f, name), broken(f"jax.custom_vjp.{name}")
+
+
+@pytest.mark.skipif(not NEW, reason="not supported before JAX 0.12")
+def test_custom_vjp_primitives_of_this_jax_have_their_attributes():
+  f = jax.custom_vjp(lambda x: x)
+  f.defvjp(lambda x: (x, None), lambda _, y_bar: (y_bar,), generic_batching=True)
+  (equation,) = jax.make_jaxpr(f)(1.0).eqns
+  primitive = equation.params.get("_prim")
+  assert isinstance(primitive, jax.experimental.hijax.HiPrim), broken("HiPrim for jax.custom_vjp")
+  for name in (
+    "opt_remat",
+    "remat_rules",
+    "in_avals_flat",
+    "out_avals_flat",
+    "in_tree",
+    "out_tree",
+  ):
+    assert hasattr(primitive, name), broken(f"{name} of a custom_vjp primitive")
 
 
 def loaded_by(statement, before="import jax"):

@@ -5,7 +5,7 @@ MISUSE = """
 import jax.numpy as jnp, softmax_jax
 from softmax_jax import derivatives, enable_forward_mode, linear_softmax_cross_entropy
 from softmax_jax import log_softmax, logsumexp, softmax, softmax_cross_entropy
-from softmax_jax import softmax_kl_divergence
+from softmax_jax import chunked_softmax_cross_entropy, softmax_kl_divergence
 from softmax_jax import softmax_cross_entropy_with_integer_labels
 from softmax_jax.verify import check_derivatives
 
@@ -32,6 +32,7 @@ linear_softmax_cross_entropy(x, weight, labels, sample_weights="all")  # reportA
 derivatives.softmax_jvp(x)  # reportCallIssue
 derivatives.softmax_hessian(x)  # reportAttributeAccessIssue
 softmax_jax.verifier  # reportAttributeAccessIssue
+chunked_softmax_cross_entropy(weight, weight, x, labels)  # reportArgumentType
 enable_forward_mode(x)  # reportArgumentType
 enable_forward_mode(softmax, tangent="rule")  # reportArgumentType
 enable_forward_mode(softmax)("logits")  # reportArgumentType

@@ -33,6 +33,22 @@ def test_checks_and_skip_choose():
   assert all(describe_checks().values()) or sys.flags.optimize == 2
 
 
+def test_fast_leaves_out_what_compiles_much_and_says_so():
+  done = []
+  report = check_derivatives(
+    jnp.sin, X, edge_points=[(X,)], skip="jvp", fast=True, progress=lambda *x: done.append(x)
+  ).raise_if_failed()
+  assert {"jvp", "jit", "second_order", "jacobian"} <= set(report.left_out)
+  assert not any(name in row.check for row in report.rows for name in report.left_out)
+  assert "\nNot looked at: each_argument, jvp, " in str(report)
+  assert [(i, number) for i, number, _ in done] == [(i + 1, 10) for i in range(10)]
+  assert done[0][2] == "value"
+  assert report.to_dict()["left_out"] == list(report.left_out) == list((report + report).left_out)
+  for options in ({"fast": True, "checks": ["vjp"]}, {"fast": 1}, {"progress": 1}):
+    with pytest.raises((TypeError, ValueError), match=r"fast|progress"):
+      check_derivatives(jnp.sin, X, **options)
+
+
 def test_seed_decides_and_arguments_are_left_alone():
   x = X.copy()
   first, again, other = (

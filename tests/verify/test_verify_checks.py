@@ -334,3 +334,13 @@ def test_second_derivatives_that_nothing_tells_are_skipped_at_an_edge_point(f, x
   reasons = [row.reason for row in report.rows if "second_order" in row.check and row.reason]
   assert any(r.startswith(reason) for r in reasons)
   assert len(set(reasons)) == len(reasons)  # each is told once
+
+
+def test_a_failure_says_what_may_be_right_all_the_same():
+  def root(a):
+    off = lambda x: jnp.max(jnp.abs(x * x - a)) > 1e-2
+    return jax.lax.while_loop(off, lambda x: (x + a / x) / 2, jnp.ones_like(a))
+
+  f = with_rule(root, lambda x, u: u / (2 * jnp.sqrt(x)))
+  (row,) = check_derivatives(f, jnp.array([2.0, 3.0]), checks=["finite_differences"]).failed
+  assert row.reason == "right to the tolerance of a solver? f has a while loop"

@@ -43,6 +43,16 @@ def module(tmp_path, monkeypatch):
 
       def flagged(x, flag):
         return x if flag else -x
+
+      def noisy(key, p):
+        return p["w"] * jax.random.normal(key, p["w"].shape)
+
+      def drop(key, x):
+        return jnp.where(jax.random.bernoulli(key, 0.5, x.shape), 2 * x, 0)
+
+      example = (jax.random.key(0), {"w": jnp.arange(1.0, 4)})
+      def make():
+        return example
     """)
   )
   monkeypatch.chdir(tmp_path)
@@ -64,7 +74,8 @@ def test_a_function_that_is_right(capsys, module):
   assert code == 0
   assert err == ""
   lines = out.splitlines()
-  assert [line.split()[1] for line in lines[2:-1]] == ["value", "vjp", "finite_differences"]
+  assert [line.split()[0] for line in lines[2:5]] == ["value", "vjp", "finite_differences"]
+  assert lines[5].startswith("Not looked at: repeated, each_output, ")
   assert lines[-1].startswith("3 passed, 0 failed, 0 skipped in ")
 
 
@@ -103,11 +114,22 @@ def test_axis_and_float64(capsys):
   code, out, _ = run(
     capsys,
     *("softmax_jax:softmax", "--shape", "3,2", "--dtype", "float64", "--axis", "0"),
-    *("--reference", "jax.nn:softmax", "--checks", "vjp", "--seed", "3"),
+    *("--reference", "jax.nn:softmax", "--checks", "vjp", "--seed", "3", "--json"),
   )
   assert code == 0
-  assert "float64" in out
-  assert "[3, 2]" in out
+  (row,) = json.loads(out)["rows"]
+  assert (row["dtype"], row["shape"]) == ("float64", [3, 2])
+
+
+@pytest.mark.parametrize(
+  "words",
+  ["{0}:noisy --arguments {0}:example", "{0}:noisy --arguments {0}:make", "{0}:drop --args :key 4"],
+)
+def test_pytrees_and_keys_of_random_numbers(capsys, module, words):
+  code, out, _ = run(capsys, *words.format(module).split(), "--checks", "vjp")
+  assert code == 0
+  assert out.startswith(f"{module}:")
+  assert "1 passed" in out
 
 
 @pytest.mark.parametrize(
@@ -121,7 +143,10 @@ def test_axis_and_float64(capsys):
     ("{module}:wrong --shape 4,x", "'--shape': expected sizes with commas between"),
     ("{module}:wrong --dtype f32", "'--dtype': 'f32' is not one of 'float16'"),
     ("{module}:wrong --args 4 --shape 4", "--shape is not allowed with --args"),
+    ("{module}:wrong --arguments {module}:example --shape 4", "--shape is not allowed with"),
+    ("{module}:wrong --arguments {module}:number", "{module}:number to be a tuple of arguments"),
     ("{module}:wrong --checks vpj", "'--checks': 'vpj' is not one of 'value'"),
+    ("{module}:wrong --checks vjp --fast", "--fast is not allowed with --checks"),
     ("{module}:wrong --kwarg x", "'--kwarg': expected NAME=VALUE, got 'x'"),
     ("{module}:wrong --reference nowhere:f", "--reference: cannot import nowhere"),
     (
@@ -160,7 +185,8 @@ def test_the_library(capsys, monkeypatch):
   code, out, _ = run(capsys)
   assert code == 1
   assert "2 passed, 2 failed, 0 skipped" in out
-  assert "log_softmax  vjp" in out  # the rows that failed, in full
+  assert out.endswith("\nExit code 1: 2 checks have failed.\n")
+  assert "expected" in out.split("log_softmax:")[1]  # what is wrong, in a line for each row
 
 
 def test_help_in_a_process_of_its_own():

@@ -44,3 +44,8 @@ _ORDER = (
   *(structure, residuals, traces, edge_points),
 )
 CHECKS = {check.__name__: check for check in _ORDER}
+# Those that compile little, of which a small function needs less than a second.
+FAST = (
+  *("value", "vjp", "repeated", "each_output", "finite_differences", "jvp", "dot_product"),
+  *("linearity", "vmap_batch", "structure", "edge_points"),
+)

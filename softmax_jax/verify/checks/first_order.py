@@ -18,6 +18,7 @@ from softmax_jax.verify.checks.common import (
   pulled,
 )
 from softmax_jax.verify.checks.confirmation import cotangents, differences
+from softmax_jax.verify.checks.location import located
 from softmax_jax.verify.problem import Arrays, Leaves
 from softmax_jax.verify.report import Row, Skip
 from softmax_jax.verify.verifier import Comparison, Verifier
@@ -193,6 +194,7 @@ def finite_differences(v: Verifier) -> list[Row]:
     one = [d for d in failed if d.argument in v.problem.names and d.output]
     one = one or [d for d in failed if d.argument in v.problem.names or d.output]
     rows = v.rows("finite_differences", [d.judged for d in one or found])
+    rows = [located(v, row, found) if row.status == "failed" else row for row in rows]
   if v.own is v.oracle or v.own.narrow:
     return rows
 
