@@ -113,7 +113,8 @@ def logits(inputs: Inputs, index: jax.Array, static: Static) -> tuple[Inputs, ja
     return lax.dynamic_update_slice_in_dim(y, inputs.logit_scale * y_block, first, 1)
 
   def bound(z: jax.Array, first: Any, size: int) -> jax.Array:
-    z_block = _bounded(lax.dynamic_slice_in_dim(y, first, size, 1), first, inputs, static)
+    classes = static.rows.first_entry(z.shape[1]) + first + jnp.arange(size)[None]
+    z_block = bounded(lax.dynamic_slice_in_dim(y, first, size, 1), classes, inputs, static)
     return lax.dynamic_update_slice_in_dim(z, z_block, first, 1)
 
   if inputs.bias is not None:
@@ -127,20 +128,11 @@ def logits(inputs: Inputs, index: jax.Array, static: Static) -> tuple[Inputs, ja
   return inputs, y, z
 
 
-def _bounded(y_block: jax.Array, first: Any, inputs: Inputs, static: Static) -> jax.Array:
-  """The logits of the loss from those before the softcap, for a block of classes."""
-  z_block = capped(y_block, inputs.softcap)
-  if static.padded:  # padding has the probability 0
-    size = y_block.shape[1]
-    num_columns = inputs.weight.shape[static.projection.vocab_axis]
-    classes = static.rows.first_entry(num_columns) + first + jnp.arange(size)
-    z_block = jnp.where(classes[None] < static.num_classes, z_block, -jnp.inf)
-  return z_block
-
-
-def label_logit(y: jax.Array, position: Label, inputs: Inputs) -> jax.Array:
-  """The logit of the label. It is cut out before the softcap: z would be written to cut it out."""
-  return capped(position.take(y, 1), inputs.softcap)
+def bounded(y: jax.Array, classes: jax.Array, inputs: Inputs, static: Static) -> jax.Array:
+  """The logits of the loss from those before the softcap, of these classes of all devices."""
+  z = capped(y, inputs.softcap)
+  # Padding has the probability 0.
+  return jnp.where(classes < static.num_classes, z, -jnp.inf) if static.padded else z
 
 
 def _scale(
@@ -225,16 +217,19 @@ def add_gradients(
     def add(x: jax.Array, part: jax.Array, axis: int) -> jax.Array:
       return lax.dynamic_update_slice_in_dim(x, cut(x, axis) + part, first, axis)
 
+    first_class = static.rows.first_entry(num_classes) + first
     y_block, z_block = cut(y), cut(z)
     if inputs.softcap is not None:
       # Again, and without XLA seeing that: it would keep z beside y since the normalizer.
       y_block = lax.optimization_barrier(y_block)
-      z_block = _bounded(y_block, first, inputs, static)
+      z_block = bounded(y_block, first_class + jnp.arange(size)[None], inputs, static)
     here = (label >= first) & (label < first + size)
     index_in_block = jnp.where(here, label - first, 0)
+    # Cut out before the softcap: z would be written to cut it out.
+    y_t = Label.of(index_in_block, size, Rows((1,))).take(y_block, 1)
     z_bar = integer.logits_bar(  # a_j (g + nll_bar) - delta_tj nll_bar
       z_block,
-      label_logit(y_block, Label.of(index_in_block, size, Rows((1,))), inputs),
+      bounded(y_t, first_class + index_in_block, inputs, static),
       index_in_block,
       s,
       jnp.where(here, g, g + bars.nll),

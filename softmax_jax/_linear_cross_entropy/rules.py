@@ -30,14 +30,18 @@ from softmax_jax._linear_cross_entropy.gradients import (
   add_gradients,
   as_gradients,
   features_that_count,
-  label_logit,
   logits,
   over_all_chunks,
   poison_of,
   zeros,
 )
 from softmax_jax._linear_cross_entropy.partition import with_loops
-from softmax_jax._linear_cross_entropy.projection import Inputs, capped_tangent, scaled_tangent
+from softmax_jax._linear_cross_entropy.projection import (
+  Inputs,
+  capped,
+  capped_tangent,
+  scaled_tangent,
+)
 from softmax_jax._normalizer import Normalizer
 from softmax_jax._products import scale_or_zero
 
@@ -105,7 +109,8 @@ def _of_logits(
   inputs: Inputs, index: jax.Array, y: jax.Array, z: jax.Array, static: Static
 ) -> tuple[PerRow, integer.Residuals]:
   """What the rule of the dense loss returns for a chunk."""
-  z_t = label_logit(y, Label.of(index, y.shape[1], static.rows), inputs)
+  # Cut out before the softcap: z would be written to cut it out.
+  z_t = capped(Label.of(index, y.shape[1], static.rows).take(y, 1), inputs.softcap)
   return integer.fwd(z, index, None, inputs.class_weights, None, static.dense, z_t)
 
 
