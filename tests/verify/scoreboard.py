@@ -4,8 +4,8 @@
 
 runs each tool on the wrong rules of `corpus_wrong.py` and on their right twins, then
 `check_derivatives` on the right functions of `corpus_right.py`. Results are appended to the file;
-what it holds already is not run again. The numbers are those of the table in docs/reference/verify.rst. It
-needs chex, equinox, flax and optax.
+what it holds already is not run again. The numbers are those of the table in
+docs/reference/verify.rst. It needs chex, equinox, flax and optax.
 """
 
 import collections
