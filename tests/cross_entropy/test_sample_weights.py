@@ -125,16 +125,25 @@ def test_the_derivative_by_a_weight_of_0_is_the_loss(name, reduction):
   f, x = LOSSES[name]
   total = lambda x, s: jnp.sum(f(x, s, LABELS, reduction=reduction, **OPTIONS))
   losses = lambda x: f(x, None, LABELS, reduction="none", **OPTIONS)
-  by_weight = jax.grad(total, 1)
-  assert relative_error(by_weight(x, WEIGHTS), losses(x)) < 2e-6
-  forward = jax.jvp(lambda s: total(x, s), (WEIGHTS,), (1.0 * ZERO,))[1]
-  np.testing.assert_allclose(forward, np.sum(losses(x)[ZERO]), rtol=2e-6)
-  gradient = jax.grad(lambda x: jnp.sum(losses(x)))(x)
-  mixed = jax.jacfwd(jax.grad(total), 1)(x, WEIGHTS)
+  loss_of_all = lambda x: jnp.sum(losses(x))
+
+  @jax.jit
+  def found(x):
+    return (
+      losses(x),
+      jax.grad(total, 1)(x, WEIGHTS),
+      jax.jvp(lambda s: total(x, s), (WEIGHTS,), (1.0 * ZERO,))[1],
+      jax.grad(loss_of_all)(x),
+      jax.jacfwd(jax.grad(total), 1)(x, WEIGHTS),
+      jax.jacrev(jax.grad(total, 1))(x, WEIGHTS),
+    )
+
+  expected, by_weight, forward, gradient, mixed, mixed_in_reverse = found(x)
+  assert relative_error(by_weight, expected) < 2e-6
+  np.testing.assert_allclose(forward, np.sum(expected[ZERO]), rtol=2e-6)
   rows = np.arange(ROWS)
   assert relative_error(mixed[rows, :, rows], gradient) < 5e-6
-  mixed = jax.jacrev(by_weight)(x, WEIGHTS)
-  assert relative_error(mixed[rows, rows], gradient) < 5e-6
+  assert relative_error(mixed_in_reverse[rows, rows], gradient) < 5e-6
 
 
 @each_loss

@@ -80,7 +80,7 @@ def test_a_wrong_entry_is_found_where_the_jacobian_is_too_large():
   g = jax.custom_vjp(lambda p, x: (p["w"] * x, x**2))
   g.defvjp(lambda p, x: (g(p, x), (p, x)), lambda r, u: wrong_in_one_entry(*r, *u))
   row = check_derivatives(g, {"w": y}, z, checks=["finite_differences"]).failed[0]
-  assert (row.of, row.index) == ("gradient of args[0]['w']", (4, 1))
+  assert (row.of, row.index) == ("gradient of args[0]['w'] by out[0]", (4, 1))
   assert row.expected == pytest.approx(2 * row.got)
 
 

@@ -69,5 +69,10 @@ def _entries(v: Verifier, point: Point, failed: Difference) -> list[dict[str, ob
   x, size = point.xs[j], float(point.vs[j].flat[k])
   index = tuple(int(i) for i in np.unravel_index(k, x.shape))
   numbers = {"got": (right + off) / size, "expected": right / size}
-  name = {"of": f"gradient of {names[j]}", "shape": x.shape, "dtype": str(v.problem.xs[j].dtype)}
+  by = f" by {failed.output}" if failed.output else ""
+  name = {
+    "of": f"gradient of {names[j]}{by}",
+    "shape": x.shape,
+    "dtype": str(v.problem.xs[j].dtype),
+  }
   return [{**name, "index": index, **numbers}]
