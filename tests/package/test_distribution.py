@@ -112,4 +112,6 @@ def test_tests_run_from_the_sdist(built, tmp_path):
   )
   environment = {**os.environ, "PYTHONPATH": str(folder)}
   report = run(sys.executable, "-m", "pytest", "-n", "0", *tests, cwd=folder, env=environment)
-  assert re.fullmatch(r"=+ \d+ passed in .* =+", report.strip().splitlines()[-1]), report
+  # Before JAX 0.12 one is skipped, of what only newer ones have.
+  summary = report.strip().splitlines()[-1]
+  assert re.fullmatch(r"=+ \d+ passed(, 1 skipped)? in .* =+", summary), report
