@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from softmax_jax import _devices as devices
 from softmax_jax._arguments import compute_dtype
 from softmax_jax._chunked_cross_entropy.rule import Shared, Static, Tokens, losses_in_chunks
 from softmax_jax._cross_entropy import options
@@ -120,7 +121,8 @@ def chunked_softmax_cross_entropy(
       each from the features of its own token alone. What JAX traces must come to it in
       ``params`` or ``x``, not by closing over it. Random numbers must come from keys in ``x``, one
       per token: a key in ``params`` draws the same for each chunk. Outside of `jax.jit`, pass the
-      same function in each call: every other one is compiled anew.
+      same function in each call: every other one is compiled anew. As there, the function, or the
+      object it is a method of, is read once: it must not change.
     params: a pytree of arrays; those of a floating dtype are differentiable.
     x: features, a pytree of arrays ``[*B, ...]``; those of a floating dtype are differentiable.
     labels: integers ``[*B]`` in ``[0, V)`` of any integer dtype; not differentiable. A label out of
@@ -130,10 +132,10 @@ def chunked_softmax_cross_entropy(
     z_loss: the coefficient of the squared log-normalizer; a scalar, differentiable.
     class_weights: optional weights ``[V]`` of the classes, differentiable.
     sample_weights: optional weights ``[*B]`` of the tokens, of any sign, differentiable. A token of
-      weight 0 does not count, whatever its label and its logits; the head must be differentiable at
-      its features.
-    ignore_index: optional integer; tokens with this label do not count. Nor does what their logits
-      hold; the head must be differentiable at their features.
+      weight 0 does not count, whatever its label and its logits. But features of NaN make the
+      gradients by ``params`` NaN, as the head sees them: replace them before.
+    ignore_index: optional integer; tokens with this label do not count, whatever their logits hold.
+      What is said of features of NaN holds for them too.
     ignore_invalid: whether tokens whose label is out of range do not count either, a static bool.
     reduction: "mean" (the sum divided by the sum over the tokens that count of the sample weight
       times the class weight of the label; 0 where that is 0), "sum", or "none" for one loss per
@@ -142,7 +144,8 @@ def chunked_softmax_cross_entropy(
       stands for as many as have logits of 512 MiB in float32, but for no more than T / 4 beyond 128
       MiB; or for somewhat fewer (half as many at least) that divide T. A chunk is made of every
       n-th token, so that with automatic sharding each device computes its own; the gradients by
-      what the devices share are then added up once for each chunk.
+      what the devices share are then added up once for each chunk. With explicit axes it must
+      divide T, and the devices must divide it.
     return_aux: whether to return a `CrossEntropyAux` with the log-normalizer of each token, the
       part that the z-loss adds, the sum of the weights, all differentiable like the loss, and the
       number of right predictions too. If one that depends on the logits is differentiated, the
@@ -217,6 +220,8 @@ def chunked_softmax_cross_entropy(
   tokens = Tokens(x, index, samples)
   tokens = jax.tree.map(lambda a: a.reshape(num_tokens, *a.shape[len(rows) :]), tokens)
   leaves, tree = jax.tree.flatten((shared, tokens))
+  # Before the rule, so that what the devices of a `jax.shard_map` share is summed over them once.
+  leaves = list(devices.varying_alike(*leaves))
   dense = DenseStatic(
     rows=Rows((1,), None),
     num_classes=num_classes,

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
+from softmax_jax import _devices as devices
 from softmax_jax._arrays import compiled
 from softmax_jax._cross_entropy import options
 from softmax_jax._cross_entropy.integer_rule import Static as DenseStatic
@@ -190,7 +191,12 @@ def _gradients(
     (part, of_tokens), pull = jax.vjp(of_wanted, wanted.of(chunk))
     if of_tokens_bar is None:
       of_tokens_bar = jax.tree.map(jnp.zeros_like, of_tokens)
-    (gradients,) = pull((bar, of_tokens_bar))
+    # With the types of the outputs, which may be spread over a mesh.
+    (gradients,) = pull(
+      jax.tree.map(
+        lambda y, y_bar: jnp.zeros_like(y) + y_bar, (part, of_tokens), (bar, of_tokens_bar)
+      )
+    )
     added = [s + g.astype(s.dtype) for s, g in zip(sums[:num_sums], gradients, strict=False)]
     parts = zip(sums[num_sums:], gradients[num_sums:], strict=True)
     return (total + part, [*added, *(put(s, g) for s, g in parts)]), of_tokens
@@ -219,6 +225,10 @@ def _tangent(static: Static, residuals: Any, args_dot: tuple[Any, ...]) -> Outpu
 
 
 def _over_chunks(static: Static, body: Any, carry: Any, tokens: Any) -> Any:
+  # A loop keeps the types of what it carries, which vary over the axes of a `jax.shard_map`.
+  sums, tree = jax.tree.flatten(carry)
+  varying = devices.varying_alike(*sums, *jax.tree.leaves(tokens))
+  carry = jax.tree.unflatten(tree, varying[: len(sums)])
   # Of every n-th token, so that with automatic sharding each device cuts its own.
   return over_chunks(body, carry, tokens, static.chunk_size, of_neighbors=False)
 

@@ -144,9 +144,9 @@ class LinearArguments(Arguments):
     return head
 
   def logits_of_head(self, head: Any, params: Any, x: Any, rows: tuple[int, ...]) -> Any:
-    """The shape and dtype of the logits of one token, after a check that these are logits."""
-    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[len(rows) :]), a.dtype), x)
-    jaxpr, logits = jax.make_jaxpr(head, return_shape=True)(params, one)
+    """The shape and dtype of the logits of two tokens, after a check that these are logits."""
+    two = jax.tree.map(lambda a: jax.ShapeDtypeStruct((2, *a.shape[len(rows) :]), a.dtype), x)
+    jaxpr, logits = jax.make_jaxpr(head, return_shape=True)(params, two)
     for const in jaxpr.consts:
       if not is_concrete(const):
         raise ValueError(
@@ -163,10 +163,10 @@ class LinearArguments(Arguments):
         f"{self} expected head(params, x) to return logits of a floating dtype of at least 16 "
         f"bits, got {logits.dtype}."
       )
-    if len(logits.shape) != 2 or logits.shape[0] != 1:
+    if len(logits.shape) != 2 or logits.shape[0] != 2:
       raise ValueError(
-        f"{self} expected head(params, x) to return one row of logits per token, [1, V] for one "
-        f"token of labels of shape {rows}, got shape {logits.shape}."
+        f"{self} expected head(params, x) to return one row of logits per token, [2, V] for two "
+        f"tokens of labels of shape {rows}, got shape {logits.shape}."
       )
     return logits
 

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from oracle import random, relative_error
 
 from softmax_jax import chunked_softmax_cross_entropy as chunked
@@ -174,6 +176,35 @@ def test_integer_parameters_and_a_closure_over_known_arrays():
   assert relative_error(in_chunks["weight"], gradient(dense)["weight"]) < 1e-6
 
 
+@pytest.mark.devices(2)
+@pytest.mark.parametrize("kind", ["manual", "explicit", "automatic"])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_tokens_spread_over_devices(kind, reduction):
+  axis_type = AxisType.Explicit if kind == "explicit" else AxisType.Auto
+  mesh = jax.make_mesh((2,), ("d",), axis_types=(axis_type,), devices=jax.devices()[:2])
+  weight, x = jnp.asarray(random(1, (H, V))), jnp.asarray(random(0, (8, H)))
+  labels = jnp.arange(8) % V
+
+  def loss(weight, x, labels):
+    f = functools.partial(chunked, of_matrix, reduction=reduction, chunk_size=2)
+    if kind != "manual":
+      return jnp.sum(f(weight, x, labels))
+    summed = lambda *args: jax.lax.psum(jnp.sum(f(*args)), "d")
+    in_specs = P(), P("d"), P("d")
+    return jax.shard_map(summed, mesh=mesh, in_specs=in_specs, out_specs=P())(weight, x, labels)
+
+  expected = jax.grad(lambda *args: dense(of_matrix, *args, "sum"), (0, 1))(weight, x, labels)
+  specs = P(), P("d"), P("d")
+  args = [
+    jax.device_put(a, NamedSharding(mesh, spec))
+    for a, spec in zip((weight, x, labels), specs, strict=True)
+  ]
+  with jax.set_mesh(mesh):
+    actual = jax.jit(jax.grad(loss, (0, 1)))(*args)
+  for a, b in zip(actual, expected, strict=True):
+    assert relative_error(a, b) < 1e-6
+
+
 def test_what_cannot_be_hashed_is_a_head_too():
   class Model:
     __hash__ = None
@@ -229,11 +260,17 @@ ERRORS = {
     f"{NAME} expected head(params, x) to return logits of a floating dtype of at least 16 bits, "
     "got int32.",
   ),
+  "one row for all tokens": (
+    lambda: chunked(lambda w, x: (x @ w)[:1], WEIGHT, X, INDEX),
+    ValueError,
+    f"{NAME} expected head(params, x) to return one row of logits per token, [2, V] for two "
+    "tokens of labels of shape (4,), got shape (1, 7).",
+  ),
   "one number per token": (
     lambda: chunked(lambda w, x: x[:, 0], WEIGHT, X, INDEX),
     ValueError,
-    f"{NAME} expected head(params, x) to return one row of logits per token, [1, V] for one "
-    "token of labels of shape (4,), got shape (1,).",
+    f"{NAME} expected head(params, x) to return one row of logits per token, [2, V] for two "
+    "tokens of labels of shape (4,), got shape (2,).",
   ),
 }
 
