@@ -19,11 +19,10 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from softmax_jax import _devices as devices
-from softmax_jax._arrays import compiled
 from softmax_jax._cross_entropy import options
 from softmax_jax._cross_entropy.integer_rule import Static as DenseStatic
 from softmax_jax._cross_entropy.integer_rule import integer_cross_entropy
-from softmax_jax._forward_mode import enable_forward_mode
+from softmax_jax._forward_mode import enable_forward_mode, rule_with_loops
 from softmax_jax._linear_cross_entropy.chunks import Put, over_chunks
 from softmax_jax._products import scale_or_zero
 
@@ -127,11 +126,16 @@ def _of_chunk(static: Static, leaves: Leaves) -> Outputs:
   return jnp.sum(loss), OfTokens(loss, aux.nll, aux.lse, aux.z_loss, per_row.right)
 
 
+# Compiled: outside of `jax.jit` a loop would be compiled in every call.
+_with_loops = functools.partial(rule_with_loops, static_argnums=0)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _rule(leaves: Leaves, static: Static) -> Outputs:
   return _forward(static, leaves)
 
 
+@_with_loops
 def _forward(static: Static, leaves: Leaves) -> Outputs:
   shared, tokens = leaves[: static.num_shared], leaves[static.num_shared :]
 
@@ -167,6 +171,7 @@ def _bwd(static: Static, residuals: Any, bars: Any) -> tuple[list[Any]]:
   return ([next(scaled).astype(x.dtype) if is_wanted else None for x, is_wanted in pairs],)
 
 
+@_with_loops
 def _gradients(
   static: Static, leaves: Leaves, wanted: _Wanted, bar: jax.Array, bars: OfTokens | None
 ) -> tuple[Outputs, list[jax.Array]]:
@@ -205,6 +210,7 @@ def _gradients(
   return (total, of_tokens), gradients
 
 
+@_with_loops
 def _tangent(static: Static, residuals: Any, args_dot: tuple[Any, ...]) -> Outputs:
   _, leaves, _ = residuals
   (dots,) = args_dot
@@ -246,5 +252,4 @@ def _is_inexact(x: jax.Array) -> bool:
 
 
 _rule.defvjp(_fwd, _bwd, symbolic_zeros=True)
-# Compiled: outside of `jax.jit` its loops would be compiled in every call.
-losses_in_chunks = compiled(enable_forward_mode(_rule, tangent=_tangent), static_argnums=1)
+losses_in_chunks = enable_forward_mode(_rule, tangent=_tangent)
