@@ -146,7 +146,9 @@ class LinearArguments(Arguments):
   def logits_of_head(self, head: Any, params: Any, x: Any, rows: tuple[int, ...]) -> Any:
     """The shape and dtype of the logits of two tokens, after a check that these are logits."""
     two = jax.tree.map(lambda a: jax.ShapeDtypeStruct((2, *a.shape[len(rows) :]), a.dtype), x)
-    jaxpr, logits = jax.make_jaxpr(head, return_shape=True)(params, two)
+    # A new function each time: of one that lives on JAX would keep a little for each call.
+    traced = jax.make_jaxpr(lambda params, x: head(params, x), return_shape=True)
+    jaxpr, logits = traced(params, two)
     for const in jaxpr.consts:
       if not is_concrete(const):
         raise ValueError(
