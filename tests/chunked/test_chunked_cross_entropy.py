@@ -141,7 +141,8 @@ def test_the_head_runs_once_and_what_is_frozen_takes_no_product():
 
 def test_no_array_is_as_large_as_all_logits():
   n, large = 64, 512
-  args = jnp.ones((H, large)), jnp.ones((n, H)), jnp.zeros(n, jnp.int32)
+  weight, x = (jnp.ones(shape, jnp.float32) for shape in ((H, large), (n, H)))
+  args = weight, x, jnp.zeros(n, jnp.int32)
   loss = lambda w, x, labels: chunked(of_matrix, w, x, labels, chunk_size=8)
   tangent = lambda *args: jax.jvp(
     jax.grad(lambda w: loss(w, *args[1:])), args[:1], (jnp.ones_like(args[0]),)
@@ -225,7 +226,8 @@ def test_without_tokens_and_with_a_single_one(shape):
 
 
 NAME = "chunked_softmax_cross_entropy"
-X, WEIGHT, INDEX = jnp.ones((4, H)), jnp.ones((H, V)), jnp.zeros(4, jnp.int32)
+X, WEIGHT = (jnp.ones(shape, jnp.float32) for shape in ((4, H), (H, V)))
+INDEX = jnp.zeros(4, jnp.int32)
 ERRORS = {
   "no function": (
     lambda: chunked(WEIGHT, WEIGHT, X, INDEX),

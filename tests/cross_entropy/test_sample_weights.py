@@ -132,7 +132,7 @@ def test_the_derivative_by_a_weight_of_0_is_the_loss(name, reduction):
     return (
       losses(x),
       jax.grad(total, 1)(x, WEIGHTS),
-      jax.jvp(lambda s: total(x, s), (WEIGHTS,), (1.0 * ZERO,))[1],
+      jax.jvp(lambda s: total(x, s), (WEIGHTS,), (ZERO.astype(WEIGHTS.dtype),))[1],
       jax.grad(loss_of_all)(x),
       jax.jacfwd(jax.grad(total), 1)(x, WEIGHTS),
       jax.jacrev(jax.grad(total, 1))(x, WEIGHTS),
