@@ -1,24 +1,37 @@
-"""Masks, broadcasting, and sums that only some rows need."""
+"""Masks, broadcasting, cotangents that are 0, and sums that only some rows need."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar, TypeVarTuple
+from typing import Any, ParamSpec, TypeVar, TypeVarTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from softmax_jax._devices import varying_axes
 from softmax_jax._forward_mode import IfAny, by_platform
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 Args = TypeVarTuple("Args")
 
 
 def compiled(rule: Callable[P, R], static_argnums: int | tuple[int, ...]) -> Callable[P, R]:
   """``rule`` as one program, not many small ones, where no `jax.jit` surrounds the call."""
   return jax.jit(rule, static_argnums=static_argnums, inline=True)
+
+
+def is_zero(bar: Any) -> bool:
+  """Whether a cotangent is 0 by its type, as a rule with symbolic zeros gets it."""
+  return type(bar) is SymbolicZero
+
+
+def instantiated(bars: T) -> T:
+  """Cotangents with arrays of 0 in place of those that are 0 by their type."""
+  zeros = lambda bar: jnp.zeros(bar.shape, bar.dtype) if is_zero(bar) else bar
+  return jax.tree.map(zeros, bars, is_leaf=is_zero)
 
 
 def masked(x: jax.Array, mask: jax.Array | None, fill: float) -> jax.Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import jax
@@ -13,16 +12,14 @@ from jax.typing import ArrayLike
 
 from softmax_jax import _devices as devices
 from softmax_jax._arguments import compute_dtype
-from softmax_jax._chunked_cross_entropy.rule import Shared, Static, Tokens, losses_in_chunks
+from softmax_jax._chunked_cross_entropy.arguments import HeadArguments
+from softmax_jax._chunked_cross_entropy.rule import Head, Shared, Static, Tokens, losses_in_chunks
 from softmax_jax._cross_entropy import options
 from softmax_jax._cross_entropy.integer_rule import Static as DenseStatic
 from softmax_jax._cross_entropy.label import IGNORED, INVALID, class_index, weight_of_label
 from softmax_jax._cross_entropy.options import CrossEntropyAux, Reduction
-from softmax_jax._linear_cross_entropy.arguments import LinearArguments
 from softmax_jax._linear_cross_entropy.chunks import ON_ACCELERATOR
 from softmax_jax._rows import Rows
-
-Head = Callable[[Any, Any], jax.Array]
 
 
 @overload
@@ -181,7 +178,7 @@ def chunked_softmax_cross_entropy(
   Source: gradients formed in the forward pass, chunk by chunk, as in Liger Kernel (Hsu et al.,
   2024). Digits and options are those of `softmax_cross_entropy_with_integer_labels`.
   """
-  arguments = LinearArguments("chunked_softmax_cross_entropy")
+  arguments = HeadArguments("chunked_softmax_cross_entropy")
   labels = arguments.as_class_indices(labels)
   rows = labels.shape
   x = arguments.as_features(x, rows)
@@ -206,9 +203,7 @@ def chunked_softmax_cross_entropy(
     chunk_size = arguments.as_chunk_size(chunk_size)
 
   if num_tokens == 0 or num_classes == 0:
-    none, zero = jnp.zeros(rows, dtype), jnp.zeros((), dtype)
-    loss = none if reduction == "none" else zero
-    aux = CrossEntropyAux(none, none, loss, zero, jnp.zeros((), jnp.int32))
+    loss, aux = options.of_nothing(chosen, rows, dtype)
     return (loss, aux) if return_aux else loss
   index = class_index(labels, ignore_index, ignore_invalid, num_classes)
   if samples is not None:

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
 
 from softmax_jax import _devices as devices
+from softmax_jax._arrays import instantiated, is_zero
 from softmax_jax._cross_entropy import options
 from softmax_jax._cross_entropy.integer_rule import Static as DenseStatic
 from softmax_jax._cross_entropy.integer_rule import integer_cross_entropy
@@ -152,7 +152,7 @@ def _fwd(leaves: list[Any], static: Static) -> tuple[Outputs, Any]:
   leaves = [x.value for x in leaves]
   if not static.is_sum:
     return _forward(static, leaves), (wanted, leaves, None)
-  outputs, gradients = _gradients(static, leaves, wanted, jnp.ones_like(_zero(static)), None)
+  outputs, gradients = _gradients(static, leaves, wanted, jnp.ones((), static.dtype), None)
   return outputs, (wanted, leaves, gradients)
 
 
@@ -160,15 +160,15 @@ def _fwd(leaves: list[Any], static: Static) -> tuple[Outputs, Any]:
 # have cotangents too. Then nothing needs what `_fwd` formed.
 def _bwd(static: Static, residuals: Any, bars: Any) -> tuple[list[Any]]:
   wanted, leaves, gradients = residuals
-  bar, of_tokens = bars
-  bar = jnp.zeros(bar.shape, bar.dtype) if _is_zero(bar) else bar
-  if gradients is None or not all(map(_is_zero, of_tokens)):
-    of_tokens = OfTokens(*(jnp.zeros(x.shape, x.dtype) if _is_zero(x) else x for x in of_tokens))
-    _, gradients = _gradients(static, leaves, wanted, bar, of_tokens)
-    bar = None
-  scaled = iter(gradients if bar is None else [bar * gradient for gradient in gradients])
+  _, of_tokens = bars
+  bar, of_tokens_bar = instantiated(bars)
+  if gradients is None or not all(map(is_zero, of_tokens)):
+    _, gradients = _gradients(static, leaves, wanted, bar, of_tokens_bar)
+  else:
+    gradients = [bar * gradient for gradient in gradients]
+  found = iter(gradients)
   pairs = zip(leaves, wanted.leaves, strict=True)
-  return ([next(scaled).astype(x.dtype) if is_wanted else None for x, is_wanted in pairs],)
+  return ([next(found).astype(x.dtype) if is_wanted else None for x, is_wanted in pairs],)
 
 
 @_with_loops
@@ -202,7 +202,9 @@ def _gradients(
         lambda y, y_bar: jnp.zeros_like(y) + y_bar, (part, of_tokens), (bar, of_tokens_bar)
       )
     )
-    added = [s + g.astype(s.dtype) for s, g in zip(sums[:num_sums], gradients, strict=False)]
+    added = [
+      s + g.astype(s.dtype) for s, g in zip(sums[:num_sums], gradients[:num_sums], strict=True)
+    ]
     parts = zip(sums[num_sums:], gradients[num_sums:], strict=True)
     return (total + part, [*added, *(put(s, g) for s, g in parts)]), of_tokens
 
@@ -241,10 +243,6 @@ def _over_chunks(static: Static, body: Any, carry: Any, tokens: Any) -> Any:
 
 def _zero(static: Static) -> jax.Array:
   return jnp.zeros((), static.dtype)
-
-
-def _is_zero(bar: Any) -> bool:
-  return type(bar) is SymbolicZero
 
 
 def _is_inexact(x: jax.Array) -> bool:

@@ -104,6 +104,15 @@ def combine(
   return loss, CrossEntropyAux(nll, per_row.lse, z_loss, total_weight, correct)
 
 
+def of_nothing(
+  options: Options, rows: tuple[int, ...], dtype: np.dtype
+) -> tuple[jax.Array, CrossEntropyAux]:
+  """The loss of integer labels and its aux, without rows or without classes."""
+  none, zero = jnp.zeros(rows, dtype), jnp.zeros((), dtype)
+  loss = none if options.reduction == "none" else zero
+  return loss, CrossEntropyAux(none, none, loss, zero, jnp.zeros((), jnp.int32))
+
+
 def number_of_right(right: jax.Array | None, sample_weights: jax.Array | None) -> jax.Array | None:
   """The number of right predictions, but in rows of sample weight 0; None where that is unknown."""
   if right is None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -116,61 +114,6 @@ class LinearArguments(Arguments):
         f"{self} expected a chunk_size for the symbolic number of classes, {num_classes}, got "
         "None. Pass chunk_size=512, say: the memory is that of the logits of as many tokens."
       )
-
-  def as_features(self, x: Any, rows: tuple[int, ...]) -> Any:
-    """``x`` as a pytree of arrays that begin with the axes of the labels, ``rows``."""
-    x = jax.tree.map(jnp.asarray, x)
-    leaves = jax.tree.leaves(x)
-    for leaf in leaves:
-      if leaf.shape[: len(rows)] != rows:
-        raise ValueError(
-          f"{self} expected features for labels of shape {rows}, so that x (or each array in it) "
-          f"has the shape {(*rows, ...)}, got shape {leaf.shape}."
-        )
-    if not leaves:
-      raise ValueError(f"{self} expected x to hold at least one array of features.")
-    return x
-
-  def as_head(self, head: Any) -> Any:
-    """``head`` as a function that can be a static argument."""
-    if not callable(head):
-      raise TypeError(
-        f"{self} expected head to be a function of params and x, got {type(head).__name__}."
-      )
-    try:
-      hash(head)
-    except TypeError:  # a method of an object that holds arrays
-      return functools.partial(head)
-    return head
-
-  def logits_of_head(self, head: Any, params: Any, x: Any, rows: tuple[int, ...]) -> Any:
-    """The shape and dtype of the logits of two tokens, after a check that these are logits."""
-    two = jax.tree.map(lambda a: jax.ShapeDtypeStruct((2, *a.shape[len(rows) :]), a.dtype), x)
-    # A new function each time: of one that lives on JAX would keep a little for each call.
-    traced = jax.make_jaxpr(lambda params, x: head(params, x), return_shape=True)
-    jaxpr, logits = traced(params, two)
-    for const in jaxpr.consts:
-      if not is_concrete(const):
-        raise ValueError(
-          f"{self} expected head to close over no array that JAX is tracing, such as one of shape "
-          f"{const.shape} here. Pass it in params."
-        )
-    if not isinstance(logits, jax.ShapeDtypeStruct):
-      raise TypeError(
-        f"{self} expected head(params, x) to return one array of logits, got "
-        f"{jax.tree.structure(logits)}."
-      )
-    if not jnp.issubdtype(logits.dtype, jnp.floating) or jnp.finfo(logits.dtype).bits < 16:
-      raise TypeError(
-        f"{self} expected head(params, x) to return logits of a floating dtype of at least 16 "
-        f"bits, got {logits.dtype}."
-      )
-    if len(logits.shape) != 2 or logits.shape[0] != 2:
-      raise ValueError(
-        f"{self} expected head(params, x) to return one row of logits per token, [2, V] for two "
-        f"tokens of labels of shape {rows}, got shape {logits.shape}."
-      )
-    return logits
 
   def as_num_classes(self, value: Any, num_columns: int) -> int:
     """``value`` as an int in [0, num_columns]."""

@@ -289,9 +289,7 @@ def linear_softmax_cross_entropy(
     num_classes = arguments.as_num_classes(num_classes, num_columns)
 
   if math.prod(rows) == 0 or num_classes == 0:
-    none = jnp.zeros(rows, dtype)
-    loss = none if reduction == "none" else jnp.zeros((), dtype)
-    aux = CrossEntropyAux(none, none, loss, jnp.zeros((), dtype), jnp.zeros((), jnp.int32))
+    loss, aux = options.of_nothing(chosen, rows, dtype)
     return (loss, aux) if return_aux else loss
   if ignore_index is not None:
     ignore_index = arguments.as_ignore_index(ignore_index, labels.dtype)

@@ -16,8 +16,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
+from softmax_jax._arrays import instantiated, is_zero
 from softmax_jax._cross_entropy import integer_rule as integer
 from softmax_jax._cross_entropy.label import Label
 from softmax_jax._cross_entropy.per_row import PerRow
@@ -79,16 +79,10 @@ def _losses_fwd(inputs: Any, index: Any, static: Static) -> tuple[PerRow, Any]:
 
 # The derivation is above `add_gradients`, which forms the gradients.
 def _losses_bwd(static: Static, residuals: Any, bars: Any) -> tuple[Inputs, None]:
-  bars = jax.tree.map(
-    lambda bar: jnp.zeros(bar.shape, bar.dtype) if _is_zero(bar) else bar, bars, is_leaf=_is_zero
-  )
+  bars = instantiated(bars)
   _, inputs, index, *_ = residuals
   gradients = _losses_gradients(static, residuals, bars._replace(right=None))
   return as_gradients(gradients, inputs, poison_of(index, bars)), None
-
-
-def _is_zero(bar: Any) -> bool:
-  return type(bar) is SymbolicZero
 
 
 @with_loops
@@ -245,16 +239,16 @@ def _sum_bwd(static: Static, residuals: Any, bars: Any) -> tuple[Any, ...]:
   gradients, likes, per_row, shares, index, of_losses = residuals
   bar, beside = bars
   beside = beside._replace(right=None)
-  of_rows = not all(map(_is_zero, jax.tree.leaves(beside, is_leaf=_is_zero)))
-  if _is_zero(bar):
+  of_rows = not all(map(is_zero, jax.tree.leaves(beside, is_leaf=is_zero)))
+  if is_zero(bar):
     if not of_rows:
       return None, None, None
-    bar = jnp.zeros(bar.shape, bar.dtype)
+    bar = instantiated(bar)
   _, pull = jax.vjp(lambda shares: _weighted_sum(shares, per_row), shares)
   if of_rows:
     bars = jax.tree.map(lambda share: bar * share, _bars(shares, per_row.lse))
     nll, lse = (
-      x if _is_zero(y) else x + y for x, y in ((bars.nll, beside.nll), (bars.lse, beside.lse))
+      x if is_zero(y) else x + y for x, y in ((bars.nll, beside.nll), (bars.lse, beside.lse))
     )
     bars = bars._replace(nll=nll, lse=lse)
     return _losses_bwd(static, of_losses, bars)[0], pull(bar)[0], None
