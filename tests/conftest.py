@@ -14,10 +14,11 @@ import pytest
 
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS / "helpers"))
-# Modules that tests share assert too, which `python -O` would drop.
-pytest.register_assert_rewrite(
-  *(path.stem for path in TESTS.rglob("*.py") if not path.name.startswith(("conftest", "test_")))
-)
+SHARED = [path for path in TESTS.rglob("*.py") if not path.name.startswith(("conftest", "test_"))]
+# They assert too, which `python -O` would drop.
+pytest.register_assert_rewrite(*(path.stem for path in SHARED))
+# They hold no tests, and some import a package that only their test asks for.
+collect_ignore = [str(path) for path in SHARED]
 
 # Before JAX starts. A smaller number shows here what happens on a machine with one GPU.
 if "JAX_NUM_CPU_DEVICES" not in os.environ:
