@@ -30,6 +30,7 @@ from linear_formulas import (
   like,
 )
 from oracle import default_promotion, random, relative_error
+from quick import quick_or_long
 
 from softmax_jax import linear_softmax_cross_entropy as linear
 from softmax_jax._linear_cross_entropy import chunks, projection
@@ -45,12 +46,12 @@ def test_value_gradients_and_tangent_in_float64(options, reduction):
   compare_in_float64(options, reduction, second=False)
 
 
-@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("reduction", quick_or_long(["sum", "none"], ["none"]))
 def test_second_derivatives_in_float64(reduction):
   compare_in_float64(tuple(SMOOTH), reduction, second=True)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("reduction", quick_or_long(["mean", "none"], ["mean"]))
 def test_every_combination_equals_the_dense_loss_in_float32(reduction):
   """One program with every option serves all combinations, as each has a value without effect."""
   labels, smooth = arguments(SMOOTH)
@@ -87,7 +88,7 @@ def test_every_combination_equals_the_dense_loss_in_float32(reduction):
     assert_equal(actual, expected, 2e-6)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("reduction", quick_or_long(["mean", "none"], ["mean"]))
 def test_each_argument_alone(reduction):
   """An argument that is not differentiated has no tangent or cotangent, rather than zeros."""
   with jax.enable_x64(True):
@@ -140,7 +141,7 @@ def test_the_softcap_and_its_slopes_keep_their_digits_in_float64():
   np.testing.assert_allclose(actual, by_softcap, rtol=4e-15)
 
 
-@pytest.mark.parametrize("chunk_size", [None, 1, 4, 6, 100])
+@pytest.mark.parametrize("chunk_size", quick_or_long([None, 1, 4, 6, 100], [4]))
 def test_chunks_and_leading_axes(chunk_size):
   labels, smooth = arguments(["bias"], shape=(2, 3))
   f = lambda f, labels, **fixed: jax.jit(

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from mesh_cases import (
   CASES,
   LOGITS,
@@ -99,8 +98,3 @@ def in_axes_of(count):
 
 
 QUICK = "masked logsumexp", "softmax of short rows", "soft labels, smoothed", "linear"
-
-
-def quick_or_long(cases, quick):
-  """The cases, of which all but the quick ones are marked as long."""
-  return [case if case in quick else pytest.param(case, marks=pytest.mark.long) for case in cases]

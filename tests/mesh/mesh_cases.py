@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from oracle import random
+from quick import quick_or_long
 
 from softmax_jax import (
   linear_softmax_cross_entropy,
@@ -239,7 +240,10 @@ CASES = {
     6,
   ),
 }
-every_case = pytest.mark.parametrize("case", CASES)
+QUICK = "softmax", "logsumexp with coefficients", "entropy"
+every_case = pytest.mark.parametrize(
+  "case", quick_or_long(CASES, lambda case: case in QUICK or "every option" in case)
+)
 
 
 def value_and_vjp(f, count):

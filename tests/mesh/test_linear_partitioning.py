@@ -15,6 +15,7 @@ from collectives import found_in
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracle import random, relative_error
+from quick import quick_or_long
 
 from softmax_jax import linear_softmax_cross_entropy as linear
 
@@ -97,14 +98,17 @@ OF_LOSSES = "tokens of a sequence", "features of the weight, and classes"
 
 @pytest.mark.parametrize(
   "layout, reduction",
-  [*((layout, "mean") for layout in LAYOUTS), *((layout, "none") for layout in OF_LOSSES)],
+  quick_or_long(
+    [*((layout, "mean") for layout in LAYOUTS), *((layout, "none") for layout in OF_LOSSES)],
+    [("tokens", "mean"), ("tokens and classes", "mean"), (OF_LOSSES[1], "none")],
+  ),
 )
 def test_numbers_are_those_of_one_device_and_little_is_exchanged(layout, reduction):
   args, options = placed(layout), {"reduction": reduction, "chunk_size": 2}
   check_against_one_device(compiled(args, **options), args, options)
 
 
-@pytest.mark.parametrize("layout", NAMED)
+@pytest.mark.parametrize("layout", quick_or_long(NAMED, ["tokens and classes"]))
 def test_the_same_where_the_sharding_of_the_logits_is_said(layout):
   args, options = placed(layout), {"chunk_size": 2}
   named = NamedSharding(args[0].sharding.mesh, NAMED[layout])
@@ -127,7 +131,7 @@ def check_against_one_device(program, args, options):
   assert len(large) - len(of_weight) <= 2  # x and its gradient
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", quick_or_long(LAYOUTS, ["tokens", OF_LOSSES[1]]))
 def test_each_device_computes_its_share(layout):
   if layout == "classes over the axis of the tokens":
     pytest.skip("the weight is gathered")
@@ -194,12 +198,11 @@ def trained(parameters, tokens, **options):
 @pytest.mark.parametrize(
   "head, logits",
   [
-    (P(), P(BOTH)),  # data
-    (P(None, BOTH), P(None, None, BOTH)),  # tensor
-    (P(None, "v"), P("d", None, "v")),  # data and tensor
-    (P(BOTH), P(BOTH)),  # FSDP
+    pytest.param(P(), P(BOTH), id="data", marks=pytest.mark.long),
+    pytest.param(P(None, BOTH), P(None, None, BOTH), id="tensor", marks=pytest.mark.long),
+    pytest.param(P(None, "v"), P("d", None, "v"), id="data and tensor"),
+    pytest.param(P(BOTH), P(BOTH), id="FSDP"),
   ],
-  ids=["data", "tensor", "data and tensor", "FSDP"],
 )
 def test_a_model_is_trained_as_on_one_device(head, logits, named):
   mesh = mesh_of()
@@ -220,7 +223,8 @@ def test_a_batch_of_losses():
   batch = lambda f: jax.jit(jax.vmap(f, (None, 0, None, None, None)))
   weights = jnp.stack([WEIGHT, -WEIGHT])
   actual = batch(gradients(chunk_size=2))(args[0], weights, *args[2:])
-  expected = [gradients(chunk_size=2)(X, w, BIAS, CLASS_WEIGHTS, COUNTS) for w in weights]
+  alone = jax.jit(gradients(chunk_size=2))
+  expected = [alone(X, w, BIAS, CLASS_WEIGHTS, COUNTS) for w in weights]
   for i, each in enumerate(expected):
     assert_close(jax.tree.map(lambda a, i=i: a[i], actual), each)
 
@@ -243,7 +247,7 @@ def test_tokens_that_do_not_divide_are_whole_on_each_device():
   f = jax.jit(jax.value_and_grad(lambda x, w: linear(spread(x), w, LABELS[0, :3]), (0, 1)))
   actual, expected = (
     f(X[0, :3], WEIGHT),
-    jax.value_and_grad(linear, (0, 1))(X[0, :3], WEIGHT, LABELS[0, :3]),
+    jax.jit(jax.value_and_grad(linear, (0, 1)))(X[0, :3], WEIGHT, LABELS[0, :3]),
   )
   assert_close(actual, expected)
 
@@ -253,5 +257,5 @@ def test_a_program_for_several_devices_can_be_exported():
   exported = jax.export.export(jax.jit(gradients(chunk_size=2)))(*args)
   assert not re.search("CustomSPMDPartitioning", exported.mlir_module())
   actual = jax.export.deserialize(exported.serialize()).call(*args)
-  expected = gradients(chunk_size=2)(X, WEIGHT, BIAS, CLASS_WEIGHTS, COUNTS)
+  expected = jax.jit(gradients(chunk_size=2))(X, WEIGHT, BIAS, CLASS_WEIGHTS, COUNTS)
   assert_close(actual, expected)

@@ -173,7 +173,7 @@ def test_sixteen_bits_are_those_of_one_device(dtype):
   args = z, LABELS
   on_mesh = spread(f, (SPREAD, SAME), (SPREAD, SAME))
   actual = jax.jit(value_and_vjp(on_mesh, 1))(y_bar, *args)
-  expected = value_and_vjp(on_one_device(f), 1)(y_bar, *args)
+  expected = jax.jit(value_and_vjp(on_one_device(f), 1))(y_bar, *args)
   for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
     assert a.dtype == e.dtype
     assert relative_error(a, e) < jnp.finfo(a.dtype).eps
@@ -192,7 +192,8 @@ def test_padding_left_out_by_a_mask_takes_no_part():
   f = lambda n, z, mask, t: integer(z, t, where=mask, axis_name=n, **options)
   loss = jax.jit(jax.value_and_grad(spread(f, (SPREAD, SPREAD, SAME), SAME)))
   value, g = loss(padded, mask[None], t)
-  expected, expected_g = jax.value_and_grad(integer)(padded[:, :classes], t, **options)
+  unpadded = jax.jit(jax.value_and_grad(functools.partial(integer, **options)))
+  expected, expected_g = unpadded(padded[:, :classes], t)
   np.testing.assert_allclose(value, expected, rtol=1e-6)
   assert relative_error(g[:, :classes], expected_g) < 1e-6
   assert not np.any(g[:, classes:])
@@ -237,7 +238,7 @@ def test_padding_of_the_linear_loss_takes_no_part(reduction):
   value, grads = jax.jit(jax.value_and_grad(spread(f, specs, SAME), (0, 1, 2, 3)))(*args)
   args = X, weight[:, :classes], bias[:classes], w[:classes], t
   unpadded = lambda *args: f(None, *args, num_classes=None)
-  expected, expected_grads = jax.value_and_grad(unpadded, (0, 1, 2, 3))(*args)
+  expected, expected_grads = jax.jit(jax.value_and_grad(unpadded, (0, 1, 2, 3)))(*args)
   np.testing.assert_allclose(value, expected, rtol=2e-6)
   for g, e in zip(grads, expected_grads, strict=True):
     assert relative_error(g[..., : e.shape[-1]], e) < 2e-6
@@ -248,7 +249,7 @@ def test_padding_of_the_linear_loss_takes_no_part(reduction):
 def test_a_label_in_the_padding_is_no_class():
   f = lambda n, x, weight, t: linear(x, weight, t, reduction="none", num_classes=9, axis_name=n)
   t = np.array([8, 9, 0, 1, 2, 3])
-  loss = spread(f, (SAME, SPREAD, SAME), SAME)(X, WEIGHT, t)
+  loss = jax.jit(spread(f, (SAME, SPREAD, SAME), SAME))(X, WEIGHT, t)
   np.testing.assert_array_equal(np.isnan(loss), t == 9)
 
 
@@ -280,7 +281,7 @@ def test_tokens_and_classes_are_spread_over_a_2_by_4_mesh(inside):
     g = jax.value_and_grad(jax.shard_map(on_mesh, out_specs=P(), **mapped), by)
   args = LOGITS, X, WEIGHT, LABELS
   value, grads = jax.jit(g)(*args)
-  expected, expected_grads = jax.value_and_grad(on_one_device(f), by)(*args)
+  expected, expected_grads = jax.jit(jax.value_and_grad(on_one_device(f), by))(*args)
   np.testing.assert_allclose(value, expected, rtol=1e-6)
   for a, e in zip(grads, expected_grads, strict=True):
     assert relative_error(a, e) < 2e-6
@@ -307,7 +308,7 @@ def test_inside_vmap_scan_and_checkpoint():
     return total + jnp.sum(jax.vmap(one)(z, t) ** 2)
 
   value, g = jax.jit(jax.value_and_grad(spread(f, (SPREAD, SAME), SAME)))(LOGITS, LABELS)
-  expected, expected_g = jax.value_and_grad(on_one_device(f))(LOGITS, LABELS)
+  expected, expected_g = jax.jit(jax.value_and_grad(on_one_device(f)))(LOGITS, LABELS)
   np.testing.assert_allclose(value, expected, rtol=1e-6)
   assert relative_error(g, expected_g) < 1e-6
 
@@ -342,7 +343,7 @@ def test_memory_of_the_linear_loss_falls_with_the_number_of_devices():
 # Errors.
 
 
-@pytest.mark.parametrize("case", CASES)
+@every_case
 def test_check_vma_false_is_refused(case):
   f, args, specs, out_specs, *_ = CASES[case]
   with pytest.raises(ValueError, match=r"Pass check_vma=True\."):

@@ -13,7 +13,6 @@ from batched_cases import (
   every_derivative,
   in_axes_of,
   on_mesh,
-  quick_or_long,
   wide,
 )
 from jax.sharding import AxisType, NamedSharding
@@ -32,6 +31,7 @@ from mesh_cases import (
   soft,
 )
 from oracle import random, relative_error
+from quick import quick_or_long
 
 from softmax_jax import log_softmax, logsumexp, softmax
 
@@ -151,11 +151,7 @@ SPREADS = [(10, "d", "v"), (17, "d", None)]
 MORE_SPREADS = [(10, "d", None), (10, None, "v"), (16, "d", None), (16, None, "v"), (16, "d", "v")]
 
 
-def as_long(cases):
-  return [pytest.param(*case, marks=pytest.mark.long) for case in cases]
-
-
-@pytest.mark.parametrize("classes, rows, vocab", [*SPREADS, *as_long(MORE_SPREADS)])
+@pytest.mark.parametrize("classes, rows, vocab", quick_or_long(SPREADS + MORE_SPREADS, SPREADS[:1]))
 def test_short_rows_on_explicit_axes_have_every_second_derivative(classes, rows, vocab):
   over, args = on_explicit_axes(short_rows(classes), rows, vocab)
   z = args[0]
@@ -176,7 +172,9 @@ def test_short_rows_on_explicit_axes_have_every_second_derivative(classes, rows,
   assert jax.typeof(of_tangent) == jax.typeof(z)
 
 
-@pytest.mark.parametrize("classes, rows, vocab", as_long([SPREADS[0], *MORE_SPREADS[2:4]]))
+@pytest.mark.parametrize(
+  "classes, rows, vocab", quick_or_long([SPREADS[0], *MORE_SPREADS[2:4]], ())
+)
 def test_second_derivatives_of_short_rows_on_explicit_axes(classes, rows, vocab):
   args = short_rows(classes)
   f = jax.jit(lambda *args: derivatives_of_short_rows(*args[:3], *args[5:]))
@@ -203,7 +201,9 @@ def labelled(names, z, x, weight, labels):
 
 
 @pytest.mark.parametrize(
-  "names", [("v", "d"), pytest.param(("d", "v"), marks=pytest.mark.long)], ids="-".join
+  "names",
+  [pytest.param(names, marks=pytest.mark.long) for names in (("v", "d"), ("d", "v"))],
+  ids="-".join,
 )
 def test_labels_count_the_classes_in_the_order_of_the_names(names):
   labels = np.minimum(LABELS, NUMBER - 1)

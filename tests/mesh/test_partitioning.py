@@ -3,10 +3,12 @@
 With automatic axes of the mesh the compiler decides how; with explicit ones the types say it.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import pytest
-from collectives import collectives
+from collectives import collectives, found_in
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracle import relative_error
@@ -25,6 +27,7 @@ from partitioning_cases import (
   placed,
   soft_with_options,
 )
+from quick import quick_or_long
 
 from softmax_jax import (
   derivatives,
@@ -38,8 +41,22 @@ from softmax_jax import (
 pytestmark = pytest.mark.devices(8)
 
 
-@pytest.mark.parametrize("axis_type", AXIS_TYPES)
-@pytest.mark.parametrize("name", FUNCTIONS)
+QUICK_AXES = {  # by the function: the others are long
+  "softmax": "automatic",
+  "integer labels, options": "automatic",
+  "soft labels, options": "explicit",
+  "divergence, options": "explicit",
+  "linear, options": "explicit",
+  "linear, one loss per token": "automatic",
+}
+
+
+@pytest.mark.parametrize(
+  "name, axis_type",
+  quick_or_long(
+    itertools.product(FUNCTIONS, AXIS_TYPES), lambda case: QUICK_AXES.get(case[0]) == case[1]
+  ),
+)
 def test_no_logits_are_gathered_and_the_numbers_are_those_of_one_device(name, axis_type):
   f, by, others = FUNCTIONS[name]
   mesh = mesh_of(AXIS_TYPES[axis_type])
@@ -47,8 +64,9 @@ def test_no_logits_are_gathered_and_the_numbers_are_those_of_one_device(name, ax
   names = by + others
   with jax.set_mesh(mesh):
     args = placed(mesh, names)
-    value, grads = g(*args)
-    programs = collectives(f, *args), collectives(g, *args)
+    both = g.lower(*args).compile()
+    value, grads = both(*args)
+    programs = collectives(f, *args), found_in(both.as_text())
   expected, expected_grads = g(*(jnp.asarray(VALUES[name]) for name in names))
   assert relative_error(value, expected) < 1e-6
   for a, e, arg in zip(grads, expected_grads, args, strict=False):
@@ -212,9 +230,10 @@ def test_rows_may_be_spread_alone():
     logits = jax.device_put(VALUES["logits"], NamedSharding(mesh, P(("d", "v"), None)))
     labels = jax.device_put(VALUES["labels"], NamedSharding(mesh, P(("d", "v"))))
     g = jax.value_and_grad(integer)
-    value, grad = jax.jit(g)(logits, labels)
-    assert not any(len(s) > 1 for _, shapes in collectives(g, logits, labels) for s in shapes)
-  expected, expected_grad = g(VALUES["logits"], VALUES["labels"])
+    program = jax.jit(g).lower(logits, labels).compile()
+    value, grad = program(logits, labels)
+  assert not any(len(s) > 1 for _, shapes in found_in(program.as_text()) for s in shapes)
+  expected, expected_grad = jax.jit(g)(VALUES["logits"], VALUES["labels"])
   assert relative_error(value, expected) < 1e-6
   assert relative_error(grad, expected_grad) < 1e-6
 
@@ -233,7 +252,7 @@ def test_forward_mode_and_second_order_with_explicit_axes():
   names = "logits", "probabilities", "labels", "y_bar"
   with jax.set_mesh(mesh):
     actual = jax.jit(derivatives)(*placed(mesh, names))
-  expected = derivatives(*(VALUES[name] for name in names))
+  expected = jax.jit(derivatives)(*(VALUES[name] for name in names))
   for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
     assert relative_error(a, e) < 2e-6
 
@@ -252,8 +271,9 @@ def test_the_linear_loss_takes_chunks_of_the_tokens_of_each_device(axis):
   with jax.set_mesh(mesh):
     put = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))
     args = put(x, P(None, "d", None)), put(weight, spec), put(labels, P(None, None))
-    value, grads = jax.value_and_grad(loss, (0, 1))(*args)
-  expected, expected_grads = jax.value_and_grad(loss, (0, 1))(x, weight, labels)
+    g = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    value, grads = g(*args)
+  expected, expected_grads = g(x, weight, labels)
   assert relative_error(value, expected) < 1e-6
   for a, e in zip(grads, expected_grads, strict=True):
     assert relative_error(a, e) < 2e-6
