@@ -1,9 +1,10 @@
-"""Puts the helpers on the path, gives JAX eight devices, and implements two markers.
+"""Puts the helpers on the path, gives JAX eight devices, and implements three markers.
 
 The folders are no packages, so the basename of each module in them is unique: pytest then needs no
 more than these files, in the repository or copied beside an installed wheel.
 """
 
+import collections
 import contextlib
 import os
 import sys
@@ -23,6 +24,21 @@ collect_ignore = [str(path) for path in SHARED]
 # Before JAX starts. A smaller number shows here what happens on a machine with one GPU.
 if "JAX_NUM_CPU_DEVICES" not in os.environ:
   jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by markers
+def pytest_collection_modifyitems(items):
+  """Of the cases of a test, marks all but the number that its marker `few` says as `long`."""
+  cases = collections.defaultdict(list)
+  for item in items:
+    if (few := item.get_closest_marker("few")) and not item.get_closest_marker("long"):
+      cases[item.nodeid.partition("[")[0], few.args[0]].append(item)
+  for (_, number), of_test in cases.items():
+    last = len(of_test) - 1
+    kept = {round(i * last / max(number - 1, 1)) for i in range(number)}
+    for i, item in enumerate(of_test):
+      if i not in kept:
+        item.add_marker("long")
 
 
 def pytest_runtest_setup(item):

@@ -26,6 +26,7 @@ def _with_marks(function, argument):
   return pytest.param(function, argument, marks=marks)
 
 
+@pytest.mark.few(24)
 @pytest.mark.parametrize("function,argument", [_with_marks(*a) for a in ARGUMENTS], ids=str)
 def test_an_error_that_names_the_function_or_the_documented_result(function, argument):
   f, good, kinds = FUNCTIONS[function]

@@ -59,6 +59,7 @@ def outputs(f, reduction, **fixed):
 
 
 # Chunks of 5 tokens make a loop; with 4 there is a smaller one too.
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("reduction", "chunk_size"), [("mean", 4), ("none", 5)])
 def test_every_derivative_in_float64(reduction, chunk_size):
   """Of the loss alone and with cotangents of the aux, by all arguments along random tangents."""

@@ -100,18 +100,10 @@ def everything(name):
 
 
 def case(name, options, masked):
-  quick = options == () or (masked and len(options) > 1)
-  return pytest.param(
-    name,
-    options,
-    masked,
-    id="+".join((name, *options, *["where"] * masked)),
-    marks=() if quick else pytest.mark.long,
-  )
+  return pytest.param(name, options, masked, id="+".join((name, *options, *["where"] * masked)))
 
 
-# No option, each alone, pairs that share a term, and all; each with and without a mask. An option
-# alone is long, and so are several without a mask.
+# No option, each alone, pairs that share a term, and all; each with and without a mask.
 PAIRS = [
   ("label_smoothing", "class_weights"),
   ("class_weights", "ignore_index"),

@@ -46,6 +46,7 @@ def test_signature_starts_as_its_peer(name):
   assert len(ours) >= len(peer)
 
 
+@pytest.mark.few(6)
 @every_loss
 @pytest.mark.parametrize(
   ("shape", "axis"),
@@ -110,6 +111,7 @@ def test_soft_labels_broadcast_along_another_axis():
   check(SOFT, LOSSES[SOFT], PEERS[SOFT], random(3, (3, 2, 4)), random(4, (3, 1, 1)), axis=(0, 2))
 
 
+@pytest.mark.few(6)
 @every_loss
 @pytest.mark.parametrize(
   ("axis", "where"),
@@ -152,6 +154,7 @@ FIVE_BY_THREE = np.random.default_rng(0).random((5, 3)) < 0.7
 FOUR_BY_FIVE = np.random.default_rng(1).random((4, 5)) < 0.7
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
   ("name", "shape", "labels_shape", "axis", "where", "of_all"),
   [

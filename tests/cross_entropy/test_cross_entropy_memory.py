@@ -32,6 +32,7 @@ def options_of_shape(options, rows, classes):
   return values
 
 
+@pytest.mark.few(4)
 @every_memory_case
 def test_no_option_saves_an_array_of_the_logits_size(name, options):
   """What jax.vjp returns has the residuals as leaves; with bfloat16 a float32 copy would show."""
@@ -65,6 +66,7 @@ def temp_bytes_of_optax(shape):
   return temp_bytes(lambda z, t: jnp.mean(optax.losses.softmax_cross_entropy(z, t)), z, z)
 
 
+@pytest.mark.few(8)
 @every_memory_case
 @pytest.mark.parametrize("traced", [False, True], ids=["constant", "traced"])
 def test_no_option_adds_an_array_to_the_compiled_gradient(name, options, traced):

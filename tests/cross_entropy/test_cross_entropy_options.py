@@ -26,6 +26,7 @@ from option_formulas import (
 from oracle import random, relative_error
 
 
+@pytest.mark.few(20)
 @every_case
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_values(name, options, masked, dtype):
@@ -41,6 +42,7 @@ def test_values(name, options, masked, dtype):
         assert relative_error(x, y) <= allowed, (output, reduction)
 
 
+@pytest.mark.few(10)
 @every_case
 def test_derivatives(name, options, masked):
   """Every output has its own random cotangent; the tangents of all arguments are random too."""
@@ -78,6 +80,7 @@ def test_gradients_of_the_other_reductions_with_everything(name, reduction):
       assert relative_error(bar, expected[key]) < 1e-12, key
 
 
+@pytest.mark.few(1)
 @every_loss
 def test_second_derivatives_with_everything(name):
   """Forward over reverse, by all pairs of arguments, of a random combination of all outputs."""
@@ -125,6 +128,7 @@ def test_smoothing_outside_its_range_is_extrapolated_where_traced(name):
   assert relative_error(actual, formulas(np, **exact, **fixed)[0]) < oracle.tolerance("float32")
 
 
+@pytest.mark.few(1)
 @every_loss
 def test_vmap_over_every_argument(name):
   """Over each argument on its own; with the gradients, over all of them at once."""

@@ -46,6 +46,7 @@ def assert_same(actual, expected):
     assert relative_error(x, y) < 1e-12
 
 
+@pytest.mark.few(4)
 @every_shape
 @with_and_without_weights
 @every_reduction
@@ -65,6 +66,7 @@ def test_class_indices(shape, weighted, reduction):
       )
 
 
+@pytest.mark.few(4)
 @every_shape
 @with_and_without_weights
 @every_reduction

@@ -18,6 +18,7 @@ from second_order_programs import INF, JUNK, assert_no_part, batched, dense_loss
 # Coefficients.
 
 
+@pytest.mark.few(1)
 @every_loss
 def test_coefficients_of_zero_one_and_between_have_all_second_derivatives(
   function, classes, dtype, vmapped
@@ -72,6 +73,7 @@ def test_smoothing_of_zero_adds_nothing_at_minus_infinity(function, classes, dty
   assert_right(program, [(args, rows)], unsure)
 
 
+@pytest.mark.few(1)
 @batched
 @pytest.mark.parametrize("classes", [pytest.param(FEW, marks=pytest.mark.long), MORE])
 def test_soft_labels_of_zero_at_minus_infinity_add_nothing(classes, vmapped):
@@ -150,6 +152,7 @@ def hide_entries(args, rows, junk, of_rows):
   return {name: at for name in of_rows}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("junk", JUNK)
 @pytest.mark.parametrize("classes", [FEW, pytest.param(MORE, marks=pytest.mark.long)])
 @pytest.mark.parametrize("function", ["integer", "soft"])
@@ -162,6 +165,7 @@ def test_masked_classes_may_hold_anything(function, classes, junk):
   assert_no_part(derivatives, args, hidden)
 
 
+@pytest.mark.few(2)
 @batched
 @pytest.mark.parametrize("classes", [pytest.param(FEW, marks=pytest.mark.long), MORE])
 @pytest.mark.parametrize("function", ["softmax", "log_softmax", "logsumexp"])

@@ -164,6 +164,7 @@ def test_a_gradient_penalty_over_a_padded_batch_is_that_of_the_rest(name):
 # not move.
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
   ("name", "coefficient"),
   [

@@ -72,6 +72,7 @@ def value_and_gradient(z):
   return y, bar, jax.jvp(softmax_entropy, (z,), (bar,))[1]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("classes", [2, 10, 17, 300])
 def test_digits(classes, form):
   cases = rows(classes)

@@ -216,6 +216,7 @@ def value_and_gradients(z, w, forward):
   return y, *bars, dots
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("classes", [2, 10, 17, 300])
 def test_digits(classes, form):
   cases = pairs(classes)
@@ -271,6 +272,7 @@ def test_never_negative():
   assert np.all(np.asarray(softmax_kl_divergence(z, w)) >= 0)
 
 
+@pytest.mark.long
 def test_the_hessian_by_the_logits_is_the_fisher_information():
   z, w = random(0, 6), random(1, 6)
   hessian = jax.hessian(softmax_kl_divergence)(z, w)
@@ -294,6 +296,7 @@ def test_second_derivatives_keep_their_digits_in_sure_rows():
   assert relative_error(hessian, expected) < 16 * U
 
 
+@pytest.mark.long
 def test_vmap_over_either_and_both():
   z, w, tau = random(0, (3, 5)), random(1, (3, 5)), np.float32([1, 2, 0.5])
   f = lambda z, w, tau: softmax_kl_divergence(z, w, temperature=tau)

@@ -47,6 +47,7 @@ def losses(process, timeout):
   return np.array([float(loss) for loss in re.findall(r"loss ([\d.]+)", out)])
 
 
+@pytest.mark.long
 def test_two_processes_of_four_devices_learn_what_one_device_does():
   with started(1, 1, steps=20) as (one,), started(2, 4, steps=20) as two:
     expected = losses(one, timeout=120)

@@ -91,6 +91,7 @@ OUTSIDE = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.devices(2)
 @pytest.mark.parametrize(
   ("name", "axis_type"),

@@ -30,7 +30,6 @@ from linear_formulas import (
   like,
 )
 from oracle import default_promotion, random, relative_error
-from quick import quick_or_long
 
 from softmax_jax import linear_softmax_cross_entropy as linear
 from softmax_jax._linear_cross_entropy import chunks, projection
@@ -41,17 +40,20 @@ def small_blocks(monkeypatch):
   monkeypatch.setattr(chunks, "ON_CPU", chunks.ON_CPU._replace(bytes_of_block=1024))
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("options", "reduction"), CASES)
 def test_value_gradients_and_tangent_in_float64(options, reduction):
   compare_in_float64(options, reduction, second=False)
 
 
-@pytest.mark.parametrize("reduction", quick_or_long(["sum", "none"], ["none"]))
+@pytest.mark.few(1)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_second_derivatives_in_float64(reduction):
   compare_in_float64(tuple(SMOOTH), reduction, second=True)
 
 
-@pytest.mark.parametrize("reduction", quick_or_long(["mean", "none"], ["mean"]))
+@pytest.mark.few(1)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_every_combination_equals_the_dense_loss_in_float32(reduction):
   """One program with every option serves all combinations, as each has a value without effect."""
   labels, smooth = arguments(SMOOTH)
@@ -88,7 +90,8 @@ def test_every_combination_equals_the_dense_loss_in_float32(reduction):
     assert_equal(actual, expected, 2e-6)
 
 
-@pytest.mark.parametrize("reduction", quick_or_long(["mean", "none"], ["mean"]))
+@pytest.mark.few(1)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_each_argument_alone(reduction):
   """An argument that is not differentiated has no tangent or cotangent, rather than zeros."""
   with jax.enable_x64(True):
@@ -141,7 +144,8 @@ def test_the_softcap_and_its_slopes_keep_their_digits_in_float64():
   np.testing.assert_allclose(actual, by_softcap, rtol=4e-15)
 
 
-@pytest.mark.parametrize("chunk_size", quick_or_long([None, 1, 4, 6, 100], [4]))
+@pytest.mark.few(2)
+@pytest.mark.parametrize("chunk_size", [None, 1, 4, 6, 100])
 def test_chunks_and_leading_axes(chunk_size):
   labels, smooth = arguments(["bias"], shape=(2, 3))
   f = lambda f, labels, **fixed: jax.jit(
@@ -228,6 +232,7 @@ def test_the_gradients_by_many_classes_keep_the_digits_of_float16():
     assert relative_error(gradient[:, others], exact[:, others]) < 6e-4
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("num_classes", [200, V])
 @pytest.mark.parametrize("options", [(), ("bias", "z_loss"), ("label_smoothing",), tuple(SMOOTH)])
 def test_columns_of_padding_take_no_part(options, num_classes):
@@ -390,6 +395,7 @@ def test_classes_with_a_bias_of_minus_infinity(softcap):
     np.testing.assert_allclose(by_softcap(3.0), (f(3 + step) - f(3 - step)) / (2 * step), rtol=1e-3)
 
 
+@pytest.mark.few(1)
 @pytest.mark.without("disable_jit")
 @pytest.mark.parametrize("of_neighbors", [True, False])
 def test_the_chunks_of_an_accelerator(of_neighbors, monkeypatch):

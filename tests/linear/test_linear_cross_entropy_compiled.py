@@ -34,6 +34,7 @@ from softmax_jax._linear_cross_entropy import chunks
 pytestmark = pytest.mark.without("disable_jit")
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_number_of_products(name, monkeypatch):
   # XLA counts the body of a loop once: here one of the two chunks, which is one block.
@@ -48,6 +49,7 @@ def test_number_of_products(name, monkeypatch):
     assert str(jax.make_jaxpr(f)(*shapes(2 * CHUNK, h, v))).count("dot_general[") == expected
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("vocab_axis", [-1, 0])
 def test_memory_is_a_tile_and_does_not_grow_with_the_tokens(vocab_axis, reduction):
@@ -75,6 +77,7 @@ def test_a_small_chunk_takes_little_beside_the_gradients():
   assert compiled(f, *args).memory_analysis().temp_size_in_bytes < 28 * 2**20
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["tangent", "tangent of losses", "Hessian-vector product"])
 def test_memory_of_forward_mode_does_not_grow_with_the_logits(name, monkeypatch):
   monkeypatch.setattr(chunks, "ON_CPU", chunks.ON_CPU._replace(least_bytes=2**21, bytes_of_chunk=0))
@@ -113,6 +116,7 @@ def loss(x, weight, labels=LABELS, **options):
   return jnp.sum(jnp.sin(linear(x, weight, labels, chunk_size=4, **options)))
 
 
+@pytest.mark.few(1)
 @reductions
 def test_vmap_over_every_argument(reduction):
   bias = random(2, V)
@@ -138,6 +142,7 @@ def test_vmap_over_every_argument(reduction):
         assert relative_error(x[i], y) < 3e-6, chosen
 
 
+@pytest.mark.few(1)
 @reductions
 def test_jacobians_linearize_and_checkpoint_agree(reduction):
   f = lambda x, weight: linear(x, weight, LABELS, chunk_size=4, reduction=reduction)

@@ -8,7 +8,6 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from oracle import random
-from quick import quick_or_long
 
 from softmax_jax import (
   linear_softmax_cross_entropy,
@@ -240,10 +239,7 @@ CASES = {
     6,
   ),
 }
-QUICK = "softmax", "logsumexp with coefficients", "entropy"
-every_case = pytest.mark.parametrize(
-  "case", quick_or_long(CASES, lambda case: case in QUICK or "every option" in case)
-)
+every_case = pytest.mark.parametrize("case", CASES)
 
 
 def value_and_vjp(f, count):

@@ -15,7 +15,6 @@ from collectives import found_in
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracle import random, relative_error
-from quick import quick_or_long
 
 from softmax_jax import linear_softmax_cross_entropy as linear
 
@@ -96,19 +95,18 @@ def compiled(args, **options):
 OF_LOSSES = "tokens of a sequence", "features of the weight, and classes"
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
   "layout, reduction",
-  quick_or_long(
-    [*((layout, "mean") for layout in LAYOUTS), *((layout, "none") for layout in OF_LOSSES)],
-    [("tokens", "mean"), ("tokens and classes", "mean"), (OF_LOSSES[1], "none")],
-  ),
+  [*((layout, "mean") for layout in LAYOUTS), *((layout, "none") for layout in OF_LOSSES)],
 )
 def test_numbers_are_those_of_one_device_and_little_is_exchanged(layout, reduction):
   args, options = placed(layout), {"reduction": reduction, "chunk_size": 2}
   check_against_one_device(compiled(args, **options), args, options)
 
 
-@pytest.mark.parametrize("layout", quick_or_long(NAMED, ["tokens and classes"]))
+@pytest.mark.few(1)
+@pytest.mark.parametrize("layout", NAMED)
 def test_the_same_where_the_sharding_of_the_logits_is_said(layout):
   args, options = placed(layout), {"chunk_size": 2}
   named = NamedSharding(args[0].sharding.mesh, NAMED[layout])
@@ -131,7 +129,8 @@ def check_against_one_device(program, args, options):
   assert len(large) - len(of_weight) <= 2  # x and its gradient
 
 
-@pytest.mark.parametrize("layout", quick_or_long(LAYOUTS, ["tokens", OF_LOSSES[1]]))
+@pytest.mark.few(2)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_device_computes_its_share(layout):
   if layout == "classes over the axis of the tokens":
     pytest.skip("the weight is gathered")
@@ -194,15 +193,17 @@ def trained(parameters, tokens, **options):
   return np.array(losses)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("named", [False, True], ids=["automatic", "named"])
 @pytest.mark.parametrize(
   "head, logits",
   [
-    pytest.param(P(), P(BOTH), id="data", marks=pytest.mark.long),
-    pytest.param(P(None, BOTH), P(None, None, BOTH), id="tensor", marks=pytest.mark.long),
-    pytest.param(P(None, "v"), P("d", None, "v"), id="data and tensor"),
-    pytest.param(P(BOTH), P(BOTH), id="FSDP"),
+    (P(), P(BOTH)),  # data
+    (P(None, BOTH), P(None, None, BOTH)),  # tensor
+    (P(None, "v"), P("d", None, "v")),  # data and tensor
+    (P(BOTH), P(BOTH)),  # FSDP
   ],
+  ids=["data", "tensor", "data and tensor", "FSDP"],
 )
 def test_a_model_is_trained_as_on_one_device(head, logits, named):
   mesh = mesh_of()
@@ -229,6 +230,7 @@ def test_a_batch_of_losses():
     assert_close(jax.tree.map(lambda a, i=i: a[i], actual), each)
 
 
+@pytest.mark.long
 def test_derivatives_of_both_modes_and_of_second_order():
   def derivatives(x, weight, bias, class_weights, labels):
     f = lambda x, weight: losses(x, weight, bias, class_weights, labels, chunk_size=2)

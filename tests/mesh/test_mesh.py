@@ -47,6 +47,7 @@ from softmax_jax import (
 pytestmark = pytest.mark.devices(8)
 
 
+@pytest.mark.few(6)
 @every_case
 def test_numbers_are_those_of_one_device(case):
   f, args, specs, out_specs, count, *_ = CASES[case]
@@ -61,6 +62,7 @@ def test_numbers_are_those_of_one_device(case):
       assert relative_error(a, e) < bound, what
 
 
+@pytest.mark.few(6)
 @every_case
 def test_collectives_are_few_and_of_numbers_per_row(case):
   f, args, specs, out_specs, count, forward, both = CASES[case]
@@ -343,6 +345,7 @@ def test_memory_of_the_linear_loss_falls_with_the_number_of_devices():
 # Errors.
 
 
+@pytest.mark.few(8)
 @every_case
 def test_check_vma_false_is_refused(case):
   f, args, specs, out_specs, *_ = CASES[case]

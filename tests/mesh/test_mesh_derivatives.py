@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from batched_cases import (
   BATCHED,
-  QUICK,
   B,
   assert_close,
   batched,
@@ -31,7 +30,6 @@ from mesh_cases import (
   soft,
 )
 from oracle import random, relative_error
-from quick import quick_or_long
 
 from softmax_jax import log_softmax, logsumexp, softmax
 
@@ -45,7 +43,8 @@ def in_float64():
     yield
 
 
-@pytest.mark.parametrize("case", quick_or_long(BATCHED, QUICK))
+@pytest.mark.few(2)
+@pytest.mark.parametrize("case", BATCHED)
 def test_a_batch_over_a_mesh_axis_gives_the_numbers_of_one_device(case):
   g, local, args, count = on_mesh(case)
   args = tuple(map(batched, args))
@@ -55,7 +54,8 @@ def test_a_batch_over_a_mesh_axis_gives_the_numbers_of_one_device(case):
 
 
 # Each combination of batched arguments is a program to trace.
-@pytest.mark.parametrize("case", quick_or_long(BATCHED, QUICK))
+@pytest.mark.few(2)
+@pytest.mark.parametrize("case", BATCHED)
 def test_any_of_the_arguments_may_be_batched_over_a_mesh_axis(case):
   g, _, args, count = on_mesh(case)
   for in_axes in in_axes_of(len(args)):
@@ -65,6 +65,7 @@ def test_any_of_the_arguments_may_be_batched_over_a_mesh_axis(case):
     jax.eval_shape(f, *some)  # where JAX looks at what varies over which axes
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("case", BATCHED)
 def test_a_batch_over_a_mesh_axis_may_be_of_float32(case):  # which takes a way of its own
   g, _, args, count = on_mesh(case)
@@ -76,7 +77,8 @@ def test_a_batch_over_a_mesh_axis_may_be_of_float32(case):  # which takes a way 
 SHARED = "masked softmax", "soft labels, every option", "linear"
 
 
-@pytest.mark.parametrize("case", quick_or_long(SHARED, ["masked softmax"]))
+@pytest.mark.few(1)
+@pytest.mark.parametrize("case", SHARED)
 def test_gradients_of_what_the_batch_shares_are_added_up_over_its_axis(case):
   if getattr(jax.config, "jax_custom_jvp3", False):
     pytest.skip("JAX does not add them up for its own custom_jvp functions")
@@ -147,11 +149,14 @@ def on_explicit_axes(args, rows, vocab):
   ]
 
 
-SPREADS = [(10, "d", "v"), (17, "d", None)]
-MORE_SPREADS = [(10, "d", None), (10, None, "v"), (16, "d", None), (16, None, "v"), (16, "d", "v")]
+SPREADS = [
+  *((10, "d", "v"), (10, "d", None), (10, None, "v")),
+  *((16, "d", "v"), (16, "d", None), (16, None, "v"), (17, "d", None)),
+]
 
 
-@pytest.mark.parametrize("classes, rows, vocab", quick_or_long(SPREADS + MORE_SPREADS, SPREADS[:1]))
+@pytest.mark.few(1)
+@pytest.mark.parametrize("classes, rows, vocab", SPREADS)
 def test_short_rows_on_explicit_axes_have_every_second_derivative(classes, rows, vocab):
   over, args = on_explicit_axes(short_rows(classes), rows, vocab)
   z = args[0]
@@ -172,9 +177,8 @@ def test_short_rows_on_explicit_axes_have_every_second_derivative(classes, rows,
   assert jax.typeof(of_tangent) == jax.typeof(z)
 
 
-@pytest.mark.parametrize(
-  "classes, rows, vocab", quick_or_long([SPREADS[0], *MORE_SPREADS[2:4]], ())
-)
+@pytest.mark.long
+@pytest.mark.parametrize("classes, rows, vocab", [SPREADS[0], *SPREADS[4:6]])
 def test_second_derivatives_of_short_rows_on_explicit_axes(classes, rows, vocab):
   args = short_rows(classes)
   f = jax.jit(lambda *args: derivatives_of_short_rows(*args[:3], *args[5:]))
@@ -200,9 +204,10 @@ def labelled(names, z, x, weight, labels):
   )  # fmt: skip
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
   "names",
-  [pytest.param(names, marks=pytest.mark.long) for names in (("v", "d"), ("d", "v"))],
+  [("v", "d"), ("d", "v")],
   ids="-".join,
 )
 def test_labels_count_the_classes_in_the_order_of_the_names(names):

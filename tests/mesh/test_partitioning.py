@@ -3,8 +3,6 @@
 With automatic axes of the mesh the compiler decides how; with explicit ones the types say it.
 """
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -27,7 +25,6 @@ from partitioning_cases import (
   placed,
   soft_with_options,
 )
-from quick import quick_or_long
 
 from softmax_jax import (
   derivatives,
@@ -41,22 +38,9 @@ from softmax_jax import (
 pytestmark = pytest.mark.devices(8)
 
 
-QUICK_AXES = {  # by the function: the others are long
-  "softmax": "automatic",
-  "integer labels, options": "automatic",
-  "soft labels, options": "explicit",
-  "divergence, options": "explicit",
-  "linear, options": "explicit",
-  "linear, one loss per token": "automatic",
-}
-
-
-@pytest.mark.parametrize(
-  "name, axis_type",
-  quick_or_long(
-    itertools.product(FUNCTIONS, AXIS_TYPES), lambda case: QUICK_AXES.get(case[0]) == case[1]
-  ),
-)
+@pytest.mark.few(7)
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_no_logits_are_gathered_and_the_numbers_are_those_of_one_device(name, axis_type):
   f, by, others = FUNCTIONS[name]
   mesh = mesh_of(AXIS_TYPES[axis_type])
@@ -103,6 +87,7 @@ def types_of_gradients(name, args):
   return [[*map(jax.typeof, xs)] for xs in (args[: len(by)], grads)]
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_gradients_are_spread_as_arguments_that_are_not_spread_alike(name):
   _, by, others = FUNCTIONS[name]

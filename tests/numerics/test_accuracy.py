@@ -208,6 +208,7 @@ def forms(*class_counts):
   )
 
 
+@pytest.mark.few(9)
 @forms(2, 3, 10, 17, 100, 1000, 4097, 50_257, 128_256)
 def test_float32_at_every_scale_and_class_count(classes):
   rng = np.random.default_rng(classes)
@@ -256,6 +257,7 @@ def adversarial_rows(classes):
   }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("classes", [10, 40])
 def test_adversarial_rows(classes):
   x = np.stack(list(adversarial_rows(classes).values())).astype(np.float32)
@@ -278,6 +280,7 @@ def test_adversarial_rows(classes):
       assert norms(actual[:, kept], y[name], row.dtype) <= SOFTMAX_DERIVATIVE_OF_FEW, name
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @forms(10, 1000, 2**17)
 def test_sixteen_bits(dtype, classes):

@@ -151,6 +151,7 @@ def test_largest_finite_logits_are_nothing_special(name):
 # Masks.
 
 
+@pytest.mark.few(3)
 @every_function
 @pytest.mark.parametrize("hidden", [1.0, INF, -INF, NAN])
 def test_masked_entries_have_no_say(name, hidden):
@@ -398,6 +399,7 @@ def test_an_ignored_row_has_no_say_in_the_gradient_by_class_weights(hidden):
       np.testing.assert_allclose(gradient(np.ones(3, np.float32)), expected, rtol=1e-6)
 
 
+@pytest.mark.few(2)
 @pytest.mark.without("debug_nans")  # 0 * inf, which is then left out
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("name", [SOFT, INTEGER, "linear"])

@@ -50,6 +50,7 @@ def value_and_vjp(f, x):
   return y, vjp(jnp.asarray(np.random.default_rng(0).normal(size=y.shape), y.dtype))[0]
 
 
+@pytest.mark.few(1)
 @pytest.mark.without("debug_nans")
 @pytest.mark.parametrize("form", ["one_read", "on_chip"])
 def test_rows_of_special_values(form):

@@ -175,6 +175,7 @@ def linear_second(x, weight, bar, bar_dot, dots):
   return by_bar, forward, tuple(reverse), back
 
 
+@pytest.mark.few(1)
 @by_dtype
 def test_second_derivatives_of_the_linear_loss_at_any_cotangent(dtype):
   """Nothing bounds their tangents: that of the cotangent is 1 where it is 0, or next to it."""
@@ -241,6 +242,7 @@ def mean_and_gradients(x, weight, weights, labels, alpha, linear):
   return jax.value_and_grad(loss, argnums=(0, 1, 2))(x, weight, weights)
 
 
+@pytest.mark.few(2)
 @by_dtype
 @pytest.mark.parametrize("linear", [False, True], ids=["dense", "linear"])
 def test_a_mean_by_class_weights_of_any_size(linear, dtype):

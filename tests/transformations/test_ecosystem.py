@@ -160,6 +160,7 @@ def test_control_flow():
   assert_near(jax.grad(branch, argnums=1)(True, LOGITS[0]), jax.grad(cross_entropy)(LOGITS[0], 1))
 
 
+@pytest.mark.long
 def test_more_control_flow():
   z = jnp.asarray(LOGITS)
   reduced = lambda z: lax.associative_scan(

@@ -41,6 +41,7 @@ def test_softmaxes_save_one_array(name, wrap):
     assert not not_among([kept], [y])
 
 
+@pytest.mark.few(10)
 @either_way
 @pytest.mark.parametrize("name", KEEPING_THE_INPUT)
 def test_reductions_save_nothing_beside_their_arguments(name, wrap):

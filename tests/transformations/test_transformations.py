@@ -40,6 +40,7 @@ from softmax_jax import (
 )
 
 
+@pytest.mark.few(20)
 @every_function
 @pytest.mark.parametrize("transformation", TRANSFORMATIONS)
 def test_transformation(name, transformation):
@@ -49,6 +50,7 @@ def test_transformation(name, transformation):
     assert relative_error(actual, table[part][0](name)) < 3e-6, part
 
 
+@pytest.mark.few(2)
 @every_function
 def test_three_deep(name):
   """All eight nestings of the two modes, against JAX's own derivatives in float64."""
@@ -72,6 +74,7 @@ def test_three_deep(name):
     assert relative_error(derivative, expected) < 1e-5, nesting
 
 
+@pytest.mark.few(3)
 @every_function
 def test_without_jit(name):
   """Without an outer jit other parts of JAX trace the functions."""

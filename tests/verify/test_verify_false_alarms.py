@@ -9,6 +9,7 @@ from right_functions import FEWER_SEEDS, FUNCTIONS, OFTEN, draw
 from softmax_jax.verify import check_derivatives, chosen_checks, run_checks, verifier
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_passes_with_some_seeds(name):
   passes_with_seeds(name, 3)
@@ -39,6 +40,7 @@ def test_passes_every_check(name):
   }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["softmax", "soft labels", "layer norm"])
 def test_passes_in_sixteen_bits(name, dtype):
@@ -67,6 +69,7 @@ EDGES = {  # and points with a kink, a logit of -inf, a large one or a coefficie
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", EDGES)
 def test_passes_at_edge_points(name):
   f, rows = EDGES[name]

@@ -21,6 +21,7 @@ OF_SCALE = {
 }
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("power", POWERS)
 @pytest.mark.parametrize("name", OF_SCALE)
 def test_a_function_of_any_scale(name, power):

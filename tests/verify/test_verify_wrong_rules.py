@@ -32,6 +32,7 @@ def verify(function, fault, shape, axis=-1, dtype="float32", **options):
   return check_derivatives(f, *args, kwargs={"axis": axis}, **options)
 
 
+@pytest.mark.few(20)
 @pytest.mark.parametrize(
   "size", ["4 elements", pytest.param("65,536 elements", marks=pytest.mark.long)]
 )
@@ -51,6 +52,7 @@ def test_wrong_rule_is_caught(function, fault, size):
   assert not report
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("function", wrong_rules.FUNCTIONS)
 def test_right_rule_passes_all_of_these_checks(function):
   """Otherwise the test above would prove nothing."""
@@ -80,6 +82,7 @@ def test_wrong_rule_is_caught_beside_a_reference(function):
   assert [row.check for row in report.failed] == ["vjp"]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
   "size", ["4 elements", pytest.param("65,536 elements", marks=pytest.mark.long)]
 )
@@ -98,6 +101,7 @@ def test_wrong_second_derivative_is_caught_where_it_shows(function, fault, size)
   assert found == {"second_order", "edge_points: 1: second_order"}
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("function", wrong_rules.FUNCTIONS)
 def test_right_second_derivatives_pass_at_special_arguments(function):
   args, *edges = (
