@@ -53,8 +53,13 @@ class Point:
   def __init__(
     self, key: tuple[Hashable, ...], xs: Arrays, us: Arrays, vs: Arrays, ns: Sequence[Any]
   ):
-    """Under a key that tells it from other points."""
+    """Under a key that tells it from other points: its probe and ``near`` first."""
     self.key, self.xs, self.us, self.vs, self.ns = key, xs, us, vs, ns
+
+  @property
+  def near(self) -> Any:
+    """The number of a point near the arguments; 0 for the arguments themselves."""
+    return self.key[1]
 
   def only_argument(self, index: int) -> Arrays:
     """The tangents with all but one of them 0."""

@@ -70,7 +70,7 @@ def _differences_along(v: Verifier, kind: int) -> list[Difference]:
 
   def evaluate(probe: int, near: int, wide: bool = False) -> list[Comparison]:
     point = problem.point(2 * probe + kind, near, wide=wide)
-    ys, _ = own.value(point.xs)
+    ys, _ = own.value(point.xs, near)
     comparisons: list[Comparison] = []
     subjects.clear()
     for name, vs in directions(v, point):
