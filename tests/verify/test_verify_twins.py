@@ -144,7 +144,7 @@ def test_no_more_digits_are_asked_for_than_the_dtype_has(name):
 
 def test_rounding_of_constants_that_a_function_computes_is_its_noise():
   """1 - 0.999**step has two digits less than float32, and not the same ones in each program."""
-  check_derivatives(adam, X, checks=(*CHECKS, "jit")).raise_if_failed()
+  check_derivatives(adam, X, checks=(*CHECKS[:3], "jit")).raise_if_failed()
   check_derivatives(adam, X, reference=adam, checks=CHECKS[:2]).raise_if_failed()
   wrong = with_rule(adam, lambda x, u: (1 + 1e-4) * jax.vjp(adam, x)[1](u)[0])
   assert check_derivatives(wrong, X, checks=["finite_differences"]).failed
