@@ -312,6 +312,12 @@ def size_of(x: np.ndarray) -> float:
   return (math.sqrt(np.mean(finite**2)) if finite.size else 0.0) or 1.0
 
 
+def norm_of_products(xs: Sequence[Any], ys: Sequence[Any]) -> float:
+  """The root of the sum of the squares: the size of the sum of the products if nothing cancels."""
+  products = [np.asarray(x, np.float64) * y for x, y in zip(xs, ys, strict=True)]
+  return math.sqrt(sum(np.sum(p**2, where=np.isfinite(p)) for p in products))
+
+
 def _sizes(x: np.ndarray) -> np.ndarray:
   """The geometric mean of the size of each entry that is not 0 or infinite and of the array."""
   sizes, size = np.abs(np.asarray(x, np.float64)), size_of(x)
