@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import math
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ import jax
 import numpy as np
 
 from softmax_jax.verify import differences
+from softmax_jax.verify.bounds import NOISE, rounding
 from softmax_jax.verify.errors import first_line
 from softmax_jax.verify.problem import (
   Arrays,
@@ -51,30 +51,32 @@ def exact() -> Generator[None]:
     yield
 
 
-_Outputs = Callable[[Leaves, Leaves], tuple[list[Any], list[Any]]]
+_Outputs = Callable[..., tuple[list[Any], list[Any]]]
+# How many constants of an evaluated program are moved one by one.
+_MOVES = 16
 
 
 class _Programs(NamedTuple):
   """A function of ``(xs, ns)`` and its derivatives, for JAX to compile.
 
   ``outputs`` are the floating and the others, ``vjp`` takes ``(xs, ns, us)`` and ``jvp`` takes
-  ``(xs, ns, vs)``.
+  ``(xs, ns, vs)``. All take the moves of constants too, by which only an evaluated program differs.
   """
 
   outputs: _Outputs
-  vjp: Callable[[Leaves, Leaves, Leaves], list[Any]]
-  jvp: Callable[[Leaves, Leaves, Leaves], list[Any]]
+  vjp: Callable[..., list[Any]]
+  jvp: Callable[..., list[Any]]
 
 
 def _differentiated(outputs: _Outputs) -> _Programs:
   def floating(ns: Leaves) -> Callable[..., list[Any]]:
     return lambda *xs: outputs(xs, ns)[0]
 
-  def pull(xs: Leaves, ns: Leaves, us: Leaves) -> list[Any]:
+  def pull(xs: Leaves, ns: Leaves, us: Leaves, *_: Any) -> list[Any]:
     ys, pull = vjp(floating(ns), *xs)
     return list(pull([u.astype(y.dtype) for u, y in zip(us, ys, strict=True)]))
 
-  def push(xs: Leaves, ns: Leaves, vs: Leaves) -> list[Any]:
+  def push(xs: Leaves, ns: Leaves, vs: Leaves, *_: Any) -> list[Any]:
     return jax.jvp(floating(ns), tuple(xs), tuple(vs))[1]
 
   return _Programs(outputs, pull, push)
@@ -157,53 +159,62 @@ class Oracle:
   def _unchanged(self) -> _Programs:
     own, dtypes = self._calls(self.problem.kwargs), self.problem.dtypes
     return _differentiated(
-      lambda xs, ns: own([x.astype(d) for x, d in zip(xs, dtypes, strict=True)], ns)
+      lambda xs, ns, *_: own([x.astype(d) for x, d in zip(xs, dtypes, strict=True)], ns)
     )
 
   def _calls(self, kwargs: Any) -> _Outputs:
-    return lambda xs, ns: split(jax.tree.leaves(self.problem.call(self._function, kwargs, xs, ns)))
+    problem, f = self.problem, self._function
+    return lambda xs, ns, *_: split(jax.tree.leaves(problem.call(f, kwargs, xs, ns)))
 
   def _evaluated(self) -> _Programs:
     own, problem = _differentiated(self._calls(self.problem.kwargs)), self.problem
     of_outputs = [y.dtype for y in problem.out_types]
     number = len(of_outputs)
 
-    def evaluate(f: Callable[..., Any], dtypes: Sequence[Any], *groups: Leaves) -> list[Any]:
+    def evaluate(
+      f: Callable[..., Any], dtypes: Sequence[Any], moves: Any, *groups: Leaves
+    ) -> list[Any]:
       leaves = jax.tree.leaves(groups)
       types = [jax.ShapeDtypeStruct(x.shape, d) for x, d in zip(leaves, dtypes, strict=True)]
       with jax.enable_x64(self._x64):
         program = jax.make_jaxpr(f)(*jax.tree.unflatten(jax.tree.structure(groups), types))
-      return widened_program(program)(*leaves)
+      return widened_program(program, moves)(*leaves)
 
     dtypes = [*problem.dtypes, *(n.dtype for n in problem.ns)]
 
-    def outputs(xs: Leaves, ns: Leaves) -> tuple[list[Any], list[Any]]:
-      leaves = evaluate(own.outputs, dtypes, list(xs), list(ns))
+    def outputs(xs: Leaves, ns: Leaves, moves: Any = None) -> tuple[list[Any], list[Any]]:
+      leaves = evaluate(own.outputs, dtypes, moves, list(xs), list(ns))
       return leaves[:number], leaves[number:]
 
-    return _Programs(
-      outputs,
-      lambda xs, ns, us: evaluate(own.vjp, [*dtypes, *of_outputs], list(xs), list(ns), list(us)),
-      lambda xs, ns, vs: evaluate(
-        own.jvp, [*dtypes, *problem.dtypes], list(xs), list(ns), list(vs)
-      ),
-    )
+    def derivative(f: Callable[..., Any], of_tangents: Sequence[Any]) -> Callable[..., list[Any]]:
+      return lambda xs, ns, ts, moves: evaluate(
+        f, [*dtypes, *of_tangents], moves, list(xs), list(ns), list(ts)
+      )
+
+    return _Programs(outputs, derivative(own.vjp, of_outputs), derivative(own.jvp, problem.dtypes))
 
   def _strays(self) -> float:
-    """How far the values of f are from these, beside what its own dtype may lose."""
+    """How far the values of f are from these, beside what its own dtype may lose.
+
+    That is its rounding, and the last digit of constants that it computes.
+    """
     problem = self.problem
+    moved = [self.value(problem.xs, near)[0] for near in range(1, 5)] if self.evaluated else []
     ys, others = problem.value(problem.xs, problem.ns)
     expected, expected_others = self.value(problem.xs)
     if any(np.any(a != b) for a, b in zip(others, expected_others, strict=True)):
-      return math.inf
+      return np.inf
     unit = max((float(finfo(dtype).eps) for dtype in problem.unit_dtypes), default=0.0)
     found = 0.0
-    for y, e in zip(ys, expected, strict=True):
+    for place, (y, e) in enumerate(zip(ys, expected, strict=True)):
       known = np.isfinite(y) & np.isfinite(e)
-      size = np.linalg.norm(e[known])
+      of_constants = NOISE * max(
+        (float(np.linalg.norm(m[place][known] - e[known])) for m in moved), default=0.0
+      )
+      allowed = rounding(unit, max(problem.size, 1)) * np.linalg.norm(e[known]) + of_constants
       error = np.linalg.norm(np.asarray(y, np.float64)[known] - e[known])
-      found = max(found, float(error / size) if size > 0 else 0.0)
-    return found / (4 * unit * math.sqrt(2 + math.log2(max(problem.size, 1)))) if found else 0.0
+      found = max(found, float(error / allowed) if allowed > 0 else 0.0)
+    return found
 
   def at(self, problem: Problem) -> Oracle:
     """The same oracle and compiled programs, at other arguments of the same types."""
@@ -217,23 +228,27 @@ class Oracle:
     wide = all(d == np.float64 for d in self.problem.float_dtypes)
     return bool(self.narrow) or (wide and not self.given)
 
-  def value(self, xs: Sequence[np.ndarray]) -> tuple[Arrays, Arrays]:
-    """The floating outputs in float64, and the others."""
+  def value(self, xs: Sequence[np.ndarray], near: int = 0) -> tuple[Arrays, Arrays]:
+    """The floating outputs in float64, and the others.
+
+    Constants that f computes are moved by the last digit of its own dtype where ``near`` > 0, as in
+    the derivatives at such a point: their rounding is part of the noise of f.
+    """
     with exact():
-      ys, others = self._value(self._wide(xs), self.problem.ns)
+      ys, others = self._value(self._wide(xs), self.problem.ns, _moves(near))
     return [np.asarray(y, np.float64) for y in ys], others
 
   def vjp(self, point: Point, us: Sequence[np.ndarray] | None = None) -> Arrays:
     """The cotangents of the arguments; those of the cotangents of the point are remembered."""
     if us is None:
       if point.key not in self._known:
-        self._known[point.key] = self._vjp_at(point.xs, point.us, point.ns)
+        self._known[point.key] = self._vjp_at(point, point.xs, point.us)
       return self._known[point.key]
-    return self._vjp_at(point.xs, us, point.ns)
+    return self._vjp_at(point, point.xs, us)
 
-  def _vjp_at(self, xs: Sequence[np.ndarray], us: Sequence[np.ndarray], ns: Leaves) -> Arrays:
+  def _vjp_at(self, point: Point, xs: Sequence[np.ndarray], us: Sequence[np.ndarray]) -> Arrays:
     with exact():
-      bars = self._vjp(self._wide(xs), ns, self._wide(us))
+      bars = self._vjp(self._wide(xs), point.ns, self._wide(us), _moves(point.near))
     return [np.asarray(bar, np.float64) for bar in bars]
 
   def jvp(self, point: Point, vs: Sequence[np.ndarray]) -> tuple[Arrays, Arrays]:
@@ -241,7 +256,7 @@ class Oracle:
     if self._has_jvp:
       try:
         with exact():
-          dots = self._jvp(self._wide(point.xs), point.ns, self._wide(vs))
+          dots = self._jvp(self._wide(point.xs), point.ns, self._wide(vs), _moves(point.near))
         dots = [np.asarray(dot, np.float64) for dot in dots]
         return dots, [np.zeros_like(dot) for dot in dots]
       except Exception:  # A reference without forward mode is differentiated by differences.
@@ -261,8 +276,7 @@ class Oracle:
     def values(scale: float) -> Arrays:
       moved = self._moved(point.xs, point.vs, scale)
       at = [
-        self._vjp_at([x[i] for x in moved], point.us, point.ns)
-        for i in range(len(differences.SHIFTS))
+        self._vjp_at(point, [x[i] for x in moved], point.us) for i in range(len(differences.SHIFTS))
       ]
       return [np.stack(bars) for bars in zip(*at, strict=True)]
 
@@ -273,7 +287,7 @@ class Oracle:
 
     def values(scale: float) -> Arrays:
       with exact():
-        return self._values(self._moved(point.xs, vs, scale), point.ns)
+        return self._values(self._moved(point.xs, vs, scale), point.ns, _moves(point.near))
 
     return self._derivatives(values, point.xs, vs)
 
@@ -310,6 +324,11 @@ class Oracle:
       )
 
 
-def _mapped(outputs: _Outputs, stacked: Leaves, ns: Leaves) -> list[Any]:
+def _moves(near: int) -> np.ndarray:
+  """The signs of the moves of constants near a point; 0 at the point itself."""
+  return np.random.default_rng(near).choice([-1.0, 1.0], _MOVES) if near else np.zeros(_MOVES)
+
+
+def _mapped(outputs: _Outputs, stacked: Leaves, ns: Leaves, moves: Any) -> list[Any]:
   """The floating outputs at each of several points."""
-  return jax.lax.map(lambda xs: outputs(xs, ns)[0], stacked)  # pyright: ignore[reportUnknownVariableType]  # untyped in JAX
+  return jax.lax.map(lambda xs: outputs(xs, ns, moves)[0], stacked)  # pyright: ignore[reportUnknownVariableType]  # untyped in JAX

@@ -53,8 +53,13 @@ class Point:
   def __init__(
     self, key: tuple[Hashable, ...], xs: Arrays, us: Arrays, vs: Arrays, ns: Sequence[Any]
   ):
-    """Under a key that tells it from other points."""
+    """Under a key that tells it from other points: its probe and ``near`` first."""
     self.key, self.xs, self.us, self.vs, self.ns = key, xs, us, vs, ns
+
+  @property
+  def near(self) -> Any:
+    """The number of a point near the arguments; 0 for the arguments themselves."""
+    return self.key[1]
 
   def only_argument(self, index: int) -> Arrays:
     """The tangents with all but one of them 0."""
@@ -305,6 +310,12 @@ def size_of(x: np.ndarray) -> float:
   finite = np.asarray(x, np.float64)
   finite = finite[np.isfinite(finite)]
   return (math.sqrt(np.mean(finite**2)) if finite.size else 0.0) or 1.0
+
+
+def norm_of_products(xs: Sequence[Any], ys: Sequence[Any]) -> float:
+  """The root of the sum of the squares: the size of the sum of the products if nothing cancels."""
+  products = [np.asarray(x, np.float64) * y for x, y in zip(xs, ys, strict=True)]
+  return math.sqrt(sum(np.sum(p**2, where=np.isfinite(p)) for p in products))
 
 
 def _sizes(x: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from softmax_jax.verify import bounds
 from softmax_jax.verify.errors import first_line, not_offered
 from softmax_jax.verify.options import Options
 from softmax_jax.verify.oracle import Oracle
-from softmax_jax.verify.problem import Arrays, Problem, compiled, finfo
+from softmax_jax.verify.problem import Arrays, Problem, compiled, finfo, norm_of_products, size_of
 from softmax_jax.verify.report import Row, Skip
 
 # For arrays with more entries fewer probes suffice, and then fewer points near each.
@@ -22,12 +22,13 @@ MANY = 10_000
 _LARGE = 1_000_000
 
 
-# What is right although it differs, by the operation.
+# What is right although it differs, by the operation, and where the derivative is almost 0.
 _CAVEATS = {
   "eigh": "right up to a sign? f calls eigh",
   "svd": "right up to a sign? f calls svd",
   "while": "right to the tolerance of a solver? f has a while loop",
 }
+_SATURATED = "saturated? f moves by less than its values round"
 
 
 class Comparison(NamedTuple):
@@ -279,7 +280,20 @@ class Verifier:
   def _caveat(self) -> str:
     """Why a right function may fail, as far as its operations tell, or ""."""
     found = [why for name, why in _CAVEATS.items() if name in self.problem.operations]
-    return "; ".join(found)
+    return "; ".join([*found, _SATURATED] if self._saturated else found)
+
+  @functools.cached_property
+  def _saturated(self) -> bool:
+    """Whether arguments that move by their own size move the values by less than these round."""
+    problem = self.problem
+    point = problem.point()
+    try:
+      bars, (ys, _) = self.oracle.vjp(point), self.oracle.value(point.xs)
+    except Exception:  # f may have no reverse mode.
+      return False
+    moved = norm_of_products([size_of(x) for x in point.xs], bars)
+    rounding = bounds.unit_roundoff(problem.unit_dtypes) * norm_of_products(point.us, ys)
+    return 0 < moved < rounding
 
   def count(
     self, check: str, number: float, allowed: float, *, of: str = "", reason: str = ""

@@ -2,13 +2,16 @@
 
 It differs from the same function called with float64: its constants are those of its own dtypes, so
 are the random numbers that it draws, it takes the branches for its own dtypes, and nothing inside
-is rounded. A program of a derivative holds what the rules of the function did when it was traced.
+that depends on floating arguments is rounded. What does not, such as 1 - 0.999**step, is a constant
+too, and keeps the digits of its own dtype, of which the last may be moved: other programs compute
+it otherwise. A program of a derivative holds what the rules of the function did when it was traced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,15 +30,36 @@ _INLINED = {
 }
 # What works on bits, or is compiled by others, runs in its own dtypes.
 _BITS = ("bitcast_convert_type", "nextafter", "random_", "threefry", "rng_")
+# What programs of 32 and 64 bits do not compute alike to the last digit.
+_INEXACT = (
+  *("pow", "integer_pow", "exp", "exp2", "expm1", "log", "log1p", "logistic", "rsqrt", "cbrt"),
+  *("sin", "cos", "tan", "sinh", "cosh", "tanh", "erf", "erfc", "erf_inv", "lgamma", "digamma"),
+)
 _CALLS = ("pure_callback", "io_callback", "debug_callback", "ffi_call", "pallas_call")
 
 
-def widened_program(closed: Any) -> Callable[..., list[Any]]:
+class _Constant(NamedTuple):
+  """A value that depends on no floating argument, in its own dtype."""
+
+  value: Any
+
+  def moved(self, sign: Any) -> _Constant:
+    """A floating number moved by a unit in its last place; by none if the sign is 0 or None."""
+    dtype = self.value.dtype
+    if sign is None or _wide_dtype(dtype) is None:
+      return self
+    # Three quarters of eps are closest to one unit, whatever the mantissa.
+    return _Constant((self.value * (1 + 0.75 * jnp.finfo(dtype).eps * sign)).astype(dtype))
+
+
+def widened_program(closed: Any, moves: Any = None) -> Callable[..., list[Any]]:
   """A function that evaluates a traced program with floating numbers in float64.
 
-  It takes and returns flat lists; where it is called JAX must have 64 bits enabled.
+  It takes and returns flat lists; where it is called JAX must have 64 bits enabled. ``moves`` are
+  the signs of the units by which constants are moved that it computes, but for those in loops.
   """
-  return lambda *args: _evaluated(closed.jaxpr, closed.consts, args)
+  signs = itertools.repeat(None) if moves is None else itertools.cycle(list(moves))
+  return lambda *args: _wide_results(closed.jaxpr, closed.consts, args, signs)
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
@@ -85,6 +109,7 @@ def _wide_dtype(dtype: Any) -> Any:
 
 
 def _wide(x: Any) -> Any:
+  x = x.value if isinstance(x, _Constant) else x
   dtype = _wide_dtype(x.dtype) if hasattr(x, "dtype") else None
   if dtype is None or x.dtype == dtype:
     return x
@@ -97,34 +122,56 @@ def _narrow(x: Any, dtype: Any) -> Any:
   return x if _wide_dtype(dtype) is None else jnp.asarray(x).astype(dtype)
 
 
-def _evaluated(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+def _wide_results(
+  jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], signs: Iterator[Any]
+) -> list[Any]:
+  given = [x if _wide_dtype(x.dtype) else _Constant(x) for x in map(_wide, args)]
+  return [_wide(x) for x in _evaluated(jaxpr, map(_Constant, consts), given, signs)]
+
+
+def _evaluated(
+  jaxpr: Any, consts: Iterable[Any], args: Sequence[Any], signs: Iterator[Any]
+) -> list[Any]:
+  """The results of a program, like its arguments each a `_Constant` or in float64."""
   known: dict[Any, Any] = {}
 
   def read(v: Any) -> Any:
-    return _wide(v.val) if hasattr(v, "val") else known[v]  # a literal or a variable
+    return _Constant(v.val) if hasattr(v, "val") else known[v]  # a literal or a variable
 
-  known |= zip(jaxpr.constvars, map(_wide, consts), strict=True)
-  known |= zip(jaxpr.invars, map(_wide, args), strict=True)
+  known |= zip(jaxpr.constvars, consts, strict=True)
+  known |= zip(jaxpr.invars, args, strict=True)
   for eqn in jaxpr.eqns:
-    outs = _applied(eqn, [read(v) for v in eqn.invars])
-    known |= zip(eqn.outvars, map(_wide, outs), strict=True)
+    outs = _applied(eqn, [read(v) for v in eqn.invars], signs)
+    known |= zip(eqn.outvars, outs, strict=True)
   return [read(v) for v in jaxpr.outvars]
 
 
-def _applied(eqn: Any, args: list[Any]) -> list[Any]:
+def _applied(eqn: Any, args: list[Any], signs: Iterator[Any]) -> list[Any]:
   """The results of one operation."""
   name, params = eqn.primitive.name, eqn.params
   if name in _INLINED:
     program = params[_INLINED[name]]
-    return _evaluated(getattr(program, "jaxpr", program), getattr(program, "consts", ()), args)
-  if name == "reduce_precision":
+    consts = map(_Constant, getattr(program, "consts", ()))
+    return _evaluated(getattr(program, "jaxpr", program), consts, args, signs)
+  # In sixteen bits constants are evaluated as all else: there one digit is much.
+  constant = all(isinstance(x, _Constant) for x in args) and not any(map(_is_coarse, eqn.outvars))
+  if name == "reduce_precision" and not constant:
     return args
-  if _is_call(eqn) or name.startswith(_BITS):
+  args = [x.value if constant else _wide(x) for x in args]
+  if not constant and (_is_call(eqn) or name.startswith(_BITS)):
     args = [_narrow(x, v.aval.dtype) for x, v in zip(args, eqn.invars, strict=True)]
-  else:
+  elif not constant:
     params = {key: _widened_parameter(value) for key, value in params.items()}
   outs = eqn.primitive.bind(*args, **params)
-  return list(outs) if eqn.primitive.multiple_results else [outs]
+  outs = outs if eqn.primitive.multiple_results else [outs]
+  if not constant:
+    return list(map(_wide, outs))
+  sign = next(signs) if name in _INEXACT else None
+  return [_Constant(x).moved(sign) for x in outs]
+
+
+def _is_coarse(v: Any) -> bool:
+  return _wide_dtype(v.aval.dtype) is not None and v.aval.dtype.itemsize < 4
 
 
 def _widened_parameter(value: Any) -> Any:
@@ -140,7 +187,8 @@ def _widened_leaf(value: Any) -> Any:
       jax.ShapeDtypeStruct(v.aval.shape, _wide_dtype(v.aval.dtype) or v.aval.dtype)
       for v in inner.invars
     ]
-    made = jax.make_jaxpr(lambda *args: _evaluated(inner, consts, args))(*types)
+    still = itertools.repeat(None)
+    made = jax.make_jaxpr(lambda *args: _wide_results(inner, consts, args, still))(*types)
     return made if closed else made.jaxpr
   dtype = _wide_dtype(value) if isinstance(value, (np.dtype, type)) else None
   return value if dtype is None else np.dtype(dtype)

@@ -2,9 +2,9 @@
 
   python tests/verify/scoreboard.py results.jsonl
 
-runs each tool on the wrong rules of `corpus_wrong.py` and on their right twins, then
-`check_derivatives` on the right functions of `corpus_right.py`. Results are appended to the file;
-what it holds already is not run again. The numbers are those of the table in
+runs each tool on the wrong rules of `corpus_wrong.py` and on their right twins, then on the right
+functions of `corpus_right.py`. Results are appended to the file; what it holds already is not run
+again. The numbers are those of the table in
 docs/reference/verify.rst. It needs chex, equinox, flax and optax.
 """
 
@@ -27,6 +27,7 @@ import corpus_wrong
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jax.test_util import check_grads
 
 from softmax_jax.verify import check_derivatives
@@ -81,6 +82,23 @@ def gradcheck(f, args, modes):
       np.testing.assert_allclose(jacobian, numerical, rtol=1e-3, atol=1e-5)
 
 
+def is_float(x):
+  return isinstance(x, float) or jnp.issubdtype(getattr(x, "dtype", bool), jnp.floating)
+
+
+def of_floats(f, args):
+  """f as a function of floating arrays to one array, for tools that take no others, and these."""
+  leaves, tree = jax.tree.flatten(args)
+  places = [i for i, x in enumerate(leaves) if is_float(x)]
+
+  def of_arrays(*xs):
+    given = dict(zip(places, xs, strict=True))
+    outs = f(*jax.tree.unflatten(tree, [given.get(i, x) for i, x in enumerate(leaves)]))
+    return ravel_pytree([y for y in jax.tree.leaves(outs) if is_float(y)])[0]
+
+  return of_arrays, [leaves[i] for i in places]
+
+
 TOOLS = {
   "check_derivatives": whole,
   "check_derivatives, fast": fast,
@@ -98,8 +116,10 @@ def jobs():
       function = name.split(":")[0]
       yield (tool, "twin", f"{function}, {kind}"), run, (twin, args, modes)
       yield (tool, "wrong", f"{function}, {kind}|{name}"), run, (wrong, args, modes)
-  for name, f, args in corpus_right.functions():
-    yield ("check_derivatives", "right", name), whole, (f, args, None)
+  for tool, run in TOOLS.items():
+    for name, f, args in corpus_right.functions():
+      subject = (f, args) if tool.startswith("check_derivatives") else of_floats(f, args)
+      yield (tool, "right", name), run, (*subject, ("fwd", "rev"))
 
 
 def measure(file):
@@ -134,14 +154,13 @@ def show(known):
     print(f"{tool:<24} {len(found):>5} {len(wrong):>4} {refused:>20} {seconds:>9.2f}")
     if tool.startswith("check_derivatives"):
       print("".join(f"  {n}: {v}\n" for n, (v, _) in wrong.items() if n not in found), end="")
-  right = {k[2]: v for k, v in known.items() if k[1] == "right"}
-  print(
-    f"{len(right)} right functions:",
-    collections.Counter(v.split(":")[0] for v, _ in right.values()),
-  )
-  for name, (verdict, _) in right.items():
-    if verdict != "right":
-      print(f"  {name}: {verdict}")
+  for tool in TOOLS:
+    right = {k[2]: v for k, (v, _) in known.items() if k[:2] == (tool, "right")}
+    verdicts = collections.Counter(v.split(":")[0] for v in right.values())
+    print(f"{tool} of {len(right)} right functions:", dict(verdicts))
+    for name, verdict in right.items():
+      if verdict != "right":
+        print(f"  {name}: {verdict}")
 
 
 def _passed(twins, tool, name):

@@ -129,7 +129,8 @@ def test_rule_that_is_wrong_by_one_argument_alone_is_found(mode):
   }
 
 
-def test_rule_that_is_wrong_by_one_output_alone_is_found():
+def one_output_alone():
+  """The sine and the cosine, whose gradient is wrong where only the latter has a cotangent."""
   f = jax.custom_vjp(lambda x: (jnp.sin(x), jnp.cos(x)))
 
   def bwd(x, us):
@@ -138,9 +139,34 @@ def test_rule_that_is_wrong_by_one_output_alone_is_found():
     return (a * jnp.cos(x) - (2 if zero[0] else 1) * b * jnp.sin(x),)
 
   f.defvjp(lambda x: (f(x.value), x.value), bwd, symbolic_zeros=True)
-  report = check_derivatives(f, X, checks=["vjp", "finite_differences", "each_output"])
-  (row,) = report.failed
+  return f
+
+
+def test_rule_that_is_wrong_by_one_output_alone_is_found():
+  checks = ["vjp", "finite_differences", "each_output"]
+  (row,) = check_derivatives(one_output_alone(), X, checks=checks).failed
   assert (row.check, row.of) == ("each_output", "cotangent of args[0] by out[1] alone")
+
+
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_float64_is_compared_in_every_way_too(with_reference):
+  """Beside a reference, and with the rule of f in float64 as the only one."""
+  off_by_little = with_rule(
+    jnp.sin, lambda x, u: jnp.cos(x) * u, fwd=lambda x: (jnp.sin(x) * (1 + 1e-9), x)
+  )
+  product, both = lambda x, y: x * y, lambda x: (jnp.sin(x), jnp.cos(x))
+  with jax.enable_x64(True):
+    x, y = X.astype(np.float64), X[::-1].astype(np.float64)
+    for f, reference, args, check in (
+      (off_by_little, jnp.sin, (x,), "vjp"),
+      (one_argument_alone("reverse"), product, (x, y), "each_argument"),
+      (one_argument_alone("forward"), product, (x, y), "each_argument"),
+      (one_output_alone(), both, (x,), "each_output"),
+    ):
+      options = {"reference": reference} if with_reference else {}
+      checks = ["value", "finite_differences", check]
+      rows = check_derivatives(f, *args, checks=checks, **options).failed
+      assert {row.check.partition(":")[0] for row in rows} == {check}
 
 
 def test_arguments_taken_one_by_one_are_a_few():
@@ -336,11 +362,45 @@ def test_second_derivatives_that_nothing_tells_are_skipped_at_an_edge_point(f, x
   assert len(set(reasons)) == len(reasons)  # each is told once
 
 
-def test_a_failure_says_what_may_be_right_all_the_same():
-  def root(a):
-    off = lambda x: jnp.max(jnp.abs(x * x - a)) > 1e-2
-    return jax.lax.while_loop(off, lambda x: (x + a / x) / 2, jnp.ones_like(a))
+def root(a):
+  off = lambda x: jnp.max(jnp.abs(x * x - a)) > 1e-2
+  return jax.lax.while_loop(off, lambda x: (x + a / x) / 2, jnp.ones_like(a))
 
-  f = with_rule(root, lambda x, u: u / (2 * jnp.sqrt(x)))
-  (row,) = check_derivatives(f, jnp.array([2.0, 3.0]), checks=["finite_differences"]).failed
-  assert row.reason == "right to the tolerance of a solver? f has a while loop"
+
+def turned(f):
+  """f with the derivative of -f."""
+  return with_rule(f, lambda a, u: -jax.vjp(f, a)[1](u)[0])
+
+
+PERHAPS_RIGHT = {
+  "solver": (
+    with_rule(root, lambda x, u: u / (2 * jnp.sqrt(x))),
+    [2, 3],
+    "right to the tolerance of a solver? f has a while loop",
+  ),
+  "eigenvectors": (
+    turned(lambda a: jnp.linalg.eigh(a + a.T)[1]),
+    [[1, 2], [3, -2]],
+    "right up to a sign? f calls eigh",
+  ),
+  "singular vectors": (
+    turned(lambda a: jnp.linalg.svd(a)[0]),
+    [[1, 2], [3, -2]],
+    "right up to a sign? f calls svd",
+  ),
+  "saturated": (jnp.tanh, [12, 13], "saturated? f moves by less than its values round"),
+}
+
+
+@pytest.mark.parametrize("name", PERHAPS_RIGHT)
+def test_a_failure_says_what_may_be_right_all_the_same(name):
+  f, x, reason = PERHAPS_RIGHT[name]
+  checks = ["vjp" if name == "saturated" else "finite_differences"]
+  report = check_derivatives(f, np.float32(x), checks=checks)
+  assert [row.reason for row in report.failed] == [reason]
+  assert f", {reason} ({checks[0]})" in " ".join(report.failures().split())
+
+
+def test_a_failure_elsewhere_is_not_excused():
+  (row,) = check_derivatives(with_rule(jnp.tanh, lambda x, u: u), X, checks=["jvp"]).failed
+  assert not row.reason

@@ -109,7 +109,7 @@ def test_a_wrong_rule_of_a_random_function_is_found(fault):
 def adam(x):
   optimizer = optax.adam(0.1)
   state = optimizer.init(x)
-  for _ in range(2):
+  for _ in range(3):
     updates, state = optimizer.update(jnp.sinh(x), state, x)
     x = optax.apply_updates(x, updates)
   return x
@@ -140,6 +140,27 @@ def test_no_more_digits_are_asked_for_than_the_dtype_has(name):
   check_derivatives(CONSTANTS[name], X, checks=CHECKS).raise_if_failed()
   wrong = with_constant(np.float32(np.pi * (1 + 1e-5)))
   assert check_derivatives(wrong, X, checks=["finite_differences"]).failed
+
+
+def test_rounding_of_constants_that_a_function_computes_is_its_noise():
+  """1 - 0.999**step has two digits less than float32, and not the same ones in each program."""
+  check_derivatives(adam, X, checks=(*CHECKS[:3], "jit")).raise_if_failed()
+  check_derivatives(adam, X, reference=adam, checks=CHECKS[:2]).raise_if_failed()
+  wrong = with_rule(adam, lambda x, u: (1 + 1e-4) * jax.vjp(adam, x)[1](u)[0])
+  assert check_derivatives(wrong, X, checks=["finite_differences"]).failed
+
+
+def test_a_constant_is_moved_by_a_unit_and_one_in_sixteen_bits_is_not_rounded():
+  f = lambda x: x * jnp.exp(jnp.arange(3.0)) * jnp.exp(jnp.arange(3.0).astype(jnp.bfloat16))
+  program = jax.make_jaxpr(f)(X)
+  with exact():
+    evaluated = (widened_program(program, np.full(16, sign))(X) for sign in (1.0, -1.0))
+    up, down = (np.asarray(found) for (found,) in evaluated)
+  constant = np.exp(np.arange(3, dtype=np.float32))
+  wide = X * np.exp(np.arange(3.0))
+  np.testing.assert_allclose((up + down) / 2 / wide, np.broadcast_to(constant, (2, 3)), rtol=1e-7)
+  moved = (up - down) / 2 / wide / np.spacing(constant)
+  np.testing.assert_allclose(moved, 1, rtol=0.3)
 
 
 def test_an_index_that_x64_makes_wider():

@@ -54,9 +54,3 @@ def inner(xs: Any, ys: Any) -> float:
     product = np.asarray(x, np.float64) * np.asarray(y, np.float64)
     total += float(np.sum(np.where((np.asarray(x, np.float64) == 0) | np.isnan(y), 0, product)))
   return total
-
-
-def norm(xs: Any, ys: Any) -> float:
-  """The root of the sum of the squares of the products: the size of `inner` if nothing cancels."""
-  products = [np.asarray(x, np.float64) * y for x, y in zip(xs, ys, strict=True)]
-  return float(np.sqrt(sum(np.sum(p**2, where=np.isfinite(p)) for p in products)))

@@ -12,12 +12,11 @@ from softmax_jax.verify.bounds import EMPTY, rounding, unit_of_constants, unit_r
 from softmax_jax.verify.checks.common import (
   directions,
   inner,
-  norm,
   one_by_one,
 )
 from softmax_jax.verify.differences import NEGLIGIBLE
 from softmax_jax.verify.errors import first_line, not_offered
-from softmax_jax.verify.problem import Arrays
+from softmax_jax.verify.problem import Arrays, norm_of_products
 from softmax_jax.verify.report import UNCONFIRMED, Row, Skip
 from softmax_jax.verify.verifier import MANY, Comparison, Judged, Verifier
 
@@ -70,7 +69,7 @@ def _differences_along(v: Verifier, kind: int) -> list[Difference]:
 
   def evaluate(probe: int, near: int, wide: bool = False) -> list[Comparison]:
     point = problem.point(2 * probe + kind, near, wide=wide)
-    ys, _ = own.value(point.xs)
+    ys, _ = own.value(point.xs, near)
     comparisons: list[Comparison] = []
     subjects.clear()
     for name, vs in directions(v, point):
@@ -91,7 +90,7 @@ def _differences_along(v: Verifier, kind: int) -> list[Difference]:
             inner(bars, vs),
             inner(chosen, dots) if some else np.nan,
             sum(float(np.sum(u * s)) for u, s in zip(sizes, slack, strict=True))
-            + of_constants * norm(bars, vs),
+            + of_constants * norm_of_products(bars, vs),
             NEGLIGIBLE
             * min(1.0, max(float(np.max(np.abs(v), initial=0)) for v in vs))
             * sum(np.sum(u * np.abs(y), where=u > 0) for u, y in zip(sizes, ys, strict=True)),

@@ -30,7 +30,7 @@ def value(v: Verifier) -> list[Row]:
 
   def evaluate(probe: int, near: int) -> list[Comparison]:
     xs = problem.point(probe, near).xs
-    (ys, _), (expected, _) = problem.value(xs, problem.ns), v.oracle.value(xs)
+    (ys, _), (expected, _) = problem.value(xs, problem.ns), v.oracle.value(xs, near)
     return v.of_outputs("", ys, expected)
 
   (_, others), (_, expected) = problem.value(problem.xs, problem.ns), v.oracle.value(problem.xs)
@@ -55,7 +55,7 @@ def vjp(v: Verifier) -> list[Row]:
   def evaluate(probe: int, near: int) -> list[Comparison]:
     point = v.problem.point(probe, near)
     ys, _, bars = v.problem.vjp(point.xs, v.problem.ns, point.us)
-    outputs = v.of_outputs("value under vjp of ", ys, v.oracle.value(point.xs)[0])
+    outputs = v.of_outputs("value under vjp of ", ys, v.oracle.value(point.xs, near)[0])
     return cotangents(v, bars, v.oracle.vjp(point)) + outputs
 
   judged = v.judge("vjp", evaluate, 4, 4)
