@@ -6,7 +6,7 @@ document.addEventListener("DOMContentLoaded", () => {
     const texts = [];
     while (walker.nextNode()) texts.push(walker.currentNode);
     for (const text of texts) {
-      const [first, ...others] = text.data.split(/(?<=[_.(])/);
+      const [first, ...others] = text.data.split(/(?<=[_(]|\w\.)/);
       text.replaceWith(first, ...others.flatMap((part) => [document.createElement("wbr"), part]));
     }
   }
