@@ -1,6 +1,6 @@
-// Lets long names of functions break after an underscore, in headings, the sidebar and tables.
+// Lets long names of functions break after an underscore, in headings, the sidebar and the text.
 document.addEventListener("DOMContentLoaded", () => {
-  const places = "h1, .sidebar-tree .reference, .toc-tree .reference, .sig-name, td code";
+  const places = "h1, .sidebar-tree .reference, .toc-tree .reference, .sig-name, code.literal";
   for (const place of document.querySelectorAll(places)) {
     const walker = document.createTreeWalker(place, NodeFilter.SHOW_TEXT);
     const texts = [];
