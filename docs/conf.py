@@ -4,8 +4,11 @@ The notebooks are copied from their own folder, with the outputs that are stored
 part of the site, so that it needs no network, neither while it is built nor while it is read.
 """
 
+import re
 import shutil
 from pathlib import Path
+
+from docutils import nodes
 
 import softmax_jax
 
@@ -29,6 +32,7 @@ html_theme = "furo"
 html_title = "softmax_jax"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_js_files = ["site.js"]
 html_show_sourcelink = False
 
 myst_enable_extensions = ["dollarmath"]
@@ -36,7 +40,8 @@ myst_heading_anchors = 3
 nb_execution_mode = "off"
 copybutton_exclude = ".linenos, .gp, .go"  # prompts and outputs
 
-# In the docstrings `name` is a link where this reference has the name, and plain code elsewhere.
+# In the docstrings `name` is a link where this reference or another below has the name, and plain
+# code elsewhere.
 default_role = "autolink"
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!softmax_jax).*")]  # names of other libraries
@@ -47,6 +52,26 @@ autosummary_generate = True
 autosummary_imported_members = True
 napoleon_numpy_docstring = False
 napoleon_attr_annotations = False  # it would name a private module of jaxlib
+
+# Where other libraries document the names that the docstrings use. An inventory of theirs would be
+# fetched while the site is built.
+JAX, OPTAX = "https://docs.jax.dev/en/latest/", "https://optax.readthedocs.io/en/latest/"
+OTHERS = {
+  r"jax\.(nn|export)": JAX + "{}.html",
+  r"jax\.(custom_vjp|jit|shard_map|nn\.\w+)": JAX + "_autosummary/{0}.html#{0}",
+  r"jax\.sharding\.\w+": JAX + "jax.sharding.html#{}",
+  r"optax\.losses": OPTAX + "api/losses.html",
+  r"optax\.losses\.\w+": OPTAX + "api/losses.html#{}",
+}
+
+
+def link_to_others(app, env, node, content):
+  """The link to a name of another library, or None."""
+  name = node["reftarget"]
+  for pattern, page in OTHERS.items():
+    if re.fullmatch(pattern, name):
+      return nodes.reference("", "", content, refuri=page.format(name), internal=False)
+  return None
 
 
 def copy_notebooks(app):
@@ -62,3 +87,4 @@ def copy_notebooks(app):
 def setup(app):
   """Called by Sphinx."""
   app.connect("builder-inited", copy_notebooks, priority=0)
+  app.connect("missing-reference", link_to_others)
