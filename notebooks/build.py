@@ -1,7 +1,8 @@
 """Executes the notebooks in clean kernels and writes them back with their outputs.
 
-    python notebooks/build.py          # all of them
-    python notebooks/build.py 01 05    # those whose names begin so
+    python notebooks/build.py                 # all of them
+    python notebooks/build.py 01 05           # those whose names begin so
+    python notebooks/build.py --translate 05  # only the translation, from the stored outputs
 
 It needs the extra ``notebooks``: ``pip install -e '.[notebooks]'``. A notebook is edited in place,
 in Jupyter or as text; this command puts its outputs, cell numbers and metadata in order.
@@ -25,20 +26,22 @@ from typing import Any
 
 FOLDER = pathlib.Path(__file__).parent
 SEPARATOR = "<!-- next cell -->"
+TRANSLATE = "--translate"
 PICTURES = {"05_numbers": "errors.png"}
 
 Notebook = dict[str, Any]
 
 
-def main(prefixes: list[str]) -> None:
-  """Executes the notebooks whose names begin with one of the prefixes, or all."""
+def main(arguments: list[str]) -> None:
+  """Executes the notebooks whose names begin with one of the arguments, or all."""
+  prefixes = [argument for argument in arguments if argument != TRANSLATE]
   os.environ.update(JAX_PLATFORMS="cpu", JAX_PPRINT_USE_COLOR="0")
   paths = [path for path in sources() if path.name.startswith(tuple(prefixes) or "")]
   if not paths:
     raise SystemExit(f"no notebook begins with {' or '.join(prefixes)}")
   for path in paths:
     start = time.perf_counter()
-    notebook = executed(read(path))
+    notebook = read(path) if TRANSLATE in arguments else executed(read(path))
     write(path, notebook)
     if prose(path).exists():
       write(translation(path), translated(notebook, prose(path).read_text(encoding="utf-8")))
