@@ -11,7 +11,7 @@ Where there is a ``NAME.zh.md``, the notebook ``NAME.zh.ipynb`` is made from it:
 are those of ``NAME.ipynb``, and each Markdown cell is replaced with the next section of the
 Markdown file, whose sections are separated by lines ``<!-- next cell -->``.
 
-The first picture of a notebook in `PICTURES` is also written to a file, which the README shows.
+The first picture of a notebook in `PICTURES` is also written to a file, which docs/digits.md shows.
 """
 
 import base64
@@ -27,7 +27,7 @@ from typing import Any
 FOLDER = pathlib.Path(__file__).parent
 SEPARATOR = "<!-- next cell -->"
 TRANSLATE = "--translate"
-PICTURES = {"05_numbers": "errors.png"}
+PICTURES = {"05_numbers": "errors.png", "08_grokking": "grokking.png"}
 
 Notebook = dict[str, Any]
 

@@ -42,6 +42,7 @@ def code_cells(path):
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_code_runs_and_displays_what_is_committed(path, monkeypatch):
   monkeypatch.setenv("MPLBACKEND", "agg")
+  monkeypatch.chdir(FOLDER)
   monkeypatch.syspath_prepend(FOLDER)  # for the modules beside the notebooks
   for package in ("matplotlib", "optax", "sklearn", *PACKAGES.get(path.stem, ())):
     pytest.importorskip(package)
@@ -141,11 +142,12 @@ def skeleton(prose):
 
 
 @pytest.mark.parametrize("stem", build.PICTURES)
-def test_picture_of_the_readme_is_that_of_the_notebook(stem):
+def test_picture_of_the_site_is_that_of_the_notebook(stem):
   """Run `python notebooks/build.py` if this fails."""
   file = build.PICTURES[stem]
   assert (FOLDER / file).read_bytes() == build.first_picture(build.read(FOLDER / f"{stem}.ipynb"))
-  assert f"](notebooks/{file})" in (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+  page = FOLDER.parent / "docs" / "digits.md"
+  assert f"](../notebooks/{file})" in page.read_text(encoding="utf-8")
 
 
 def test_every_notebook_is_a_source_or_made_from_one():
