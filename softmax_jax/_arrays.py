@@ -81,7 +81,8 @@ def where_needed(needed: jax.Array, careful: Callable[[*Args], R], quick: R, *ar
     return careful(*args)
 
   def apart(needed: jax.Array, quick: R, *args: *Args) -> R:
-    return careful(*lax.optimization_barrier(args))
+    own: Any = lax.optimization_barrier(args)
+    return careful(*own)
 
   is_manual = any(varying_axes(x) for x in jax.tree.leaves((quick, args)))
   on_cpu = apart if is_manual else IfAny(careful)
