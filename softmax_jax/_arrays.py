@@ -7,6 +7,7 @@ from typing import Any, ParamSpec, TypeVar, TypeVarTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from softmax_jax._devices import varying_axes
@@ -70,14 +71,19 @@ def where_needed(needed: jax.Array, careful: Callable[[*Args], R], quick: R, *ar
   A second pass over an array costs as much as the first where arithmetic is the limit, as on a CPU:
   there it is skipped if no row needs it. Elsewhere it is fused with the first, and a branch would
   only separate them. Inside `jax.shard_map` there is no branch either: JAX cannot vmap one there.
+  Both are computed then, from arguments apart: what they share XLA:CPU would materialize.
 
   The derivative is always that of ``careful``: that of ``quick`` may be NaN where its value is
   replaced.
   """
-  if any(varying_axes(x) for x in jax.tree.leaves((quick, args))):
-    return careful(*args)
 
   def everywhere(needed: jax.Array, quick: R, *args: *Args) -> R:
     return careful(*args)
 
-  return by_platform(everywhere, {"cpu": IfAny(careful)}, needed, quick, *args)
+  def apart(needed: jax.Array, quick: R, *args: *Args) -> R:
+    own: Any = lax.optimization_barrier(args)
+    return careful(*own)
+
+  is_manual = any(varying_axes(x) for x in jax.tree.leaves((quick, args)))
+  on_cpu = apart if is_manual else IfAny(careful)
+  return by_platform(everywhere, {"cpu": on_cpu}, needed, quick, *args)

@@ -117,24 +117,32 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def progress_bar(steps: int) -> Generator[Callable[[int, str], None]]:
+def progress_bar(steps: int) -> Generator[Callable[[int | None, str], None]]:
   """A progress bar on stderr, or nothing where that is no terminal.
 
-  Yields a function of the number of steps done and of a description.
+  Yields a function of the number of steps done, None in a phase without steps, and of a
+  description.
   """
   from rich import progress
   from rich.console import Console
 
   console = Console(stderr=True)
   columns = (
-    progress.BarColumn(),
-    progress.MofNCompleteColumn(),
-    progress.TextColumn("{task.description}"),
-    progress.TimeRemainingColumn(),
+    progress.BarColumn(bar_width=max(5, min(40, console.width - 60))),
+    progress.TextColumn("{task.fields[count]}{task.description}"),
+    progress.TimeElapsedColumn(),
   )
   with progress.Progress(*columns, console=console, disable=not console.file.isatty()) as bar:
-    task = bar.add_task("compiling", total=steps)
-    yield lambda step, description: bar.update(task, completed=step, description=description)
+    task = bar.add_task("compiling", total=None, count="")
+
+    def show(step: int | None, description: str) -> None:
+      if step is None:  # It moves back and forth.
+        bar.reset(task, total=None, completed=0, count="", description=description)
+      else:
+        count = f"{step}/{steps} "
+        bar.update(task, total=steps, completed=step, count=count, description=description)
+
+    yield show
 
 
 def print_json(report: dict[str, Any]) -> None:

@@ -21,11 +21,12 @@ is held out. Then the command prints:
   * the accuracy on the held-out digits, and the speed;
   * the norm of the loss gradient of each held-out digit, by vmap(grad): the digits with the
     largest are those whose label the network contradicts most;
-  * how far four ways to compute the softmax Jacobian at the network's own logits are apart: closed
-    form, jacfwd and jacrev of softmax_jax.softmax, and JAX's autodiff of jax.nn.softmax.
+  * the errors of four ways to compute the softmax Jacobian at the network's own logits, against
+    float64: closed form, jacfwd and jacrev of softmax_jax.softmax, and JAX's autodiff of
+    jax.nn.softmax.
 
-Exit code: 0 if all checks hold (the accuracy is at least 0.95 and the Jacobians agree to within
-float32 rounding), 1 if not, 2 for a bad option or a missing package.
+Exit code: 0 if all checks hold (the accuracy is at least 0.95 and the Jacobians are right to within
+float32 rounding of their terms), 1 if not, 2 for a bad option or a missing package.
 """
 _COUNT = click.IntRange(1, 1_000_000)
 

@@ -4,6 +4,7 @@ Time cannot be asserted, but what takes it can: the matrix products, counted fro
 the compiled program, and the bytes it holds beside its arguments and results.
 """
 
+import functools
 import re
 
 import jax
@@ -69,6 +70,23 @@ def test_memory_is_a_tile_and_does_not_grow_with_the_tokens(vocab_axis, reductio
   assert temp(8 * chunk + 5, **options) <= at_once + per_row + 4 * 5 * v
   options["softcap"] = 30.0
   assert temp(8 * chunk, **options) < 2 * tile + chunks.ON_CPU.bytes_of_block
+
+
+@pytest.mark.parametrize("axis_name", ["classes", None])
+def test_in_shard_map_over_one_device_memory_is_the_same(axis_name):
+  mesh = jax.make_mesh((1, 1), ("tokens", "classes"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  t, v = (jax.P("tokens"), jax.P(None, "classes")) if axis_name else (jax.P("tokens"), jax.P())
+  args = shapes(512, 64, 16384)[:3]
+
+  def temp(**options):
+    f = lambda *args: jax.lax.pmean(linear(*args, chunk_size=128, **options), "tokens")
+    if not options:
+      f = functools.partial(linear, chunk_size=128)
+    else:
+      f = jax.shard_map(f, mesh=mesh, in_specs=(t, v, t), out_specs=jax.P())
+    return compiled(jax.value_and_grad(f, (0, 1)), *args).memory_analysis().temp_size_in_bytes
+
+  assert temp(axis_name=axis_name) < 1.02 * temp()
 
 
 def test_a_small_chunk_takes_little_beside_the_gradients():
