@@ -1,6 +1,7 @@
 """Both sides of each diff of docs/code_bases.md compute the same, and so do their gradients."""
 
 import ast
+import functools
 
 import code_base_formulas as formulas
 import jax
@@ -91,6 +92,25 @@ def test_a_wrong_line_is_noticed():
   diff = next(diff for diff in DIFFS if right in diff and "sample_weights=weights, " in diff)
   wrong = [diff.replace(right, "e"), diff.replace("sample_weights=weights, ", "")]
   assert min(errors(wrong)) > 1e-3
+
+
+def test_what_differs_in_axlearn():
+  """A mean divides by 1 at least there, and a live target out of range counts."""
+  logits = formulas.ARRAYS["logits"]
+  loss = functools.partial(
+    softmax_cross_entropy_with_integer_labels, logits, reduction="sum", return_aux=True
+  )
+  few = 0.1 * formulas.MASK
+  total, aux = loss(formulas.LABELS, sample_weights=few)
+  assert aux.weight < 1
+  theirs, _ = formulas.axlearn_loss(logits, formulas.LABELS, few)
+  assert relative_error(total / jnp.maximum(aux.weight, 1), theirs) < 1e-6
+
+  padded = np.where(formulas.MASK, formulas.LABELS, -1)
+  total, aux = loss(padded, ignore_invalid=True)
+  theirs, _ = formulas.axlearn_loss(logits, padded, np.ones_like(padded))
+  assert aux.weight == formulas.MASK.sum()
+  assert relative_error(total / padded.size, theirs) < 1e-6
 
 
 def test_the_memory_of_one_hot_labels():
