@@ -21,7 +21,8 @@ def runs(tmp_path_factory):
   """By loss, a run that is long enough for float32 to lose the gradient at the label."""
   file = tmp_path_factory.mktemp("results") / "runs.jsonl"
   losses = ["optax", "softmax_jax", "optax, float64"]
-  with pytest.MonkeyPatch.context() as patch, jax.disable_jit(False):
+  promotion = jax.numpy_dtype_promotion("standard")  # optax multiplies by its integer counter.
+  with pytest.MonkeyPatch.context() as patch, jax.disable_jit(False), promotion:
     patch.setattr(task, "MODULUS", 7)
     patch.setattr(task, "HIDDEN", 64)
     options = ["--seeds", "0", "--steps", "1200", "--learning-rate", "0.02"]
