@@ -81,7 +81,7 @@ def where_needed(needed: jax.Array, careful: Callable[[*Args], R], quick: R, *ar
     return careful(*args)
 
   def apart(needed: jax.Array, quick: R, *args: *Args) -> R:
-    own: Any = lax.optimization_barrier(args)
+    own: tuple[*Args] = lax.optimization_barrier(args)
     return careful(*own)
 
   is_manual = any(varying_axes(x) for x in jax.tree.leaves((quick, args)))
