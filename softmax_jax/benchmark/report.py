@@ -89,6 +89,9 @@ def machine(report: dict[str, Any]) -> str:
 # --- a terminal ----------------------------------------------------------------------------------
 
 
+_ANY_WIDTH = 10_000  # of any table
+
+
 def terminal() -> "Console":
   """A console that is wide enough for tables."""
   from rich.console import Console
@@ -109,15 +112,25 @@ def show_table(
 ) -> None:
   """Prints a table with a line after the rows `sections`; the first columns are names."""
   from rich import box
+  from rich.measure import Measurement
   from rich.table import Table
 
   table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+  table.show_edge = table.pad_edge = False
+  texts = [*map(tuple, rows)]
   for i, column in enumerate(columns):
     name = i < names  # The other columns are numbers under words that may take two lines.
-    table.add_column(column, justify="left" if name else "right", no_wrap=name, overflow="fold")
-  for i, row in enumerate(rows):
+    longest = max(
+      len(word) for text in (column, *(row[i] for row in texts)) for word in text.split()
+    )
+    table.add_column(column, justify="left" if name else "right", no_wrap=name, min_width=longest)
+  for i, row in enumerate(texts):
     table.add_row(*row, end_section=i in sections)
-  console.print(table)
+  # In a terminal too narrow for words and numbers lines run over: nothing is cut or broken.
+  needed = Measurement.get(console, console.options.update_width(_ANY_WIDTH), table).minimum
+  console.width = max(console.width, needed)
+  console.print(table, crop=False)
+  console.print()
 
 
 def sections_of(lines: Sequence[dict[str, Any]]) -> list[int]:
