@@ -76,14 +76,16 @@ def where_needed(needed: jax.Array, careful: Callable[[*Args], R], quick: R, *ar
   The derivative is always that of ``careful``: that of ``quick`` may be NaN where its value is
   replaced.
   """
+  if any(varying_axes(x) for x in jax.tree.leaves((quick, args))):
+    own: tuple[*Args] = jax.tree.map(_apart, args)
+    return careful(*own)
 
   def everywhere(needed: jax.Array, quick: R, *args: *Args) -> R:
     return careful(*args)
 
-  def apart(needed: jax.Array, quick: R, *args: *Args) -> R:
-    own: tuple[*Args] = lax.optimization_barrier(args)
-    return careful(*own)
+  return by_platform(everywhere, {"cpu": IfAny(careful)}, needed, quick, *args)
 
-  is_manual = any(varying_axes(x) for x in jax.tree.leaves((quick, args)))
-  on_cpu = apart if is_manual else IfAny(careful)
-  return by_platform(everywhere, {"cpu": on_cpu}, needed, quick, *args)
+
+def _apart(x: jax.Array) -> jax.Array:
+  """The same, in which XLA:CPU sees another array: what is computed from both is not shared."""
+  return by_platform(lambda x: x, {"cpu": lax.optimization_barrier}, x)
