@@ -1,7 +1,8 @@
-"""Masks, broadcasting, cotangents that are 0, and sums that only some rows need."""
+"""Masks, broadcasting, cotangents that are 0, sums that are known or that only some rows need."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, TypeVarTuple
 
@@ -12,6 +13,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from softmax_jax._devices import varying_axes
 from softmax_jax._forward_mode import IfAny, by_platform
+from softmax_jax._rows import Rows
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -63,6 +65,20 @@ def batched_like(value: jax.Array, x: jax.Array) -> jax.Array:
   has an output that is not batched with the others.
   """
   return jnp.where(x == x, value, value)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def known_sum(terms: jax.Array, total: jax.Array, rows: Rows) -> jax.Array:
+  """``total``, which is ``rows.sum(terms)``, with the derivative of that."""
+  return total
+
+
+@known_sum.defjvp
+def _known_sum_jvp(rows: Rows, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+  total, total_dot = known_sum(*primals, rows), rows.sum(tangents[0])
+  if rows.axis_name is not None:  # JAX 0.12 does not spread a tangent like its sum.
+    total_dot = batched_like(total_dot, total)
+  return total, total_dot
 
 
 def where_needed(needed: jax.Array, careful: Callable[[*Args], R], quick: R, *args: *Args) -> R:

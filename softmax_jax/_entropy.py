@@ -19,14 +19,14 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from softmax_jax._arguments import Arguments, Axis, compute_dtype
-from softmax_jax._arrays import compiled, masked
+from softmax_jax._arrays import compiled, known_sum, masked
 from softmax_jax._cross_entropy.per_row import inverse_sum
 from softmax_jax._devices import align
 from softmax_jax._exponentials import entries
 from softmax_jax._forward_mode import enable_forward_mode
 from softmax_jax._normalizer import Normalizer, differentiable, local_normalizer
 from softmax_jax._row_sums import row_sums
-from softmax_jax._rows import AxisName, Rows, known_sum
+from softmax_jax._rows import AxisName, Rows
 
 _with_spread = functools.partial(row_sums, with_spread=True)
 

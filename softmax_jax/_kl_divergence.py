@@ -27,7 +27,15 @@ from jax.typing import ArrayLike
 
 from softmax_jax import _maps as maps
 from softmax_jax._arguments import Arguments, Axis, compute_dtype
-from softmax_jax._arrays import batched_like, broadcast, compiled, masked, unbroadcast, with_rank
+from softmax_jax._arrays import (
+  batched_like,
+  broadcast,
+  compiled,
+  known_sum,
+  masked,
+  unbroadcast,
+  with_rank,
+)
 from softmax_jax._cross_entropy.options import Reduction, reduced
 from softmax_jax._cross_entropy.per_row import inverse_sum
 from softmax_jax._devices import align
@@ -35,7 +43,7 @@ from softmax_jax._exponentials import difference_and_error, entries, rounding_er
 from softmax_jax._forward_mode import enable_forward_mode
 from softmax_jax._normalizer import Normalizer, differentiable, local_normalizer
 from softmax_jax._row_sums import row_sums, two_row_sums
-from softmax_jax._rows import AxisName, Rows, known_sum
+from softmax_jax._rows import AxisName, Rows
 
 _with_index = functools.partial(row_sums, with_index=True)
 

@@ -7,9 +7,8 @@ length.
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -95,17 +94,6 @@ class Rows(NamedTuple):
     if self.axis_name is None:
       return lax.optimization_barrier(arrays)
     return jax.tree.map(lax.optimization_barrier, arrays)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def known_sum(terms: jax.Array, total: jax.Array, rows: Rows) -> jax.Array:
-  """``total``, which is ``rows.sum(terms)``, with the derivative of that."""
-  return total
-
-
-@known_sum.defjvp
-def _known_sum_jvp(rows: Rows, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-  return known_sum(*primals, rows), rows.sum(tangents[0])
 
 
 def _stacked(*arrays: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from softmax_jax import _devices as devices
-from softmax_jax._arrays import masked
+from softmax_jax._arrays import batched_like, masked
 from softmax_jax._exponentials import entries
 from softmax_jax._forward_mode import linear_map
 from softmax_jax._rows import Rows
@@ -122,7 +122,7 @@ def bar_by_row(index: jax.Array, bar: jax.Array) -> jax.Array:
 @jax.custom_jvp
 def stop_gradient_unless(counts: jax.Array, x: jax.Array) -> jax.Array:
   """``x``, but for derivatives 0 in rows that do not count, which may hold anything."""
-  return x
+  return batched_like(x, counts)  # as the tangent is
 
 
 @stop_gradient_unless.defjvp

@@ -16,6 +16,7 @@ from softmax_jax._arrays import (
   batched_like,
   broadcast,
   compiled,
+  known_sum,
   masked,
   unbroadcast,
   with_rank,
@@ -36,7 +37,7 @@ from softmax_jax._forward_mode import enable_forward_mode
 from softmax_jax._normalizer import Normalizer, differentiable, local_normalizer
 from softmax_jax._products import cost_of, linear_scale_or_zero
 from softmax_jax._row_sums import Cost, Weights
-from softmax_jax._rows import AxisName, Rows, known_sum
+from softmax_jax._rows import AxisName, Rows
 
 
 class _Static(NamedTuple):

@@ -32,11 +32,14 @@ from transformation_table import (
 )
 
 from softmax_jax import (
+  linear_softmax_cross_entropy,
   log_softmax,
   logsumexp,
   softmax,
   softmax_cross_entropy,
   softmax_cross_entropy_with_integer_labels,
+  softmax_entropy,
+  softmax_kl_divergence,
 )
 
 
@@ -163,6 +166,44 @@ def test_vmap_over_every_argument(name, in_axes):
     y, jvp, vjp = oracle.linearize(name, x, *second, where=where)
     for a, e in zip(actual, (y, jvp(x_dots[i]), vjp(y_bars[i])[0]), strict=True):
       assert relative_error(a[i], e) < 2e-6
+
+
+LABELS, TARGETS = np.array([0, 3, 1]), np.abs(random(6, (3, 5)))
+OPTIONS = {"label_smoothing": 0.1, "z_loss": 0.2}
+SHARED = {  # functions of rows and of what a batch of them shares
+  "integer": lambda x, w, s, t: softmax_cross_entropy_with_integer_labels(
+    x, LABELS, class_weights=w, sample_weights=s, **OPTIONS
+  ),
+  "soft": lambda x, w, s, t: softmax_cross_entropy(
+    x, t, class_weights=w, sample_weights=s, **OPTIONS
+  ),
+  "linear": lambda x, w, s, t: linear_softmax_cross_entropy(
+    x, t, LABELS, class_weights=w, sample_weights=s, reduction="none", **OPTIONS
+  ),
+  "entropy": lambda x, w, s, t: s * softmax_entropy(x * w),
+  "divergence": lambda x, w, s, t: s * softmax_kl_divergence(x * w, t, temperature=w[0]),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_second_derivatives_by_what_a_batch_shares(name):
+  # The rows of the linear loss are of 3 features, and t is its weight.
+  features = 3 if name == "linear" else 5
+  f, x = SHARED[name], random(7, (2, 3, features))
+  shared = np.abs(random(8, 5)) + 0.5, np.array([1, 0, -2], np.float32), TARGETS
+  args = x, *shared
+  dots = tuple(map(np.cos, args))
+  total = lambda y: jnp.sum(jnp.sin(y))
+  mapped = lambda x, *shared: total(jax.vmap(f, (0, None, None, None))(x, *shared))
+  one_by_one = lambda x, *shared: sum(total(f(row, *shared)) for row in x)
+
+  def derivatives(g):
+    gradient = jax.grad(g, (0, 1, 2, 3))
+    return jax.jvp(gradient, args, dots)[1], jax.vjp(gradient, *args)[1](dots)
+
+  actual, expected = jax.jit(lambda: (derivatives(mapped), derivatives(one_by_one)))()
+  for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+    assert relative_error(a, e) < 2e-5
 
 
 def test_vmap_of_the_gradient_by_weights_and_soft_labels():
