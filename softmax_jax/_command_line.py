@@ -136,8 +136,9 @@ def progress_bar(steps: int) -> Generator[Callable[[int | None, str], None]]:
     task = bar.add_task("compiling", total=None, count="")
 
     def show(step: int | None, description: str) -> None:
-      if step is None:  # It moves back and forth.
-        bar.reset(task, total=None, completed=0, count="", description=description)
+      if step is None:  # It moves back and forth, for which `reset` would keep the total.
+        bar.reset(task, count="", description=description)
+        bar.tasks[0].total = None
       else:
         count = f"{step}/{steps} "
         bar.update(task, total=steps, completed=step, count=count, description=description)

@@ -332,6 +332,7 @@ def test_progress_bar_on_a_terminal(monkeypatch, capsys):
   monkeypatch.setattr(sys, "stderr", io.StringIO())
   monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
   monkeypatch.setenv("TERM", "xterm")
+  monkeypatch.setenv("NO_COLOR", "1")  # What of a bar is not done is blank then.
   with progress_bar(20) as show:
     show(10, "test loss 0.5000")
     show(20, "test loss 0.1250")
@@ -340,7 +341,9 @@ def test_progress_bar_on_a_terminal(monkeypatch, capsys):
   assert " compiling" in shown
   assert "/20 compiling" not in shown  # a phase without steps
   assert re.search("/20 +the softmax", shown) is None
-  assert shown.splitlines()[-1].split(" 0:")[0].endswith(" the softmax Jacobian")
+  last = shown.splitlines()[-1]
+  assert last.split(" 0:")[0].endswith(" the softmax Jacobian")
+  assert "━" in last  # moves back and forth; of 0 steps nothing is drawn
   assert capsys.readouterr().out == ""
 
 
