@@ -3,11 +3,11 @@
   python examples/modular_addition.py --help
 
 It needs optax: pip install -e '.[cli]'. A network of one hidden layer learns a + b modulo 47 from
-four fifths of all pairs, in full batches and without weight decay, until its gradients leave the
-range of float32. The runs differ only in the loss, and in the dtype that its logits are cast to;
-the network and the optimizer are float32 in all of them. A run takes half a minute or more and adds
-a line of JSON to the file: its options, and what was measured along the way, on the pairs learnt
-from unless said otherwise:
+four fifths of all pairs, in full batches and without weight decay, until the gradients of
+softmax_jax's loss leave the range of float32. The runs differ only in the loss, and in the dtype
+that its logits are cast to; the network and the optimizer are float32 in all of them. A run takes
+half a minute or more and adds a line of JSON to the file: its options, and what was measured along
+the way, on the pairs learnt from unless said otherwise:
 
   accuracy        share of the held-out pairs that are right
   train_accuracy  the same of the pairs learnt from
@@ -58,9 +58,22 @@ def options() -> argparse.ArgumentParser:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("file", type=Path, help="where the results are added")
-  parser.add_argument("--losses", nargs="+", choices=LOSSES, default=[*LOSSES], metavar="LOSS")
+  parser.add_argument(
+    "--losses",
+    nargs="+",
+    choices=LOSSES,
+    default=[*LOSSES],
+    metavar="LOSS",
+    help=f"of {', '.join(map(repr, LOSSES))}; without the option all",
+  )
   parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
-  parser.add_argument("--steps", type=int, default=7000, metavar="N")
+  parser.add_argument(
+    "--steps",
+    type=steps,
+    default=7000,
+    metavar="N",
+    help=f"a multiple of {STEPS_BETWEEN_MEASUREMENTS}",
+  )
   parser.add_argument("--learning-rate", type=float, default=2e-3, metavar="X")
   parser.add_argument("--eps", type=float, default=1e-20, metavar="X", help="Adam's")
   # Adam's steps do not change with it, but the squares of the gradients stay in float32's range.
@@ -68,17 +81,28 @@ def options() -> argparse.ArgumentParser:
   return parser
 
 
+def steps(text: str) -> int:
+  """A number of steps after which there is a measurement."""
+  number = int(text)
+  if number < 1 or number % STEPS_BETWEEN_MEASUREMENTS:
+    raise argparse.ArgumentTypeError(
+      f"expected a multiple of {STEPS_BETWEEN_MEASUREMENTS}, got {text}"
+    )
+  return number
+
+
 def main(argv: list[str] | None = None) -> None:
   """Trains with each loss from each seed."""
   args = options().parse_args(argv)
   settings = {name: getattr(args, name) for name in ("steps", "learning_rate", "eps", "log2_scale")}
-  for seed, name in itertools.product(args.seeds, args.losses):
-    with jax.enable_x64(True):  # For the loss in float64, and to measure.
-      curves = train(args, name, seed)
-    with args.file.open("a", encoding="utf-8") as file:
-      file.write(json.dumps({"loss": name, "seed": seed, **settings, "curves": curves}) + "\n")
-    right = f"{curves['accuracy'][-1]:.1%} of the held-out pairs are right"
-    print(f"{name}, seed {seed}: {right}", flush=True)
+  with args.file.open("a", encoding="utf-8") as file:
+    for seed, name in itertools.product(args.seeds, args.losses):
+      with jax.enable_x64(True):  # For the loss in float64, and to measure.
+        curves = train(args, name, seed)
+      run = {"loss": name, "seed": seed, **settings, "curves": curves}
+      print(json.dumps(run), file=file, flush=True)
+      right = f"{curves['accuracy'][-1]:.1%} of the held-out pairs are right"
+      print(f"{name}, seed {seed}: {right}", flush=True)
 
 
 class Pairs(NamedTuple):

@@ -48,6 +48,13 @@ def test_only_optax_in_float32_loses_the_gradient_at_the_label(runs):
     assert max(runs[name]["error"]) < 1e-6
 
 
+@pytest.mark.parametrize("steps", ["0", "100", "300", "many"])
+def test_steps_end_with_a_measurement(steps, tmp_path, capsys):
+  with pytest.raises(SystemExit):
+    task.main([str(tmp_path / "runs.jsonl"), "--steps", steps])
+  assert "argument --steps" in capsys.readouterr().err
+
+
 def test_every_pair_is_learnt_or_held_out():
   learnt, held_out = task.split_pairs(seed=0)
   pairs = np.concatenate([learnt.numbers, held_out.numbers])
