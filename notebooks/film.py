@@ -14,7 +14,7 @@ class Film:
   """An animated PNG of three plots, which shows wherever a PNG does.
 
   ``draw(axes, value)`` draws the picture of each of the values on three empty axes. The film runs
-  forth and back.
+  back and forth.
   """
 
   def __init__(self, draw: Callable[[Any, Any], None], values: Iterable[Any]) -> None:
