@@ -61,7 +61,7 @@ def check_derivatives(
 
   A derivative dominated by rounding error fails: that of `jax.nn.softmax` where one probability
   rounds to 1, for instance. So does one that is right only to the tolerance of a solver, such as a
-  gradient through an ODE by its adjoint: pass ``bounds``. The row says what may be the case.
+  gradient through an ODE by its adjoint: pass ``bounds``. Where this can be told, the row says so.
 
   Args:
     f: any function of arrays that JAX can differentiate, in whatever way it is differentiated. Keys
