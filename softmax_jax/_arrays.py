@@ -59,7 +59,7 @@ def unbroadcast(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def batched_like(value: jax.Array, x: jax.Array) -> jax.Array:
-  """``value``, of the shape of ``x`` and made to depend on it: batched and spread over devices so.
+  """``value``, broadcast with ``x`` and made to depend on it: batched and spread over devices so.
 
   JAX 0.10 to 0.12 mix up shapes where a compiled custom_jvp function is batched, differentiated and
   has an output that is not batched with the others.
