@@ -120,9 +120,8 @@ def show_table(
   texts = [*map(tuple, rows)]
   for i, column in enumerate(columns):
     name = i < names  # The other columns are numbers under words that may take two lines.
-    longest = max(
-      len(word) for text in (column, *(row[i] for row in texts)) for word in text.split()
-    )
+    words = " ".join((column, *(row[i] for row in texts))).split()
+    longest = max(map(len, words), default=0)
     table.add_column(column, justify="left" if name else "right", no_wrap=name, min_width=longest)
   for i, row in enumerate(texts):
     table.add_row(*row, end_section=i in sections)

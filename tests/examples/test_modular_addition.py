@@ -1,19 +1,13 @@
 """`examples/modular_addition.py`: what its runs measure, and that only the loss differs."""
 
-import importlib.util
 import json
-from pathlib import Path
 
+import example_programs
 import jax
 import numpy as np
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "modular_addition.py"
-if not SCRIPT.exists():
-  pytest.skip("the example is not beside the tests", allow_module_level=True)
-_spec = importlib.util.spec_from_file_location("modular_addition", SCRIPT)
-task = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(task)
+task = example_programs.module("modular_addition")
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,12 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import example_programs
 import numpy as np
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "train_on_several_machines.py"
-if not SCRIPT.exists():
-  pytest.skip("the example is not beside the tests", allow_module_level=True)
+SCRIPT = example_programs.script("train_on_several_machines")
 
 SMALL = "--vocabulary=1000", "--batch-size=256", "--words=100000"
 

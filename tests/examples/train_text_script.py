@@ -1,17 +1,11 @@
 """`examples/train_text.py` as a module, and small options for it."""
 
 import argparse
-import importlib.util
-from pathlib import Path
 
+import example_programs
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "train_text.py"
-if not SCRIPT.exists():
-  pytest.skip("the example is not beside the tests", allow_module_level=True)
-_spec = importlib.util.spec_from_file_location("train_text", SCRIPT)
-task = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(task)
+task = example_programs.module("train_text")
 
 SMALL = {
   "steps": 60,
