@@ -7,7 +7,7 @@ import pytest
 
 
 def script(name):
-  """The path of `examples/NAME.py`; skips the module that asks for it where it is absent."""
+  """The path of the example `name`; skips the module that asks for it where it is absent."""
   path = Path(__file__).parents[2] / "examples" / f"{name}.py"
   if not path.exists():
     pytest.skip("the example is not beside the tests", allow_module_level=True)
@@ -15,7 +15,7 @@ def script(name):
 
 
 def module(name):
-  """`examples/NAME.py`, imported."""
+  """The example `name`, imported."""
   spec = importlib.util.spec_from_file_location(name, script(name))
   imported = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(imported)
