@@ -165,13 +165,17 @@ def local_normalizer(
 # a_t is close to 1. (With a constant shift e_dot_t would have to cancel.) Without a dominant entry,
 # shift_dot = 0 and rest_dot = S_dot = sum_k e_dot_k.
 #
-# In a scan that is differentiated twice, JAX 0.10 drops the rules of custom_jvp functions whose
+# In a scan that is differentiated twice, JAX before 0.12 drops the rules of custom_jvp functions whose
 # arguments it knows beforehand, and differentiates their code: here `local_normalizer`, with a
 # constant shift. So a backward rule calls `differentiable` again. Then either both the normalizer
 # and the functions of it below have their rules, or neither has.
 def differentiable(s: Normalizer, z: jax.Array, rows: Rows) -> Normalizer:
   """``s``, computed from the entries z, with its derivative by them."""
-  shift, rest = _differentiable(z, s.shift, s.rest, rows)
+  shift, rest = s.shift, s.rest
+  if jax.__version_info__ >= (0, 12):
+    # Under `jax_custom_jvp3` a cotangent of 0 would reach the exponentials, which may be NaN.
+    shift, rest = lax.stop_gradient((shift, rest))
+  shift, rest = _differentiable(z, shift, rest, rows)
   return Normalizer(shift, rest, s.any)
 
 

@@ -118,7 +118,7 @@ def bar_by_row(index: jax.Array, bar: jax.Array) -> jax.Array:
 
 # The results of rows that do not count are replaced by 0 at the end, which is faster than masking
 # their entries first. That is too late for derivatives: their products would be 0 * NaN. (In a scan
-# that is differentiated twice they still are, as JAX 0.10 drops this rule there.)
+# that is differentiated twice they still are, as JAX before 0.12 drops this rule there.)
 @jax.custom_jvp
 def stop_gradient_unless(counts: jax.Array, x: jax.Array) -> jax.Array:
   """``x``, but for derivatives 0 in rows that do not count, which may hold anything."""

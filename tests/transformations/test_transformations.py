@@ -77,6 +77,24 @@ def test_three_deep(name):
     assert relative_error(derivative, expected) < 1e-5, nesting
 
 
+@pytest.mark.few(2)
+@every_function
+def test_steps_in_a_scan(name):
+  """The end of gradient steps, differentiated twice: JAX before 0.12 drops custom_jvp rules there."""
+  weights, direction = random(11, (2, 4))
+
+  def second(f, x):
+    gradient = jax.grad(lambda x: jnp.sum(f(x) * weights) / 4)
+    steps = lambda x: jax.lax.scan(lambda y, _: (y - gradient(y), None), x, length=2)[0]
+    end = lambda x: jnp.sum(jnp.sin(steps(x)))
+    return jax.grad(lambda x: jnp.vdot(direction.astype(x.dtype), jax.grad(end)(x)))(x)
+
+  with jax.enable_x64(True), oracle.default_promotion():
+    expected = second(PEERS[name], jnp.asarray(ROWS[0], "float64"))
+  actual = jax.jit(lambda x: second(FUNCTIONS[name], x))(ROWS[0])
+  assert relative_error(actual, expected) < 1e-5
+
+
 @pytest.mark.few(3)
 @every_function
 def test_without_jit(name):
