@@ -165,9 +165,9 @@ def local_normalizer(
 # a_t is close to 1. (With a constant shift e_dot_t would have to cancel.) Without a dominant entry,
 # shift_dot = 0 and rest_dot = S_dot = sum_k e_dot_k.
 #
-# In a scan that is differentiated twice, JAX before 0.12 drops the rules of custom_jvp functions whose
-# arguments it knows beforehand, and differentiates their code: here `local_normalizer`, with a
-# constant shift. So a backward rule calls `differentiable` again. Then either both the normalizer
+# In a scan that is differentiated twice, JAX before 0.12 drops the rules of custom_jvp functions
+# whose arguments it knows beforehand, and differentiates their code: here `local_normalizer`, with
+# a constant shift. So a backward rule calls `differentiable` again. Then either both the normalizer
 # and the functions of it below have their rules, or neither has.
 def differentiable(s: Normalizer, z: jax.Array, rows: Rows) -> Normalizer:
   """``s``, computed from the entries z, with its derivative by them."""

@@ -80,7 +80,7 @@ def test_three_deep(name):
 @pytest.mark.few(2)
 @every_function
 def test_steps_in_a_scan(name):
-  """The end of gradient steps, differentiated twice: JAX before 0.12 drops custom_jvp rules there."""
+  """Of gradient steps: differentiated twice, JAX before 0.12 drops custom_jvp rules there."""
   weights, direction = random(11, (2, 4))
 
   def second(f, x):
