@@ -225,23 +225,20 @@ def _entries(x: jax.Array, mask: jax.Array | None, dtype: DTypeLike) -> jax.Arra
   return masked(x.astype(dtype), mask, -jnp.inf)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _two_sums(x: jax.Array, y: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
   """The sums of two arrays along ``axes``, in one pass."""
+  zero = jnp.zeros((), x.dtype)
+  both = lax.reduce((x, y), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), axes)
+  return jnp.expand_dims(both[0], axes), jnp.expand_dims(both[1], axes)
 
-  @jax.custom_jvp
-  def sums(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    zero = jnp.zeros((), x.dtype)
-    both = lax.reduce((x, y), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), axes)
-    return jnp.expand_dims(both[0], axes), jnp.expand_dims(both[1], axes)
 
-  # They are linear. JAX would differentiate such a reduction by a tree of slices, which it refuses
-  # of explicitly sharded arrays, and under `jax.vmap` with an `spmd_axis_name`.
-  @sums.defjvp
-  def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
-    x_dot, y_dot = (jnp.sum(dot, axis=axes, keepdims=True) for dot in tangents)
-    return sums(*primals), (x_dot, y_dot)
-
-  return sums(x, y)
+# They are linear. JAX would differentiate such a reduction by a tree of slices, which it refuses
+# of explicitly sharded arrays, and under `jax.vmap` with an `spmd_axis_name`.
+@_two_sums.defjvp
+def _two_sums_jvp(axes: Axes, primals: Any, tangents: Any) -> tuple[Any, Any]:
+  x_dot, y_dot = (jnp.sum(dot, axis=axes, keepdims=True) for dot in tangents)
+  return _two_sums(*primals, axes), (x_dot, y_dot)
 
 
 # --- in one read ----------------------------------------------------------------------------------

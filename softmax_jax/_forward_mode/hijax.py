@@ -36,14 +36,11 @@ def call(
   name: str,
   f: Any,
   tangent: Callable[..., Any] | None,
-  args: tuple[Any, ...],
-  kwargs: dict[str, Any],
+  bound: inspect.BoundArguments,
 ) -> Any:
-  """``f(*args, **kwargs)``, with forward mode."""
-  if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((args, kwargs))):
-    return f(*args, **kwargs)
-  bound = inspect.signature(f).bind(*args, **kwargs)
-  bound.apply_defaults()
+  """``f`` of its arguments, with forward mode."""
+  if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((bound.args, bound.kwargs))):
+    return f(*bound.args, **bound.kwargs)
   dynamic = [arg for i, arg in enumerate(bound.args) if i not in f.nondiff_argnums]
   static = [bound.args[i] for i in f.nondiff_argnums]
 
@@ -71,6 +68,15 @@ def _applied(function: Callable[..., Any], *args: Any) -> tuple[Any, tuple[Any, 
   operands = [x.val if isinstance(x, Literal) else values[x] for x in application.invars]
   primitive = application.params["_prim"]
   return primitive, jax.tree.unflatten(primitive.in_tree, operands)
+
+
+def program(equation: Any) -> Any:
+  """What an equation of a traced program computes if it applies a `HiPrim`, otherwise None."""
+  if equation.primitive.name != "call_hi_primitive":
+    return None
+  primitive = equation.params["_prim"]
+  expand = lambda *leaves: primitive.expand(*jax.tree.unflatten(primitive.in_tree, leaves))
+  return jax.make_jaxpr(expand)(*(x.aval for x in equation.invars))
 
 
 def _on_leaves(

@@ -141,7 +141,7 @@ def enable_forward_mode(
     if f.nondiff_argnums and _any_traced(_static(f, name, args, kwargs)):
       return f(*args, **kwargs)
     if _is_hijax(f):
-      return hijax.call(name, f, tangent, args, kwargs)
+      return hijax.call(name, f, tangent, _bound(f, name, args, kwargs))
     return g(*args, **kwargs)
 
   enabled: Any = forward_mode
@@ -176,12 +176,18 @@ def _describe(value: Any) -> str:
 
 def _static(f: Any, name: str, args: Values, kwargs: dict[str, Any]) -> list[Any]:
   """The arguments at the ``nondiff_argnums`` of ``f``."""
+  bound = _bound(f, name, args, kwargs)
+  return [bound.args[i] for i in f.nondiff_argnums]
+
+
+def _bound(f: Any, name: str, args: Values, kwargs: dict[str, Any]) -> inspect.BoundArguments:
+  """The arguments of a call with their defaults."""
   try:
     bound = inspect.signature(f).bind(*args, **kwargs)
   except TypeError as error:
     raise TypeError(f"{name}() is called with other arguments than it has: {error}.") from None
   bound.apply_defaults()
-  return [bound.args[i] for i in f.nondiff_argnums]
+  return bound
 
 
 def _any_traced(values: list[Any]) -> bool:

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from softmax_jax._forward_mode import hijax
+
 # Primitives that only hold a program, by the name of its parameter.
 _INLINED = {
   "jit": "jaxpr",
@@ -66,7 +68,7 @@ def equations(jaxpr: Any) -> Iterator[Any]:
   """The operations of a program, also of those inside: a loop, a branch, a function with a rule."""
   for eqn in jaxpr.eqns:
     yield eqn
-    for inner in _programs(eqn.params):
+    for inner in _programs(eqn):
       yield from equations(inner)
 
 
@@ -84,7 +86,7 @@ def coarse_calls(jaxpr: Any) -> set[Any]:
 def _is_call(eqn: Any) -> bool:
   """Whether an operation calls a function that is no program of JAX."""
   functions = [f for f in eqn.params.values() if callable(f) and not isinstance(f, type)]
-  return eqn.primitive.name.startswith(_CALLS) or bool(functions and not _programs(eqn.params))
+  return eqn.primitive.name.startswith(_CALLS) or bool(functions and not _programs(eqn))
 
 
 def operations(jaxpr: Any) -> set[str]:
@@ -92,8 +94,8 @@ def operations(jaxpr: Any) -> set[str]:
   return {eqn.primitive.name for eqn in equations(jaxpr)}
 
 
-def _programs(params: Any) -> list[Any]:
-  leaves = jax.tree.leaves(list(params.values()), is_leaf=_is_program)
+def _programs(eqn: Any) -> list[Any]:
+  leaves = jax.tree.leaves([*eqn.params.values(), hijax.program(eqn)], is_leaf=_is_program)
   return [getattr(leaf, "jaxpr", leaf) for leaf in leaves if _is_program(leaf)]
 
 
@@ -149,8 +151,8 @@ def _evaluated(
 def _applied(eqn: Any, args: list[Any], signs: Iterator[Any]) -> list[Any]:
   """The results of one operation."""
   name, params = eqn.primitive.name, eqn.params
-  if name in _INLINED:
-    program = params[_INLINED[name]]
+  program = params[_INLINED[name]] if name in _INLINED else hijax.program(eqn)
+  if program is not None:
     consts = map(_Constant, getattr(program, "consts", ()))
     return _evaluated(getattr(program, "jaxpr", program), consts, args, signs)
   # In sixteen bits constants are evaluated as all else: there one digit is much.

@@ -1,7 +1,5 @@
 """enable_forward_mode on JAX's new implementation of custom rules, and what is new about defvjp."""
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -19,29 +17,12 @@ from custom_rules import (
   spiral_tangent,
   with_tangent,
 )
+from hijax_flags import FLAGS, NEW, from_0_12, switched
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from transformation_cases import iterated
 
 from softmax_jax import enable_forward_mode
-
-FLAGS = "jax_custom_vjp3", "jax_custom_jvp3", "jax_remat3"
-NEW = jax.__version_info__ >= (0, 12)
-from_0_12 = pytest.mark.skipif(not NEW, reason="not supported before JAX 0.12")
-
-
-@contextlib.contextmanager
-def switched(on, flags=FLAGS):
-  """With the new implementations, or without."""
-  before = {flag: getattr(jax.config, flag) for flag in flags if hasattr(jax.config, flag)}
-  try:
-    for flag in before:
-      jax.config.update(flag, on)
-    yield
-  finally:
-    for flag, value in before.items():
-      jax.config.update(flag, value)
-
 
 TRANSFORMS = [
   lambda f: f(X),

@@ -33,16 +33,24 @@ def assert_flat(steps, rounds):
 SOME = ["softmax", "linear loss of each token"]
 
 
+fills_no_cache = pytest.mark.skipif(
+  getattr(jax.config, "jax_custom_jvp3", False) or getattr(jax.config, "jax_custom_vjp3", False),
+  reason="each eager call of such a function of JAX fills a cache until that is full",
+)
+
+
 def test_compilations_are_counted():
   with compilations() as compiled:
     jax.jit(lambda z: z + 1)(Z)
   assert compiled
 
 
+@fills_no_cache
 def test_eager_calls_leave_nothing_behind():
   assert_flat(eager(SOME), rounds=10)
 
 
+@fills_no_cache
 @pytest.mark.long
 def test_eager_calls_of_all_functions_leave_nothing_behind():
   assert_flat(eager(PUBLIC), rounds=20)

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hijax_flags import from_0_12, switched
 from verified import X, with_rule
 
 from softmax_jax import softmax_cross_entropy
 from softmax_jax.verify import check_derivatives
 from softmax_jax.verify.oracle import Oracle, exact
 from softmax_jax.verify.problem import Problem
-from softmax_jax.verify.widening import widened_program
+from softmax_jax.verify.widening import operations, widened_program
 
 CHECKS = ("value", "vjp", "finite_differences", "jvp", "vmap_batch")
 
@@ -38,7 +39,18 @@ PROGRAMS = {
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_an_evaluated_program_is_that_of_float64(name):
-  f = PROGRAMS[name]
+  check_evaluated(PROGRAMS[name])
+
+
+@from_0_12
+@pytest.mark.parametrize("name", ["rules", "checkpoint"])
+def test_so_is_one_with_the_new_implementations(name):
+  with switched(True):
+    check_evaluated(PROGRAMS[name])
+    assert operations(jax.make_jaxpr(PROGRAMS[name])(X).jaxpr) >= {"sin"}
+
+
+def check_evaluated(f):
   program = jax.make_jaxpr(f)(X)
   with exact():
     found = widened_program(program)(X)
