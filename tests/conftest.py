@@ -24,6 +24,11 @@ collect_ignore = [str(path) for path in SHARED]
 # Before JAX starts. A smaller number shows here what happens on a machine with one GPU.
 if "JAX_NUM_CPU_DEVICES" not in os.environ:
   jax.config.update("jax_num_cpu_devices", 8)
+# Most of the time goes into compilation: what one run compiles the next one reads.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  jax.config.update("jax_compilation_cache_dir", str(TESTS.parent / "build" / "compiled"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by markers

@@ -26,9 +26,9 @@ This is the one package of the library that goes beyond JAX's documented public 
 - of a `jax.custom_vjp` object: `fun`, `fwd`, `bwd`, `symbolic_zeros`, `nondiff_argnums`,
   `optimize_remat`, and from JAX 0.12 on `generic_batching`, `with_logs` and `with_accums`;
 - from JAX 0.12 on, with ``jax_custom_vjp3``: `jax.experimental.hijax` with `HiPrim`, `GradAccum`,
-  `ValAccum`, `Zero`, `jvp_from_lin` and `vmap_rule`; the parameter `_prim` of its equations, and of
-  that for a `jax.custom_vjp` function `opt_remat`, `remat_rules`, and the form of its residuals
-  under `jax.vmap`; and `custom_vjp_rules` of the trace that `remat` gets.
+  `ValAccum`, `Zero`, `jvp_from_lin` and `vmap_rule`; the name of its equations and their parameter
+  `_prim`, and of that for a `jax.custom_vjp` function `opt_remat`, `remat_rules`, and the form of
+  its residuals under `jax.vmap`; and `custom_vjp_rules` of the trace that `remat` gets.
 """
 
 from softmax_jax._forward_mode.linear import linear_map

@@ -18,6 +18,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, SingleDeviceSharding, use_abstract_mesh
 
 # By our names of GPUs those of XLA.
@@ -150,6 +151,19 @@ def mesh(target: str, count: int, axis: str) -> Mesh:
   return Mesh(np.array(devices(target)[:count]), (axis,), axis_types=(AxisType.Auto,))
 
 
+@contextlib.contextmanager
+def without_cache() -> Generator[None]:
+  """JAX's persistent cache off: it cannot read back a program for a device that is not there."""
+  before = cast(Any, jax.config).jax_enable_compilation_cache
+  jax.config.update("jax_enable_compilation_cache", False)
+  compilation_cache.reset_cache()  # JAX looks only once whether it is on.
+  try:
+    yield
+  finally:
+    jax.config.update("jax_enable_compilation_cache", before)
+    compilation_cache.reset_cache()
+
+
 def compiled(target: str, f: Callable[..., Any], *shapes: Any) -> jax.stages.Compiled:
   """`jit(f)` for one device of a target, or for those that the shardings of the shapes name."""
   place = SingleDeviceSharding(devices(target)[0])
@@ -158,7 +172,9 @@ def compiled(target: str, f: Callable[..., Any], *shapes: Any) -> jax.stages.Com
     sharding = shape.sharding or place
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
-  return jax.jit(f).lower(*jax.tree.map(placed, shapes)).compile()
+  lowered = jax.jit(f).lower(*jax.tree.map(placed, shapes))
+  with without_cache():
+    return lowered.compile()
 
 
 def tracing(target: str) -> contextlib.AbstractContextManager[Any]:

@@ -347,11 +347,12 @@ def test_a_plugin_of_another_version_is_an_error(target, capsys, monkeypatch):
 
 
 def test_no_setting_of_jax_is_left_behind():
-  before = jax.config.jax_platforms
-  with pytest.raises(KeyError), targets.on_no_device():
-    assert jax.config.jax_platforms == "cpu"
+  settings = lambda: (jax.config.jax_platforms, jax.config.jax_enable_compilation_cache)
+  before = settings()
+  with pytest.raises(KeyError), targets.on_no_device(), targets.without_cache():
+    assert settings() == ("cpu", False)
     raise KeyError
-  assert jax.config.jax_platforms == before
+  assert settings() == before
 
 
 @pytest.mark.skipif(not SPEED.exists(), reason="the site is not beside the tests")

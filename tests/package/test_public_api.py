@@ -110,6 +110,7 @@ def test_custom_vjp_primitives_of_this_jax_have_their_attributes():
   (equation,) = jax.make_jaxpr(f)(1.0).eqns
   primitive = equation.params.get("_prim")
   assert isinstance(primitive, jax.experimental.hijax.HiPrim), broken("HiPrim for jax.custom_vjp")
+  assert equation.primitive.name == "call_hi_primitive", broken("the name of a HiPrim's equations")
   for name in (
     "opt_remat",
     "remat_rules",
