@@ -87,8 +87,12 @@ class Arguments:
     if jnp.issubdtype(x.dtype, jnp.integer):
       return x.astype(jnp.float64 if jnp.iinfo(x.dtype).bits == 64 else jnp.float32)
     if not jnp.issubdtype(x.dtype, jnp.floating):
-      raise TypeError(f"{self} expected {name} of a real dtype, got dtype {x.dtype}.")
+      raise self._not_real(name, x)
     return self._of_sixteen_bits(name, x)
+
+  def _not_real(self, name: str, x: jax.Array) -> TypeError:
+    fix = f" Pass 1.0 * {name}." if x.dtype == bool and x.ndim else ""  # of a mask
+    return TypeError(f"{self} expected {name} of a real dtype, got dtype {x.dtype}.{fix}")
 
   def _of_sixteen_bits(self, name: str, x: jax.Array) -> jax.Array:
     """``x``, unless it is of a floating dtype of fewer than sixteen bits.
@@ -197,7 +201,7 @@ class Arguments:
     """``labels`` as an array of a real dtype."""
     x = self.as_array("labels", labels)
     if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
-      raise TypeError(f"{self} expected labels of a real dtype, got dtype {x.dtype}.")
+      raise self._not_real("labels", x)
     return x if jnp.issubdtype(x.dtype, jnp.integer) else self._of_sixteen_bits("labels", x)
 
   def as_mask(self, where: Any, name: str, shape: tuple[int, ...]) -> jax.Array:

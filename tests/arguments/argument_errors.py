@@ -28,7 +28,7 @@ CASES = {
   "bool x": (
     lambda: sj.softmax(X > 0),
     TypeError,
-    "softmax expected x of a real dtype, got dtype bool.",
+    "softmax expected x of a real dtype, got dtype bool. Pass 1.0 * x.",
   ),
   "complex x": (
     lambda: sj.log_softmax(X.astype(complex)),

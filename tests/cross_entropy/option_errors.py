@@ -88,7 +88,8 @@ ERRORS = {
   "sample weights that are booleans": (
     lambda: integer_loss(X, Y, sample_weights=Y == 0),
     TypeError,
-    f"{INTEGER} expected sample_weights of a real dtype, got dtype bool.",
+    f"{INTEGER} expected sample_weights of a real dtype, got dtype bool. "
+    "Pass 1.0 * sample_weights.",
   ),
   "ignore_invalid None": (
     lambda: integer_loss(X, Y, ignore_invalid=None),

@@ -41,7 +41,8 @@ def test_errors_of_the_logits(name):
   )
   for wrong in (BOOL, COMPLEX):
     kind = "real" if name in OF_X else "floating"
-    message = f"{name} expected {x} of a {kind} dtype, got dtype {wrong.dtype}."
+    fix = f" Pass 1.0 * {x}." if wrong is BOOL and name in OF_X else ""
+    message = f"{name} expected {x} of a {kind} dtype, got dtype {wrong.dtype}.{fix}"
     assert_raises(TypeError, message, f, wrong, *others)
   assert_raises(
     TypeError,
@@ -78,10 +79,10 @@ def test_errors_of_the_vectors(name, vector, of):
       f"Broadcast it with jnp.broadcast_to({vector}, {of}.shape).",
       *(f, np.zeros(shape, np.float32)),
     )
-  for wrong in (X > 0, X + 0j):
+  for wrong, fix in ((X > 0, f" Pass 1.0 * {vector}."), (X + 0j, "")):
     assert_raises(
       TypeError,
-      f"{name} expected {vector} of a real dtype, got dtype {wrong.dtype}.",
+      f"{name} expected {vector} of a real dtype, got dtype {wrong.dtype}.{fix}",
       *(f, wrong),
     )
 
@@ -113,7 +114,7 @@ def test_errors_of_the_vectors(name, vector, of):
       "probabilities as labels to have the shape of logits, (2, 3), got shape (3,). Class indices "
       "need an integer dtype.",
     ),
-    (X > 0, TypeError, "labels of a real dtype, got dtype bool."),
+    (X > 0, TypeError, "labels of a real dtype, got dtype bool. Pass 1.0 * labels."),
     (X + 0j, TypeError, "labels of a real dtype, got dtype complex64."),
     ([0, 1], TypeError, "labels to be an array, got list. Pass jnp.asarray(labels)."),
   ],
