@@ -173,7 +173,8 @@ def differentiable(s: Normalizer, z: jax.Array, rows: Rows) -> Normalizer:
   """``s``, computed from the entries z, with its derivative by them."""
   shift, rest = s.shift, s.rest
   if jax.__version_info__ >= (0, 12):
-    # Under `jax_custom_jvp3` a cotangent of 0 would reach the exponentials, which may be NaN.
+    # Under `jax_custom_jvp3` a cotangent of 0 would reach the exponentials, which may be NaN. (A
+    # dropped rule, as above, leaves these two as the only way to the derivative.)
     shift, rest = lax.stop_gradient((shift, rest))
   shift, rest = _differentiable(z, shift, rest, rows)
   return Normalizer(shift, rest, s.any)

@@ -1,4 +1,5 @@
-"""Puts the helpers on the path, gives JAX eight devices, and implements three markers.
+"""Puts the helpers on the path, gives JAX eight devices, keeps what it compiles, and implements
+three markers.
 
 The folders are no packages, so the basename of each module in them is unique: pytest then needs no
 more than these files, in the repository or copied beside an installed wheel.

@@ -33,7 +33,7 @@ def assert_flat(steps, rounds):
 SOME = ["softmax", "linear loss of each token"]
 
 
-fills_no_cache = pytest.mark.skipif(
+outside_of_new_rules = pytest.mark.skipif(
   getattr(jax.config, "jax_custom_jvp3", False) or getattr(jax.config, "jax_custom_vjp3", False),
   reason="each eager call of such a function of JAX fills a cache until that is full",
 )
@@ -45,12 +45,12 @@ def test_compilations_are_counted():
   assert compiled
 
 
-@fills_no_cache
+@outside_of_new_rules
 def test_eager_calls_leave_nothing_behind():
   assert_flat(eager(SOME), rounds=10)
 
 
-@fills_no_cache
+@outside_of_new_rules
 @pytest.mark.long
 def test_eager_calls_of_all_functions_leave_nothing_behind():
   assert_flat(eager(PUBLIC), rounds=20)
