@@ -137,12 +137,14 @@ def enable_forward_mode(
   # A function, because `g` itself cannot be pickled by its name.
   @functools.wraps(f, updated=())
   def forward_mode(*args: P.args, **kwargs: P.kwargs) -> R:
+    is_hijax = _is_hijax(f)
+    if not (is_hijax or f.nondiff_argnums):
+      return g(*args, **kwargs)
+    bound = _bound(f, name, args, kwargs)
     # jax.custom_jvp stops the gradient of a tracer among the nondiff_argnums, where f refuses it.
-    if f.nondiff_argnums and _any_traced(_static(f, name, args, kwargs)):
+    if _any_traced([bound.args[i] for i in f.nondiff_argnums]):
       return f(*args, **kwargs)
-    if _is_hijax(f):
-      return hijax.call(name, f, tangent, _bound(f, name, args, kwargs))
-    return g(*args, **kwargs)
+    return hijax.call(name, f, tangent, bound) if is_hijax else g(*args, **kwargs)
 
   enabled: Any = forward_mode
   for method in _METHODS:
@@ -172,12 +174,6 @@ def _check_supported(name: str, f: Any, tangent: Callable[..., Any] | None) -> N
 def _describe(value: Any) -> str:
   named = getattr(value, "__name__", None)
   return f"{named} of type {type(value).__name__}" if named else f"{type(value).__name__}"
-
-
-def _static(f: Any, name: str, args: Values, kwargs: dict[str, Any]) -> list[Any]:
-  """The arguments at the ``nondiff_argnums`` of ``f``."""
-  bound = _bound(f, name, args, kwargs)
-  return [bound.args[i] for i in f.nondiff_argnums]
 
 
 def _bound(f: Any, name: str, args: Values, kwargs: dict[str, Any]) -> inspect.BoundArguments:

@@ -72,14 +72,19 @@ def _cuda_plugin() -> pathlib.Path | None:
 
 
 @contextlib.contextmanager
-def on_no_device() -> Generator[None]:
-  """JAX looks for no accelerator, if it has not done so yet: none is needed to compile for one."""
-  before = cast(Any, jax.config).jax_platforms
-  jax.config.update("jax_platforms", "cpu")
+def _setting(name: str, value: Any) -> Generator[None]:
+  """A setting of JAX has this value, and then again the one before."""
+  before = getattr(jax.config, name)
+  jax.config.update(name, value)
   try:
     yield
   finally:
-    jax.config.update("jax_platforms", before)
+    jax.config.update(name, before)
+
+
+def on_no_device() -> contextlib.AbstractContextManager[None]:
+  """JAX looks for no accelerator, if it has not done so yet: none is needed to compile for one."""
+  return _setting("jax_platforms", "cpu")
 
 
 def require(target: str) -> None:
@@ -154,13 +159,11 @@ def mesh(target: str, count: int, axis: str) -> Mesh:
 @contextlib.contextmanager
 def without_cache() -> Generator[None]:
   """JAX's persistent cache off: it cannot read back a program for a device that is not there."""
-  before = cast(Any, jax.config).jax_enable_compilation_cache
-  jax.config.update("jax_enable_compilation_cache", False)
-  compilation_cache.reset_cache()  # JAX looks only once whether it is on.
   try:
-    yield
+    with _setting("jax_enable_compilation_cache", False):
+      compilation_cache.reset_cache()  # JAX looks only once whether it is on.
+      yield
   finally:
-    jax.config.update("jax_enable_compilation_cache", before)
     compilation_cache.reset_cache()
 
 

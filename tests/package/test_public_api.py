@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.experimental.hijax
 import pytest
+from hijax_flags import NEW, from_0_12
 
 import softmax_jax
 
@@ -40,7 +41,6 @@ NOT_DOCUMENTED = ("jax._src", "jax.experimental.hijax", "jax.extend", "jax.inter
 # Of a jax.custom_vjp.
 ATTRIBUTES = {"fun", "fwd", "bwd", "symbolic_zeros", "nondiff_argnums", "optimize_remat"}
 ATTRIBUTES_FROM_0_12 = {"generic_batching"}
-NEW = jax.__version_info__ >= (0, 12)
 
 
 def imported(path):
@@ -103,7 +103,7 @@ def test_custom_vjp_functions_of_this_jax_have_their_attributes():
     assert hasattr(f, name), broken(f"jax.custom_vjp.{name}")
 
 
-@pytest.mark.skipif(not NEW, reason="not supported before JAX 0.12")
+@from_0_12
 def test_custom_vjp_primitives_of_this_jax_have_their_attributes():
   f = jax.custom_vjp(lambda x: x)
   f.defvjp(lambda x: (x, None), lambda _, y_bar: (y_bar,), generic_batching=True)
